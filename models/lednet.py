@@ -1,0 +1,172 @@
+"""LEDNet: a lightweight encoder-decoder network for real-time semantic segmentation.
+
+Wang et al., "LEDNet: A Lightweight Encoder-Decoder Network for Real-Time Semantic
+Segmentation", ICIP 2019, arXiv:1905.02423. Shapes in the comments are N x C x H x W for an
+input of N x 3 x H x W; fractions round up.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BATCH_NORM_EPS = 1e-3
+
+
+class LEDNet(nn.Module):
+    """The whole network: images in, one logit per class and pixel out.
+
+    Args:
+        num_classes: classes to tell apart, C.
+        apn_channels: width of the decoder, D in the letter; 20 is the light version,
+            128 the heavy one.
+    """
+
+    def __init__(self, num_classes: int = 19, apn_channels: int = 20) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+        self.decoder = APN(self.encoder.out_channels, apn_channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Segment images of at least 64 x 64 pixels.
+
+        Args:
+            images: N x 3 x H x W, floating point; RGB in [0, 1] as published.
+
+        Returns:
+            Logits, N x C x H x W.
+        """
+        features = self.encoder(images)  # N x 128 x H/8 x W/8
+        logits = self.decoder(features)  # N x C x H/8 x W/8
+        return upsample(logits, images)
+
+
+class EncoderClassifier(nn.Module):
+    """The encoder under a 1x1 head, as stage 1 trains it; the head is no part of LEDNet."""
+
+    def __init__(self, encoder: "Encoder", num_classes: int = 19) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Conv2d(encoder.out_channels, num_classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Turn N x 3 x H x W images into logits at 1/8 resolution, N x C x H/8 x W/8."""
+        return self.head(self.encoder(images))
+
+
+class Encoder(nn.Sequential):
+    """Images to features at 1/8 resolution, N x 3 x H x W to N x 128 x H/8 x W/8."""
+
+    out_channels = 128
+
+    def __init__(self) -> None:
+        super().__init__(
+            # 1/2
+            Downsampler(3, 32),
+            *(SSnbt(32, dilation=1, dropout=0.03) for _ in range(3)),
+            # 1/4
+            Downsampler(32, 64),
+            *(SSnbt(64, dilation=1, dropout=0.03) for _ in range(2)),
+            # 1/8
+            Downsampler(64, self.out_channels),
+            *(
+                SSnbt(self.out_channels, dilation, dropout=0.3)
+                for dilation in (1, 2, 5, 9, 2, 5, 9, 17)
+            ),
+        )
+
+
+class Downsampler(nn.Module):
+    """Halve the resolution: strided convolution beside max pooling (from ENet)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels - in_channels, 3, stride=2, padding=1)
+        # ceil_mode makes odd sizes come out as large as the convolution's.
+        self.pool = nn.MaxPool2d(2, stride=2, ceil_mode=True)
+        self.bn = nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(torch.cat([self.conv(x), self.pool(x)], dim=1)), inplace=True)
+
+
+class SSnbt(nn.Module):
+    """Split-shuffle-non-bottleneck: a residual block on two factorised half-width branches."""
+
+    def __init__(self, channels: int, dilation: int, dropout: float) -> None:
+        super().__init__()
+        half = channels // 2
+        self.left = self._branch(half, ((3, 1), (1, 3)), dilation, dropout)
+        self.right = self._branch(half, ((1, 3), (3, 1)), dilation, dropout)
+
+    @staticmethod
+    def _branch(
+        channels: int, kernels: tuple[tuple[int, int], ...], dilation: int, dropout: float
+    ) -> nn.Sequential:
+        def conv(kernel: tuple[int, int], dilation: int) -> nn.Conv2d:
+            padding = tuple(dilation * (size // 2) for size in kernel)
+            return nn.Conv2d(channels, channels, kernel, padding=padding, dilation=dilation)
+
+        first, second = kernels
+        return nn.Sequential(
+            conv(first, 1),
+            nn.ReLU(inplace=True),
+            conv(second, 1),
+            nn.BatchNorm2d(channels, eps=BATCH_NORM_EPS),
+            nn.ReLU(inplace=True),
+            conv(first, dilation),
+            nn.ReLU(inplace=True),
+            conv(second, dilation),
+            nn.BatchNorm2d(channels, eps=BATCH_NORM_EPS),
+            nn.Dropout2d(dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=1)
+        residual = torch.cat([self.left(left), self.right(right)], dim=1)
+        return F.channel_shuffle(F.relu(x + residual, inplace=True), groups=2)
+
+
+class APN(nn.Module):
+    """The decoder, an attention pyramid network: features to logits, both at 1/8 resolution."""
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.reduce = conv_bn_relu(in_channels, channels, 1)
+        self.down1 = conv_bn_relu(channels, channels, 7, stride=2)
+        self.down2 = conv_bn_relu(channels, channels, 5, stride=2)
+        self.down3 = conv_bn_relu(channels, channels, 3, stride=2)
+        self.lateral1 = conv_bn_relu(channels, channels, 1)
+        self.lateral2 = conv_bn_relu(channels, channels, 1)
+        self.lateral3 = conv_bn_relu(channels, channels, 1)
+        self.context = conv_bn_relu(in_channels, channels, 1)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        reduced = self.reduce(features)  # N x D x H/8 x W/8
+
+        level1 = self.down1(reduced)  # N x D x H/16 x W/16
+        level2 = self.down2(level1)  # N x D x H/32 x W/32
+        level3 = self.down3(level2)  # N x D x H/64 x W/64
+
+        attention = self.lateral3(level3)
+        attention = upsample(attention, level2) + self.lateral2(level2)
+        attention = upsample(attention, level1) + self.lateral1(level1)
+        attention = upsample(attention, reduced)
+
+        context = self.context(F.adaptive_avg_pool2d(features, 1))  # N x D x 1 x 1
+        return self.classifier(attention * reduced + context)
+
+
+def conv_bn_relu(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1
+) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2),
+        nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPS),
+        nn.ReLU(inplace=True),
+    )
+
+
+def upsample(x: Tensor, like: Tensor) -> Tensor:
+    """Resize bilinearly to the height and width of another tensor, so that odd sizes work."""
+    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=True)
