@@ -1,0 +1,120 @@
+"""The embedded default: drawn street scenes in the layout of the Cityscapes download.
+
+    leftImg8bit/<split>/<city>/<name>_leftImg8bit.png   train, val, test, train_extra
+    gtFine/<split>/<city>/<name>_gtFine_labelIds.png    train, val, test (blank, as published)
+    gtCoarse/<split>/<city>/<name>_gtCoarse_labelIds.png    train, val, train_extra
+
+and `_instanceIds.png` beside every `_labelIds.png`, which the official evaluation reads.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+from tqdm import tqdm
+
+from datasets.scene import Scene, draw_scene
+
+COUNTS = {"train": 240, "val": 40, "test": 8, "train_extra": 80}
+CITIES = ("avalon", "brigadoon", "camelot", "zenda")
+HEIGHT = 256
+
+
+def make_synthetic(
+    root: str | os.PathLike,
+    counts: Mapping[str, int] = COUNTS,
+    height: int = HEIGHT,
+    seed: int = 0,
+    workers: int = 1,
+) -> None:
+    """Draw a data set of `height` x 2 `height` images; the same arguments give the same bytes.
+
+    It is made beside `root` and renamed when it is complete, so `root` is whole or absent.
+
+    Args:
+        root: folder to make; must not exist.
+        counts: images of each split.
+        seed: every image is drawn from (seed, split, number).
+        workers: processes that draw.
+
+    Raises:
+        FileExistsError: `root` exists.
+    """
+    root = Path(root)
+    if root.exists():
+        raise FileExistsError(f"{root} exists")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    jobs = [(split, number) for split, count in counts.items() for number in range(count)]
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        write = partial(_write_scene, unfinished, seed=seed, height=height)
+        with ProcessPoolExecutor(max_workers=workers) as pool:
+            written = pool.map(write, *zip(*jobs, strict=True), chunksize=4)
+            for _ in tqdm(written, "drawing street scenes", total=len(jobs), disable=None):
+                pass
+        unfinished.chmod(0o755)
+        unfinished.rename(root)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def coarsen(ids: np.ndarray, cell: int) -> np.ndarray:
+    """Label maps as rough polygons drawn inside each region, the rest 0 = unlabelled.
+
+    Args:
+        ids: H x W, uint8.
+        cell: grid that the corners snap to, in pixels; borders stay unlabelled over about half.
+
+    Returns:
+        H x W, uint8: either the value of `ids` or 0.
+    """
+    height, width = ids.shape
+    grid = (max(1, width // cell), max(1, height // cell))
+    image, reach = Image.fromarray(ids), 2 * (cell // 4) + 1
+    lowest = image.filter(ImageFilter.MinFilter(reach))
+    highest = image.filter(ImageFilter.MaxFilter(reach))
+    inside = np.asarray(lowest) == np.asarray(highest)  # all neighbours are of one value
+    coarse = np.zeros_like(ids)
+    for value in np.unique(ids[inside]):
+        region = inside & (ids == value)
+        # Sampled on the grid and joined linearly again: straight edges between rough corners.
+        rough = Image.fromarray(region.astype(np.uint8) * 255).resize(grid, Image.Resampling.BOX)
+        rough = rough.resize((width, height), Image.Resampling.BILINEAR)
+        coarse[region & (np.asarray(rough) > 140)] = value
+    return coarse
+
+
+def _write_scene(root: Path, split: str, number: int, seed: int, height: int) -> None:
+    split_index = list(COUNTS).index(split)
+    scene = draw_scene(np.random.default_rng([seed, split_index, number]), height)
+    city = CITIES[split_index]
+    name = f"{city}_{number:06d}_000019"
+
+    # Noisy pictures hardly compress: level 1 saves most of the time.
+    _save(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", scene.image, 1)
+    if split == "test":
+        blank = Scene(scene.image, scene.label_ids * 0, scene.instance_ids * 0)
+        _save_labels(root, "gtFine", split, city, name, blank)
+        return
+    if split != "train_extra":
+        _save_labels(root, "gtFine", split, city, name, scene)
+    coarse = coarsen(scene.label_ids, cell=max(4, height // 21))
+    rough = Scene(scene.image, coarse, np.where(coarse > 0, scene.instance_ids, 0))
+    _save_labels(root, "gtCoarse", split, city, name, rough)
+
+
+def _save_labels(root: Path, mode: str, split: str, city: str, name: str, scene: Scene) -> None:
+    folder = root / mode / split / city
+    _save(folder / f"{name}_{mode}_labelIds.png", scene.label_ids)
+    _save(folder / f"{name}_{mode}_instanceIds.png", scene.instance_ids.astype(np.uint16))
+
+
+def _save(path: Path, pixels: np.ndarray, compress_level: int = 6) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, compress_level=compress_level)

@@ -1,0 +1,88 @@
+"""What the tests share: a small drawn Cityscapes, and a way to run the scripts."""
+
+import runpy
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from datasets.synthetic import make_synthetic
+
+ROOT = Path(__file__).parent.parent
+COUNTS = {"train": 6, "val": 3, "test": 2, "train_extra": 3}
+
+
+@pytest.fixture(scope="session")
+def cityscapes(tmp_path_factory) -> Path:
+    """A drawn data set of 128x64 images in the Cityscapes layout; not to be changed."""
+    root = tmp_path_factory.mktemp("data") / "cityscapes"
+    make_synthetic(root, COUNTS, height=64, workers=2)
+    return root
+
+
+@pytest.fixture
+def cityscapes_copy(cityscapes, tmp_path) -> Path:
+    """A copy of the drawn data set, to be damaged."""
+    return Path(shutil.copytree(cityscapes, tmp_path / "cityscapes"))
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def script(capsys, monkeypatch, tmp_path):
+    """Run a script as `python NAME ARGS` would, in tmp_path and in this process."""
+
+    def run(name: str, *args: object) -> Result:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        threads = torch.get_num_threads()
+        capsys.readouterr()
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            torch.set_num_threads(threads)
+        return Result(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def fails(script):
+    """Run a script that must end in one line on stderr and status 2; returns the line."""
+
+    def run(name: str, *args: object) -> str:
+        result = script(name, *args)
+        assert result.status == 2, result
+        lines = result.err.strip().splitlines()
+        assert len(lines) == 1, result.err
+        assert lines[0].startswith(f"{name}: error: ")
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(cityscapes, tmp_path_factory) -> Path:
+    """The folder of a short run of main.py, one epoch of each stage."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    argv = sys.argv
+    sys.argv = ["main.py", *map(str, ("--datadir", cityscapes, *QUICK_RUN, "--savedir", folder))]
+    try:
+        runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+    finally:
+        sys.argv = argv
+    return folder
+
+
+QUICK_RUN = ("--height", 64, "--num-epochs", 1, "--batch-size", 2, "--workers", 0)
