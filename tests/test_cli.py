@@ -1,0 +1,109 @@
+import argparse
+import sys
+
+import pytest
+import torch
+
+from datasets.files import DatasetError
+from utils.cli import (
+    ArgumentParser,
+    UsageError,
+    natural_int,
+    one_line,
+    pick_amp_dtype,
+    pick_device,
+    positive_float,
+    positive_int,
+    run,
+)
+
+
+def test_numbers():
+    assert positive_int("3") == 3 and natural_int("0") == 0 and positive_float("1e-3") == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (positive_int, "0"),
+        (positive_int, "-4"),
+        (positive_int, "1.5"),
+        (positive_int, "many"),
+        (natural_int, "-1"),
+        (positive_float, "0"),
+        (positive_float, "nan"),
+        (positive_float, "inf"),
+    ],
+)
+def test_other_numbers_are_refused_by_name(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not a"):
+        kind(text)
+
+
+def test_a_mistake_on_the_command_line_is_one_line(capsys):
+    parser = ArgumentParser("description")
+    parser.add_argument("--height", type=positive_int)
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(["--height", "-5"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--height: -5 is not a positive whole number" in error
+
+
+@pytest.mark.parametrize("error", [UsageError("no\tway"), DatasetError("no\tway")])
+def test_run_ends_in_one_line_and_status_2(capsys, monkeypatch, error):
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run(main, DatasetError)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "main.py: error: no\tway\n"
+
+
+def test_run_lets_a_bug_through():
+    def main():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(main, DatasetError)
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise DatasetError(f"file {index}.png: is broken")
+
+
+def test_an_error_in_a_worker_is_one_line_too():
+    with pytest.raises(DatasetError) as error:
+        list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+    assert "Traceback" in str(error.value)
+    assert one_line(error.value) == "file 0.png: is broken"
+
+
+def test_devices():
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(UsageError, match=f"--device {name} cannot be used here"):
+            pick_device(name)
+
+
+def test_precision(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert pick_amp_dtype("auto", cpu) is None and pick_amp_dtype("off", cuda) is None
+    assert pick_amp_dtype("bf16", cpu) == torch.bfloat16
+    assert pick_amp_dtype("fp16", cuda) == torch.float16
+    with pytest.raises(UsageError, match="needs a CUDA GPU"):
+        pick_amp_dtype("fp16", cpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert pick_amp_dtype("auto", cuda) == torch.float16
+    with pytest.raises(UsageError, match="not supported by this GPU"):
+        pick_amp_dtype("bf16", cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert pick_amp_dtype("auto", cuda) == torch.bfloat16

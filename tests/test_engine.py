@@ -1,0 +1,122 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from utils.engine import evaluate, train_one_epoch
+from utils.losses import build_loss
+from utils.metrics import ConfusionMatrix
+
+
+class Pixels(torch.utils.data.Dataset):
+    """Random images with labels of another size, in part ignored."""
+
+    def __init__(self, count: int, label_size: tuple[int, int]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.rand(count, 3, 16, 24, generator=generator)
+        self.labels = torch.randint(0, 4, (count, *label_size), generator=generator)
+        self.labels[:, :3] = 255
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.images[index], self.labels[index]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_evaluate_scores_at_the_labels_resolution(model, batch_size):
+    """The same by hand, one image at a time; the last batch is part of it."""
+    data, weight = Pixels(5, (40, 50)), torch.tensor([1.0, 2.0, 0.5, 1.0])
+    seen = []
+    loss, confusion = evaluate(
+        model,
+        DataLoader(data, batch_size=batch_size),
+        weight,
+        "",
+        on_image=lambda image, prediction, label: seen.append((image, prediction, label)),
+    )
+    model.eval()
+    expected, all_logits = ConfusionMatrix(4), []
+    with torch.no_grad():
+        for image, label in data:
+            logits = F.interpolate(
+                model(image[None]), (40, 50), mode="bilinear", align_corners=True
+            )
+            expected.update(logits.argmax(1)[0], label)
+            all_logits.append(logits)
+    assert torch.equal(confusion.counts, expected.counts)
+    assert confusion.counts.sum() == 5 * 37 * 50
+    whole = F.cross_entropy(torch.cat(all_logits), data.labels, weight, ignore_index=255)
+    assert loss == pytest.approx(whole.item(), rel=1e-5)
+    assert len(seen) == 5
+    for index, (image, prediction, label) in enumerate(seen):
+        assert torch.equal(image, data.images[index]) and torch.equal(label, data.labels[index])
+        assert prediction.shape == (40, 50)
+
+
+def train(model, data, dtype=None, confusion=None, batch_size=2):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    loader = DataLoader(data, batch_size=batch_size)
+    scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=2 * len(loader))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss = build_loss("ce", torch.ones(4))
+    figures = train_one_epoch(
+        model, loader, loss, optimizer, scheduler, scaler, dtype, "epoch", 1, confusion
+    )
+    return figures, scheduler.get_last_lr()[0]
+
+
+def test_training_lowers_the_loss_and_steps_the_schedule_with_each_batch(model):
+    data = Pixels(6, (16, 24))
+    data.labels = (data.images[:, 0] > 0.5).long()
+    first, lr = train(model, data)
+    assert lr == pytest.approx(0.25)  # 3 of 6 steps
+    second, _ = train(model, data)
+    assert second["train_loss"] < first["train_loss"]
+    assert first["images_per_second"] > 0
+    assert model.training
+
+
+def test_train_loss_is_the_mean_over_images(model):
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model[1].weight.requires_grad_(True)
+    model[1].weight.data.zero_()
+    model[1].bias.data = torch.tensor([2.0, 0.0, 0.0, 0.0])
+    model[1].weight.register_hook(torch.zeros_like)
+    data = Pixels(3, (16, 24))
+    figures, _ = train(model, data)  # a batch of two and one of one
+    logits = torch.tensor([2.0, 0.0, 0.0, 0.0]).log_softmax(0)
+    losses = [-logits[label[label != 255]].mean() for label in data.labels]
+    pair = -logits[data.labels[:2][data.labels[:2] != 255]].mean()
+    assert figures["train_loss"] == pytest.approx(((2 * pair + losses[2]) / 3).item(), rel=1e-5)
+
+
+def test_training_counts_its_predictions_where_asked(model):
+    confusion = ConfusionMatrix(4)
+    train(model, Pixels(5, (16, 24)), confusion=confusion)
+    assert confusion.counts.sum() == 5 * 13 * 24
+
+
+def test_mixed_precision_on_cpu(model):
+    data = Pixels(4, (16, 24))
+    figures, _ = train(model, data, torch.bfloat16)
+    assert 0 < figures["train_loss"] < 10
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    loss, _ = evaluate(model, DataLoader(data, batch_size=2), torch.ones(4), "", torch.bfloat16)
+    assert 0 < loss < 10
+
+
+def test_progress_in_a_log_is_lines(model, capsys):
+    train(model, Pixels(6, (16, 24)))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("epoch: step 1/3, loss ") and "images/s" in lines[0]

@@ -1,0 +1,74 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from utils.losses import build_loss, class_weights, cross_entropy, ohem_cross_entropy
+
+
+def test_class_weights_of_cityscapes():
+    """Known values: road, sidewalk and building by their shares, 11.5 % of pixels ignored."""
+    shares = [0.3265, 0.0539, 0.2020]
+    rest = 1 - sum(shares) - 0.115
+    counts = torch.tensor([round(1e9 * share) for share in (*shares, rest, 0.115)])
+    assert class_weights(counts, 1.20)[:3].tolist() == pytest.approx(
+        [2.365, 4.424, 2.969], abs=2e-3
+    )
+    assert class_weights(counts, 1.10)[:3].tolist() == pytest.approx(
+        [2.815, 6.985, 3.789], abs=2e-3
+    )
+
+
+def test_class_weights_of_an_absent_class_are_finite():
+    weights = class_weights(torch.tensor([100, 0, 0]), 1.1)
+    assert weights.tolist() == pytest.approx([1 / math.log(2.1), 1 / math.log(1.1)])
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 6, 5, requires_grad=True)
+    labels = torch.randint(0, 4, (2, 6, 5))
+    labels[0, :2] = 255
+    return logits, labels, torch.tensor([1.0, 2.0, 3.0, 0.5])
+
+
+def test_cross_entropy_is_torchs_weighted_mean(batch):
+    logits, labels, weight = batch
+    expected = F.cross_entropy(logits, labels, weight, ignore_index=255)
+    assert torch.allclose(cross_entropy(logits, labels, weight), expected)
+
+
+@pytest.mark.parametrize("name", ["ce", "ohem"])
+def test_a_batch_without_labels_costs_nothing(batch, name):
+    logits, labels, weight = batch
+    loss = build_loss(name, weight)(logits, torch.full_like(labels, 255))
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
+
+
+def test_ohem_takes_pixels_below_the_threshold():
+    # Probabilities of the true class: 0.9, 0.6, 0.2, and an ignored pixel.
+    truth = torch.tensor([0.9, 0.6, 0.2, 0.1]).view(1, 1, 4)
+    logits = torch.stack([truth.log(), (1 - truth).log()], dim=1)
+    labels = torch.tensor([[[0, 0, 0, 255]]])
+    loss = ohem_cross_entropy(logits, labels, torch.ones(2), threshold=0.7)
+    assert loss.item() == pytest.approx(-(math.log(0.6) + math.log(0.2)) / 2)
+
+
+def test_ohem_keeps_the_hardest_where_all_are_easy():
+    truth = torch.tensor([0.99, 0.9, 0.95, 0.98]).view(1, 1, 4)
+    logits = torch.stack([truth.log(), (1 - truth).log()], dim=1)
+    labels = torch.zeros(1, 1, 4, dtype=torch.int64)
+    loss = ohem_cross_entropy(logits, labels, torch.ones(2), threshold=0.7, min_kept=0.5)
+    assert loss.item() == pytest.approx(-(math.log(0.9) + math.log(0.95)) / 2)
+
+
+def test_ohem_weighs_the_classes():
+    truth = torch.tensor([0.5, 0.5]).view(1, 1, 2)
+    logits = torch.stack([truth.log() + 1, (1 - truth).log()], dim=1)
+    labels = torch.tensor([[[0, 1]]])
+    weight = torch.tensor([1.0, 3.0])
+    loss = ohem_cross_entropy(logits, labels, weight, threshold=1.0)
+    assert torch.allclose(loss, F.cross_entropy(logits, labels, weight))

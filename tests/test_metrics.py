@@ -1,0 +1,81 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
+from PIL import Image
+
+from datasets.cityscapes import CATEGORIES, CLASS_NAMES, LABEL_ID_TO_TRAIN_ID, TRAIN_ID_TO_LABEL_ID
+from utils.metrics import ConfusionMatrix, mean_score
+
+
+def test_worked_example():
+    labels = torch.tensor([[0, 0, 1], [1, 255, 2]])
+    predictions = torch.tensor([[0, 1, 1], [1, 0, 1]])
+    confusion = ConfusionMatrix(4)
+    confusion.update(predictions, labels)
+    assert confusion.counts.dtype == torch.int64
+    assert confusion.counts.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [0, 1, 0, 0], [0] * 4]
+    iou = confusion.class_iou()
+    assert iou[:3].tolist() == [1 / 2, 2 / 4, 0]
+    assert iou[3].isnan()  # absent from truth and prediction: not in the mean
+    assert mean_score(iou) == pytest.approx(1 / 3)
+    assert confusion.pixel_accuracy() == 3 / 5
+    assert confusion.mean_accuracy() == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert confusion.category_iou(["a", "b", "b", "c"]) == pytest.approx(
+        {"a": 1 / 2, "b": 3 / 4, "c": math.nan}, nan_ok=True
+    )
+
+
+def test_updates_add_up():
+    labels, predictions = torch.randint(0, 5, (2, 4, 9, 9))
+    together, apart = ConfusionMatrix(5), ConfusionMatrix(5)
+    together.update(predictions, labels)
+    for prediction, label in zip(predictions, labels, strict=True):
+        apart.update(prediction, label)
+    assert torch.equal(together.counts, apart.counts)
+    assert together.counts.sum() == labels.numel()
+
+
+def test_agrees_with_the_official_evaluation(tmp_path):
+    """Class and category IoU of the same PNGs, with ignored labels and absent classes."""
+    rng = np.random.default_rng(0)
+    confusion = ConfusionMatrix(19)
+    truths, predictions = [], []
+    for number in range(3):
+        truth = rng.integers(0, 34, (40, 80)).astype(np.uint8)
+        truth[truth == 33] = 7  # no bicycle in the truth, but in the prediction
+        truth[truth == 31] = 7  # no train in either
+        right = rng.random((40, 80)) < 0.6
+        guess = rng.choice([i for i in range(19) if i != 16], (40, 80))
+        known = LABEL_ID_TO_TRAIN_ID[truth]
+        train_ids = np.where(right & (known < 19), known, guess).astype(np.uint8)
+        confusion.update(torch.from_numpy(train_ids).long(), torch.from_numpy(known).long())
+
+        name = f"town_{number:06d}_000019"
+        truths.append(str(tmp_path / f"{name}_gtFine_labelIds.png"))
+        predictions.append(str(tmp_path / f"{name}_pred_labelIds.png"))
+        Image.fromarray(truth).save(truths[-1])
+        Image.fromarray(truth).save(truths[-1].replace("labelIds", "instanceIds"))
+        Image.fromarray(TRAIN_ID_TO_LABEL_ID[train_ids]).save(predictions[-1])
+
+    official.args.evalInstLevelScore = False
+    official.args.JSONOutput = False
+    official.args.quiet = True
+    result = official.evaluateImgLists(predictions, truths, official.args)
+
+    ours = dict(zip(CLASS_NAMES, confusion.class_iou().tolist(), strict=True))
+    assert math.isnan(ours["train"]) and ours["bicycle"] == 0
+    for name, iou in ours.items():
+        assert iou == pytest.approx(result["classScores"][name], abs=1e-12, nan_ok=True)
+    categories = confusion.category_iou(CATEGORIES)
+    assert len(categories) == 7
+    for name, iou in categories.items():
+        assert iou == pytest.approx(result["categoryScores"][name], abs=1e-12)
+    assert mean_score(list(ours.values())) == pytest.approx(
+        result["averageScoreClasses"], abs=1e-12
+    )
+    assert mean_score(list(categories.values())) == pytest.approx(
+        result["averageScoreCategories"], abs=1e-12
+    )

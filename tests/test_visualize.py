@@ -1,0 +1,32 @@
+import math
+
+import torch
+
+from utils.visualize import colorize, score_table, strip
+
+COLORS = [(128, 64, 128), (0, 0, 142)]
+
+
+def test_colorize():
+    picture = colorize(torch.tensor([[0, 1], [255, 1]]), COLORS)
+    assert picture.shape == (3, 2, 2) and picture.dtype == torch.uint8
+    assert picture[:, 0, 0].tolist() == [128, 64, 128]
+    assert picture[:, 1, 1].tolist() == [0, 0, 142]
+    assert picture[:, 1, 0].tolist() == [0, 0, 0]
+
+
+def test_strip_shows_image_prediction_and_truth():
+    image = torch.full((3, 32, 64), 0.5)
+    mean, std = (0.25, 0.0, 0.5), (0.5, 1.0, 2.0)
+    normalised = (image - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    prediction, label = torch.zeros(64, 128).long(), torch.full((64, 128), 255)
+    picture = strip(normalised, prediction, label, COLORS, mean, std, height=16)
+    assert picture.shape == (3, 16, 96) and picture.dtype == torch.uint8
+    assert (picture[:, :, :32] == 127).all()
+    assert (picture[:, :, 32:64] == torch.tensor(COLORS[0]).view(3, 1, 1)).all()
+    assert (picture[:, :, 64:] == 0).all()
+
+
+def test_score_table_reads_downwards():
+    table = score_table(["road", "sky", "car"], [0.5, math.nan, 1.0])
+    assert table.splitlines() == ["road   50.0    car   100.0", "sky       -"]

@@ -1,0 +1,190 @@
+"""Checkpoints: one file that explains itself, written whole and read with care.
+
+A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts:
+
+    model           state_dict of LEDNet; in stage 1 of the encoder under its training head
+    stage           1 or 2, the stage that wrote it
+    num_classes, class_names, colors (RGB 0-255), categories, dataset
+    apn_channels    width D of the decoder
+    mean, std       that inputs in [0, 1] are normalised with, by RGB channel
+    height          of the images that the network was trained on
+    args            options of the training run
+    epoch, best     epochs done in this stage; epoch, mIoU and class IoU of the best one so far
+
+and in last.pth, to resume from: optimizer, scheduler, scaler, rng.
+"""
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.lednet import Encoder, LEDNet
+
+
+class CheckpointError(Exception):
+    """A checkpoint file is not usable; the message is one line that says what to do."""
+
+
+def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Write a checkpoint beside `path`, sync it and rename it: the file is whole or absent."""
+    path = Path(path)
+    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(dict(checkpoint), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(unfinished, 0o644)
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, without running any code that is in it.
+
+    A plain state_dict is taken too, and comes back as {"model": state_dict}.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or holds something else.
+    """
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path} does not exist: give the path of a checkpoint file")
+    try:
+        # torch itself loads a flipped bit in silence; the archive's checksums tell.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise CheckpointError(f"{path} is damaged (checksum of {damaged}): use a copy")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what torch.load raises on other files is not documented
+        raise CheckpointError(
+            f"{path} is not a checkpoint, or was cut short: use another file or a copy"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no weights but a {type(content).__name__}")
+    if "model" not in content:
+        content = {"model": content.get("state_dict", content)}
+    weights = content["model"]
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise CheckpointError(f"{path} holds no weights: use a checkpoint that main.py wrote")
+    # DataParallel puts a prefix before every name.
+    content["model"] = {name.removeprefix("module."): w for name, w in weights.items()}
+    return content
+
+
+def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
+    """Rebuild the trained network that a checkpoint holds, in evaluation mode on the CPU.
+
+    Returns:
+        The network and the rest of the checkpoint.
+
+    Raises:
+        CheckpointError: the file is not a checkpoint of a whole network by main.py.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint.get("stage") == 1:
+        raise CheckpointError(
+            f"{path} holds the encoder alone: train stage 2 first, with "
+            f"main.py --pretrained-encoder {path}"
+        )
+    missing = [key for key in ("num_classes", "apn_channels", "height") if key not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f"{path} does not say its {missing[0]}: it was not written by main.py; "
+            f"load it with main.py --init {path} first"
+        )
+    network = LEDNet(checkpoint["num_classes"], checkpoint["apn_channels"])
+    fill(network, checkpoint.pop("model"), path)
+    return network.eval(), checkpoint
+
+
+def load_encoder(encoder: Encoder, path: str | os.PathLike) -> dict[str, Any]:
+    """Fill an encoder from any file that holds all of its weights, and nothing else of it.
+
+    Returns:
+        The checkpoint without its weights.
+
+    Raises:
+        CheckpointError: the file is not a checkpoint or does not fill the encoder.
+    """
+    checkpoint = load_checkpoint(path)
+    weights = checkpoint.pop("model")
+    inside = {
+        name.removeprefix("encoder."): weight
+        for name, weight in weights.items()
+        if name.startswith("encoder.")
+    }
+    fill(encoder, inside or weights, path)
+    return checkpoint
+
+
+def init_network(
+    network: LEDNet, checkpoint: Mapping[str, Any], path: str | os.PathLike, class_names: list[str]
+) -> list[str]:
+    """Start from a whole trained network; its classifier is kept where the classes agree.
+
+    Args:
+        checkpoint: what `load_checkpoint` read from `path`.
+        class_names: of the classes that the network is to tell apart.
+
+    Returns:
+        Names of the tensors that keep their random values: the classifier's, or none.
+
+    Raises:
+        CheckpointError: the file does not fill the rest of the network.
+    """
+    weights, own = checkpoint["model"], network.state_dict()
+    classifier = [name for name in own if name.startswith("decoder.classifier.")]
+    same_classes = checkpoint.get("class_names", class_names) == class_names
+    fresh = [
+        name
+        for name in classifier
+        if name in weights and not (same_classes and weights[name].shape == own[name].shape)
+    ]
+    fill(network, {**weights, **{name: own[name] for name in fresh}}, path)
+    return fresh
+
+
+def apn_channels_of(weights: Mapping[str, Tensor]) -> int | None:
+    """The decoder width D of a network's weights; None where they hold no decoder."""
+    reduce = weights.get("decoder.reduce.0.weight")
+    return None if reduce is None else reduce.shape[0]
+
+
+def fill(module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Copy weights into a module after comparing every name and shape.
+
+    Raises:
+        CheckpointError: names what is missing, left over or of another shape; nothing is copied.
+    """
+    own = module.state_dict()
+    width, stored_width = apn_channels_of(own), apn_channels_of(weights)
+    if width and stored_width and width != stored_width:
+        raise CheckpointError(
+            f"{path} was trained with --apn-channels {stored_width}, not {width}: "
+            f"give --apn-channels {stored_width} or another file"
+        )
+    problems = [f"{name} is missing" for name in own if name not in weights]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)}, not {tuple(weight.shape)}"
+        for name, weight in own.items()
+        if name in weights and weights[name].shape != weight.shape
+    ]
+    problems += [f"{name} is unknown" for name in weights if name not in own]
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit the {type(module).__name__}: {'; '.join(problems[:3])}"
+            + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        )
+    module.load_state_dict(weights)

@@ -1,0 +1,116 @@
+"""What the command lines of the scripts share: options, errors in one line, the device."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+
+
+class UsageError(Exception):
+    """The command line asks for something that cannot be done; the message is one line."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one line, without the usage before it."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+class Obsolete(argparse.Action):
+    """An option of the original training code that is accepted with a note, and ignored."""
+
+    def __init__(self, option_strings, dest, reason="it means nothing any more", **kwargs):
+        super().__init__(
+            option_strings, dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **kwargs
+        )
+        self.reason = reason
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(f"note: {option_string} is ignored: {self.reason}", file=sys.stderr)
+
+
+def run(main: Callable[[], None], *mistakes: type[Exception]) -> None:
+    """Run a script; a UsageError or one of `mistakes` ends it in one line and status 2."""
+    try:
+        main()
+    except (UsageError, *mistakes) as error:
+        print(f"{sys.argv[0]}: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{sys.argv[0]}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error; of one that a DataLoader's worker raised, without its traceback."""
+    last = str(error).strip().splitlines()[-1]
+    return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+
+
+def positive_int(text: str) -> int:
+    return _number(int, text, "a positive whole number", lambda value: value > 0)
+
+
+def natural_int(text: str) -> int:
+    return _number(int, text, "a whole number from 0 on", lambda value: value >= 0)
+
+
+def positive_float(text: str) -> float:
+    return _number(float, text, "a positive number", lambda value: 0 < value < float("inf"))
+
+
+def _number(kind: type, text: str, what: str, accepts: Callable[[float], bool]):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accepts(value):
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+    return value
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, checked; "auto" is the GPU where there is one.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {name} cannot be used here: give --device cpu, or auto to take a GPU "
+            "where there is one"
+        ) from error
+    return device
+
+
+def pick_amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The precision that --amp asks for; None is full precision.
+
+    Raises:
+        UsageError: the device cannot do it.
+    """
+    on_gpu = device.type == "cuda"
+    if name == "fp16" and not on_gpu:
+        raise UsageError("--amp fp16 needs a CUDA GPU: give --amp bf16 or off")
+    if name == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
+        raise UsageError("--amp bf16 is not supported by this GPU: give --amp fp16 or off")
+    if name == "auto":
+        if not on_gpu:
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

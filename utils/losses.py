@@ -1,0 +1,77 @@
+"""Class weights and the losses of training."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE_INDEX = 255
+
+
+def class_weights(counts: Tensor, c: float) -> Tensor:
+    """Weigh classes by how rare they are: w = 1 / ln(c + p), p the share of all pixels (ENet).
+
+    Args:
+        counts: pixels of each class, then of the ignored ones, which count in the total.
+        c: 1.20 in LEDNet's stage 1 and 1.10 in its stage 2; the smaller, the stronger.
+
+    Returns:
+        float32, one weight a class.
+    """
+    shares = counts[:-1].double() / counts.sum()
+    return (1 / torch.log(c + shares)).float()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean cross entropy over the labelled pixels; 0 where there are none.
+
+    Args:
+        logits: N x C x H x W.
+        labels: N x H x W, int64, 0 to C - 1 or 255 = ignore.
+        weight: of each class.
+    """
+    total = F.cross_entropy(
+        logits.float(), labels, weight, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return total / _pixel_weights(labels, weight).sum().clamp_min(1e-12)
+
+
+def ohem_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    threshold: float = 0.7,
+    min_kept: float = 1 / 16,
+) -> Tensor:
+    """Cross entropy over the hard pixels alone (online hard example mining).
+
+    Hard are the pixels whose true class got a probability below `threshold`, and at least the
+    share `min_kept` of the labelled ones, the hardest first (Shrivastava et al., CVPR 2016).
+    Arguments as in `cross_entropy`.
+    """
+    losses = F.cross_entropy(
+        logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none"
+    ).flatten()
+    weights = _pixel_weights(labels, weight).flatten()
+    kept = losses > -torch.log(losses.new_tensor(threshold))
+    fewest = max(1, int((labels != IGNORE_INDEX).sum() * min_kept))
+    if kept.sum() < fewest:
+        kept = torch.zeros_like(kept)
+        kept[losses.topk(fewest).indices] = True
+    weights = weights * kept
+    return (losses * weights).sum() / weights.sum().clamp_min(1e-12)
+
+
+LOSSES = {"ce": cross_entropy, "ohem": ohem_cross_entropy}
+
+
+def build_loss(name: str, weight: Tensor):
+    """The loss of that name (a key of LOSSES) as a function of logits and labels."""
+    return partial(LOSSES[name], weight=weight)
+
+
+def _pixel_weights(labels: Tensor, weight: Tensor) -> Tensor:
+    """The weight of each pixel's class, 0 where it is ignored."""
+    by_label = F.pad(weight, (0, IGNORE_INDEX + 1 - len(weight)))
+    return by_label[labels]

@@ -1,0 +1,92 @@
+"""The folder of a training run: its options, its log, and what may not be overwritten."""
+
+import csv
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.cli import UsageError
+
+LAST, BEST, ENCODER = "last.pth", "best.pth", "encoder.pth"
+
+
+def run_folder(savedir: str | None, dataset: str) -> Path:
+    """Where a run writes: a name lies under save/, a path is taken as it is."""
+    if savedir is None:
+        return Path("save") / f"{dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path(savedir) if os.sep in savedir or savedir in (".", "..") else Path("save") / savedir
+
+
+def check_free(folder: Path) -> None:
+    """See that no run lies in the folder.
+
+    Raises:
+        UsageError: one does.
+    """
+    for name in ("args.json", "log.csv", LAST, BEST, ENCODER):
+        if (folder / name).exists():
+            raise UsageError(
+                f"{folder} holds a run already ({name}): continue it with --resume or give "
+                "another --savedir"
+            )
+
+
+def start_run(folder: Path, args: Mapping[str, Any]) -> None:
+    """Make the folder and write the options of a new run into it.
+
+    Raises:
+        UsageError: the folder holds a run or cannot be written.
+    """
+    check_free(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "args.json").open("x") as file:
+            json.dump(dict(args), file, indent=2)
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written ({error.strerror}): give another --savedir"
+        ) from error
+
+
+def read_args(folder: Path) -> dict[str, Any]:
+    """The options that a run was started with.
+
+    Raises:
+        UsageError: the folder holds no run.
+    """
+    try:
+        return json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{folder} holds no run to resume (args.json is missing or damaged): give the "
+            "--savedir of a run, or leave out --resume"
+        ) from error
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a line to a CSV file; the first also writes the header."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def drop_rows_after(path: Path, stage: int, epoch: int) -> None:
+    """Cut from the log what was trained after the checkpoint that a run resumes from."""
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows, names = list(reader), reader.fieldnames
+    kept = [row for row in rows if (int(row["stage"]), int(row["epoch"])) <= (stage, epoch)]
+    unfinished = path.with_name(f".{path.name}")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(kept)
+    os.replace(unfinished, path)

@@ -1,0 +1,52 @@
+"""Label maps and images as pictures, and scores as a table."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def colorize(labels: Tensor, colors: Sequence[Sequence[int]]) -> Tensor:
+    """Paint classes: H x W integers to 3 x H x W, uint8; what is no class becomes black."""
+    palette = torch.zeros(256, 3, dtype=torch.uint8, device=labels.device)
+    palette[: len(colors)] = torch.tensor(colors, dtype=torch.uint8, device=labels.device)
+    return palette[labels.long()].permute(2, 0, 1)
+
+
+def strip(
+    image: Tensor,
+    prediction: Tensor,
+    label: Tensor,
+    colors: Sequence[Sequence[int]],
+    mean: Sequence[float] = (0, 0, 0),
+    std: Sequence[float] = (1, 1, 1),
+    height: int = 256,
+) -> Tensor:
+    """Image, prediction and truth side by side, as a picture of at most `height` rows.
+
+    Args:
+        image: 3 x h x w, normalised with mean and std.
+        prediction, label: H x W, classes; H x W need not be h x w.
+
+    Returns:
+        3 x height x 3 width, uint8, on the CPU.
+    """
+    mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in (mean, std))
+    photo = ((image.float() * std + mean).clamp(0, 1) * 255).to(torch.uint8)
+    panels = [photo, colorize(prediction, colors), colorize(label, colors)]
+    height = min(height, image.shape[1])
+    size = height, round(image.shape[2] * height / image.shape[1])
+    panels = [F.interpolate(panel[None], size, mode="nearest-exact")[0] for panel in panels]
+    return torch.cat(panels, dim=2).cpu()
+
+
+def score_table(names: Sequence[str], scores: Sequence[float], columns: int = 2) -> str:
+    """Names beside percentages, in columns that are read downwards; '-' for NaN."""
+    width = max(map(len, names))
+    cells = [
+        f"{name:<{width}}  {'-' if score != score else f'{100 * score:.1f}':>5}"
+        for name, score in zip(names, scores, strict=True)
+    ]
+    rows = -(-len(cells) // columns)
+    return "\n".join("    ".join(cells[row::rows]).rstrip() for row in range(rows))
