@@ -1,0 +1,552 @@
+"""Train LEDNet on Cityscapes: stage 1 the encoder, stage 2 the whole network.
+
+python main.py                                        on drawn street scenes, made once
+python main.py --datadir DIR                          on Cityscapes, as published
+python main.py --datadir DIR --annotations coarse --savedir coarse
+python main.py --datadir DIR --init save/coarse/best.pth --savedir fine
+python main.py --savedir NAME --resume                go on with an interrupted run
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import PolynomialLR
+from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from datasets.cityscapes import (
+    ANNOTATIONS,
+    CATEGORIES,
+    CLASS_NAMES,
+    COLORS,
+    Cityscapes,
+    training_parts,
+)
+from datasets.files import DatasetError, image_size
+from datasets.statistics import count_pixels
+from datasets.synthetic import make_synthetic
+from datasets.transforms import eval_transforms, resized_size, train_transforms
+from models.lednet import EncoderClassifier, LEDNet
+from utils.checkpoint import (
+    CheckpointError,
+    apn_channels_of,
+    fill,
+    init_network,
+    load_checkpoint,
+    load_encoder,
+    save_checkpoint,
+)
+from utils.cli import (
+    ArgumentParser,
+    Obsolete,
+    UsageError,
+    natural_int,
+    pick_amp_dtype,
+    pick_device,
+    positive_float,
+    positive_int,
+    run,
+)
+from utils.engine import evaluate, train_one_epoch
+from utils.losses import LOSSES, build_loss, class_weights
+from utils.metrics import ConfusionMatrix, mean_score
+from utils.run import (
+    BEST,
+    ENCODER,
+    LAST,
+    append_row,
+    check_free,
+    drop_rows_after,
+    read_args,
+    run_folder,
+    start_run,
+)
+from utils.speed import count_parameters
+from utils.visualize import score_table, strip
+
+EMBEDDED = Path("data/synthetic")
+
+# What an option is when the command line does not say, as published and on the embedded scenes.
+PUBLISHED = {"height": 512, "encoder_epochs": 300, "epochs": 300, "batch_size": 5, "lr": 5e-4}
+QUICK = {"height": 192, "encoder_epochs": 4, "epochs": 8, "batch_size": 5, "lr": 2e-3}
+
+# Of the class weights 1 / ln(c + p), by stage.
+WEIGHT_C = {1: 1.20, 2: 1.10}
+# Labels of stage 1 have the encoder's resolution.
+LABEL_STRIDE = {1: 8, 2: 1}
+
+# The columns of the log that validation fills.
+NOT_VALIDATED = dict.fromkeys(
+    ("val_loss", "val_miou", "val_pixel_accuracy", *(f"iou {name}" for name in CLASS_NAMES)),
+    math.nan,
+)
+
+# Options that may differ from the run's own when it is resumed.
+FREE_ON_RESUME = {
+    "datadir", "device", "workers", "val_every", "steps_loss", "epochs_save", "resume", "savedir",
+}  # fmt: skip
+
+
+class BothStages(argparse.Action):
+    """The original code's --num-epochs: as many epochs in each stage."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.encoder_epochs = namespace.epochs = values
+
+
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+
+    def quick(name: str) -> str:
+        return f"default {PUBLISHED[name]}, without --datadir {QUICK[name]}"
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--datadir",
+        help="folder with leftImg8bit and gtFine or gtCoarse; "
+        f"without it, street scenes are drawn into {EMBEDDED}",
+    )
+    data.add_argument("--annotations", choices=ANNOTATIONS, default="fine", help="default fine")
+    data.add_argument(
+        "--height", type=positive_int, help=f"images are resized to this; {quick('height')}"
+    )
+    data.add_argument(
+        "--augment",
+        choices=("paper", "strong"),
+        default="paper",
+        help="paper: flip and shift; strong: scale, crop, flip, colour; default paper",
+    )
+    data.add_argument(
+        "--workers",
+        "--num-workers",
+        type=natural_int,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that load data; default %(default)s",
+    )
+
+    start = parser.add_argument_group("network and where it starts")
+    start.add_argument(
+        "--apn-channels", "--D", type=positive_int, help="width of the decoder; default 20"
+    )
+    start.add_argument(
+        "--pretrained-encoder",
+        "--pretrainedEncoder",
+        metavar="FILE",
+        help="take the encoder from this file and skip stage 1",
+    )
+    start.add_argument("--decoder", action="store_true", help="go straight to stage 2")
+    start.add_argument(
+        "--init",
+        "--state",
+        metavar="CHECKPOINT",
+        help="start stage 2 from this whole network; its classifier is replaced where the "
+        "classes differ",
+    )
+
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument(
+        "--encoder-epochs", type=natural_int, help=f"of stage 1; {quick('encoder_epochs')}"
+    )
+    recipe.add_argument("--epochs", type=positive_int, help=f"of stage 2; {quick('epochs')}")
+    recipe.add_argument(
+        "--num-epochs", type=positive_int, action=BothStages, help="of each stage, in one option"
+    )
+    recipe.add_argument("--batch-size", type=positive_int, help=quick("batch_size"))
+    recipe.add_argument("--lr", type=positive_float, help=f"learning rate; {quick('lr')}")
+    recipe.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="ce",
+        help="weighted cross entropy, over all pixels or the hard ones; default ce",
+    )
+    recipe.add_argument("--seed", type=natural_int, default=0, help="default 0")
+    recipe.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1; default auto")
+    recipe.add_argument(
+        "--amp",
+        choices=("auto", "off", "bf16", "fp16"),
+        default="auto",
+        help="mixed precision; auto: on a GPU only; default auto",
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--savedir", help="a name under save/, or a path; default: by data set and time"
+    )
+    output.add_argument("--resume", action="store_true", help="go on with the run in --savedir")
+    output.add_argument(
+        "--val-every", type=positive_int, default=1, help="epochs between validations; default 1"
+    )
+    output.add_argument(
+        "--iouTrain", action="store_true", help="measure the mIoU on the training images too"
+    )
+    output.add_argument(
+        "--steps-loss",
+        type=positive_int,
+        default=50,
+        help="steps between lines of progress in a log; default 50",
+    )
+    output.add_argument(
+        "--epochs-save",
+        type=natural_int,
+        default=0,
+        help="keep the weights of every so many epochs; default 0: last and best alone",
+    )
+    for name, values in (
+        ("model", 1),
+        ("port", 1),
+        ("steps-plot", 1),
+        ("visualize", 0),
+        ("cuda", 0),
+    ):
+        parser.add_argument(f"--{name}", action=Obsolete, nargs=values)
+    parser.add_argument(
+        "--iouVal", action=Obsolete, nargs=0, reason="every validation measures the mIoU"
+    )
+
+    args = parser.parse_args()
+    if args.resume:
+        if args.savedir is None:
+            raise UsageError("--resume needs --savedir, the folder of the run to go on with")
+        stored = read_args(run_folder(args.savedir, ""))
+        parser.set_defaults(**{k: v for k, v in stored.items() if k not in ("savedir", "resume")})
+        args = parser.parse_args()
+        for name, value in stored.items():
+            if name not in FREE_ON_RESUME and getattr(args, name) != value:
+                raise UsageError(
+                    f"the run in {args.savedir} has --{name.replace('_', '-')} {value}: "
+                    "leave the option out to resume, or start another run"
+                )
+    for name, value in (QUICK if args.datadir is None else PUBLISHED).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    dataset = "synthetic" if args.datadir is None else "cityscapes"
+    args.datadir = args.datadir or str(EMBEDDED)
+    args.savedir = str(run_folder(args.savedir, dataset))
+
+    if args.batch_size == 1:
+        raise UsageError(
+            "--batch-size 1 cannot train: batch norm on the pooled 1x1 plane needs 2 images"
+        )
+    if args.init and args.pretrained_encoder:
+        raise UsageError("--init and --pretrained-encoder exclude each other: give one of them")
+    if args.init or args.pretrained_encoder or args.decoder:
+        args.encoder_epochs = 0
+    return args
+
+
+@dataclass
+class Run:
+    """What both stages of a run share."""
+
+    args: argparse.Namespace
+    folder: Path
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    parts: list[Cityscapes]
+    val: Cityscapes
+    size: tuple[int, int]  # height and width that the network is trained on
+    mean: Sequence[float]
+    std: Sequence[float]
+    counts: Tensor  # training pixels of each class, then of the ignored ones
+    shuffling: torch.Generator
+    writer: SummaryWriter
+    description: dict[str, Any]  # what every checkpoint says of the network
+    resumed: dict[str, Any] | None  # the checkpoint to go on from
+
+
+def main() -> None:
+    args = parse_args()
+    folder = Path(args.savedir)
+    device = pick_device(args.device)
+    amp_dtype = pick_amp_dtype(args.amp, device)
+    torch.backends.cudnn.benchmark = True
+    resumed = None
+    if not args.resume:
+        check_free(folder)
+    elif (folder / LAST).exists():
+        resumed = load_checkpoint(folder / LAST)
+    stage_done, epoch_done = (resumed["stage"], resumed["epoch"]) if resumed else (0, 0)
+
+    torch.manual_seed(args.seed)
+    network, mean, std = build_network(args)
+
+    if args.datadir == str(EMBEDDED) and not EMBEDDED.exists():
+        print(f"no --datadir: drawing street scenes into {EMBEDDED}, this once", flush=True)
+        make_synthetic(EMBEDDED, workers=os.cpu_count() or 1)
+    parts = training_parts(args.datadir, args.annotations)
+    val = Cityscapes(args.datadir, "val", transforms=eval_transforms(args.height, mean, std))
+    for part in (*parts, val):
+        part.check_files()
+    size = resized_size(*image_size(parts[0].images[0]), args.height)
+    if min(size) < 64:
+        raise UsageError(
+            f"--height {args.height} makes images of {size[1]}x{size[0]}: LEDNet needs 64x64"
+        )
+    if sum(map(len, parts)) < 2:
+        raise UsageError(f"{args.datadir} has one training image: training needs 2")
+    counts_file = folder / "class_counts.json"
+    if args.resume and counts_file.exists():
+        counts = torch.tensor(list(json.loads(counts_file.read_text()).values()))
+    else:
+        counts = count_pixels(parts, len(CLASS_NAMES), args.workers)
+
+    # Nothing was written so far: a mistake found above leaves no folder behind.
+    if not args.resume:
+        start_run(folder, vars(args))
+    named = dict(zip([*CLASS_NAMES, "ignored"], counts.tolist(), strict=True))
+    counts_file.write_text(json.dumps(named, indent=2))
+    drop_rows_after(folder / "log.csv", stage_done, epoch_done)
+    steps_done = epoch_done + (args.encoder_epochs if stage_done == 2 else 0)
+
+    sources = " + ".join(f"{len(part)} {part.mode}/{part.split}" for part in parts)
+    print(
+        f"LEDNet, D = {args.apn_channels}: {count_parameters(network):,} parameters, on {device} "
+        f"in {amp_dtype or 'full precision'}\n"
+        f"data: {args.datadir}: {sources} images to train on, {len(val)} to validate\n"
+        f"images: {size[1]}x{size[0]}, in batches of {args.batch_size}, by {args.workers} workers; "
+        f"{args.encoder_epochs} epochs of stage 1, {args.epochs} of stage 2\n"
+        f"output: {folder}",
+        flush=True,
+    )
+    if args.resume:
+        print(
+            f"resuming after epoch {epoch_done} of stage {stage_done}"
+            if resumed
+            else "resuming from the start: no epoch had been finished"
+        )
+
+    this = Run(
+        args=args,
+        folder=folder,
+        device=device,
+        amp_dtype=amp_dtype,
+        parts=parts,
+        val=val,
+        size=size,
+        mean=mean,
+        std=std,
+        counts=counts,
+        shuffling=torch.Generator().manual_seed(args.seed),
+        writer=SummaryWriter(folder, purge_step=steps_done + 1),
+        description={
+            "dataset": "cityscapes",
+            "num_classes": len(CLASS_NAMES),
+            "class_names": CLASS_NAMES,
+            "colors": [list(color) for color in COLORS],
+            "categories": CATEGORIES,
+            "apn_channels": args.apn_channels,
+            "mean": list(mean),
+            "std": list(std),
+            "height": args.height,
+            "args": vars(args),
+        },
+        resumed=resumed,
+    )
+    if args.encoder_epochs and stage_done < 2:
+        train_stage(this, 1, EncoderClassifier(network.encoder, len(CLASS_NAMES)))
+        encoder = {f"encoder.{k}": v for k, v in network.encoder.state_dict().items()}
+        save_checkpoint(this.description | {"model": encoder, "stage": 1}, folder / ENCODER)
+    best = train_stage(this, 2, network)
+    this.writer.close()
+
+    print(f"\nclass IoU in % on val after epoch {best['epoch']}, the best:")
+    print(score_table(CLASS_NAMES, best["class_iou"]))
+    print(
+        f"mIoU {100 * best['miou']:.2f}\n\n"
+        "next:\n"
+        f"  python eval_cityscapes_server.py --checkpoint {folder / BEST} "
+        f"--datadir {args.datadir}\n"
+        f"  tensorboard --logdir {folder} --host localhost"
+    )
+
+
+def build_network(args: argparse.Namespace) -> tuple[LEDNet, Sequence[float], Sequence[float]]:
+    """The network as it starts, and the mean and std that its images are normalised with."""
+    start: dict[str, Any] = {}
+    if args.init:
+        start = load_checkpoint(args.init)
+    if args.apn_channels is None:
+        args.apn_channels = apn_channels_of(start.get("model", {})) or 20
+    network = LEDNet(len(CLASS_NAMES), args.apn_channels)
+    if args.init:
+        fresh = init_network(network, start, args.init, CLASS_NAMES)
+        total = len(network.state_dict())
+        print(f"{args.init}: {total - len(fresh)} of {total} tensors loaded")
+        if fresh:
+            print(f"starting anew, since the classes differ: {', '.join(fresh)}")
+    elif args.pretrained_encoder:
+        start = load_encoder(network.encoder, args.pretrained_encoder)
+        total = len(network.encoder.state_dict())
+        print(f"{args.pretrained_encoder}: all {total} tensors of the encoder loaded")
+    return network, start.get("mean", (0.0,) * 3), start.get("std", (1.0,) * 3)
+
+
+def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]:
+    """Train one stage to its end, from where it stopped if it was begun before.
+
+    Returns:
+        "epoch", "miou" and "class_iou" of the epoch with the best mIoU on val.
+    """
+    args, folder = this.args, this.folder
+    epochs = args.encoder_epochs if stage == 1 else args.epochs
+    model.to(this.device)
+    for part in this.parts:
+        part.transforms = train_transforms(
+            args.augment, this.size, LABEL_STRIDE[stage], this.mean, this.std
+        )
+    train = ConcatDataset(this.parts)
+    loading = {
+        "batch_size": args.batch_size,
+        "num_workers": args.workers,
+        "pin_memory": this.device.type == "cuda",
+    }
+    # A last batch of one image cannot train the batch norm on the pooled plane.
+    drop_last = len(train) % args.batch_size == 1
+    train_loader = DataLoader(
+        train, shuffle=True, drop_last=drop_last, generator=this.shuffling, **loading
+    )
+    val_loader = DataLoader(this.val, **loading)
+
+    weights = class_weights(this.counts, WEIGHT_C[stage]).to(this.device)
+    loss_function = build_loss(args.loss, weights)
+    optimizer = torch.optim.Adam(
+        model.parameters(), args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4
+    )
+    scheduler = PolynomialLR(optimizer, total_iters=epochs * len(train_loader), power=0.9)
+    scaler = torch.amp.GradScaler(this.device.type, enabled=this.amp_dtype == torch.float16)
+    epoch_done, best = 0, {"epoch": 0, "miou": math.nan, "class_iou": []}
+    if this.resumed and this.resumed["stage"] == stage:
+        fill(model, this.resumed["model"], folder / LAST)
+        optimizer.load_state_dict(this.resumed["optimizer"])
+        scheduler.load_state_dict(this.resumed["scheduler"])
+        scaler.load_state_dict(this.resumed["scaler"])
+        restore_rng(this.resumed["rng"], this.shuffling)
+        epoch_done, best = this.resumed["epoch"], this.resumed["best"]
+
+    for epoch in range(epoch_done + 1, epochs + 1):
+        title = f"stage {stage} epoch {epoch}/{epochs}"
+        started, lr = time.perf_counter(), scheduler.get_last_lr()[0]
+        confusion = ConfusionMatrix(len(CLASS_NAMES), this.device) if args.iouTrain else None
+        row = {"stage": stage, "epoch": epoch, "lr": lr}
+        row |= train_one_epoch(
+            model,
+            train_loader,
+            loss_function,
+            optimizer,
+            scheduler,
+            scaler,
+            this.amp_dtype,
+            title,
+            args.steps_loss,
+            confusion,
+        )
+        row["train_miou"] = mean_score(confusion.class_iou()) if confusion else math.nan
+        validated = epoch % args.val_every == 0 or epoch == epochs
+        scores, strips = (
+            validate(this, model, val_loader, weights, title) if validated else (NOT_VALIDATED, [])
+        )
+        row |= scores
+        improved = validated and (best["epoch"] == 0 or row["val_miou"] > best["miou"])
+        if improved:
+            class_iou = [row[f"iou {name}"] for name in CLASS_NAMES]
+            best = {"epoch": epoch, "miou": row["val_miou"], "class_iou": class_iou}
+        row["seconds"] = time.perf_counter() - started
+
+        append_row(folder / "log.csv", row)
+        step = epoch + (args.encoder_epochs if stage == 2 else 0)
+        write_scalars(this.writer, row, step)
+        if epoch == epochs or epoch % max(1, epochs // 10) == 0:
+            for number, picture in enumerate(strips):
+                this.writer.add_image(f"val/{number}", picture, step)
+        this.writer.flush()
+        report = f"{title}: train loss {row['train_loss']:.4f}"
+        if validated:
+            report += (
+                f", val loss {row['val_loss']:.4f}, val mIoU {100 * row['val_miou']:.2f} % "
+                f"(best {100 * best['miou']:.2f})"
+            )
+        print(
+            f"{report}, {row['images_per_second']:.1f} images/s, {row['seconds']:.0f} s", flush=True
+        )
+
+        checkpoint = this.description | {
+            "model": model.state_dict(),
+            "stage": stage,
+            "epoch": epoch,
+            "best": best,
+        }
+        if improved and stage == 2:
+            save_checkpoint(checkpoint, folder / BEST)
+        if args.epochs_save and epoch % args.epochs_save == 0:
+            save_checkpoint(checkpoint, folder / f"stage{stage}-epoch{epoch:03d}.pth")
+        state = {
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "scaler": scaler.state_dict(),
+            "rng": rng_state(this.shuffling),
+        }
+        save_checkpoint(checkpoint | state, folder / LAST)
+    return best
+
+
+def validate(
+    this: Run, model: torch.nn.Module, loader: DataLoader, weights: Tensor, title: str
+) -> tuple[dict[str, float], list[Tensor]]:
+    """Score the network on val; returns the columns of the log and the first few pictures."""
+    strips: list[Tensor] = []
+
+    def keep_strip(image: Tensor, prediction: Tensor, label: Tensor) -> None:
+        if len(strips) < 3:
+            strips.append(strip(image, prediction, label, COLORS, this.mean, this.std))
+
+    loss, confusion = evaluate(
+        model, loader, weights, f"{title}, validation", this.amp_dtype, keep_strip
+    )
+    class_iou = confusion.class_iou().tolist()
+    scores = {"val_loss": loss, "val_miou": mean_score(class_iou)}
+    scores["val_pixel_accuracy"] = confusion.pixel_accuracy()
+    scores |= {f"iou {name}": iou for name, iou in zip(CLASS_NAMES, class_iou, strict=True)}
+    return scores, strips
+
+
+def write_scalars(writer: SummaryWriter, row: dict[str, float], step: int) -> None:
+    """One row of the log to TensorBoard; what was not measured in this epoch is left out."""
+    tags = {
+        "train_loss": "loss/train",
+        "val_loss": "loss/val",
+        "lr": "lr",
+        "train_miou": "miou/train",
+        "val_miou": "miou/val",
+        "val_pixel_accuracy": "pixel accuracy/val",
+        "images_per_second": "speed/images per second",
+    }
+    tags |= {f"iou {name}": f"iou/{name}" for name in CLASS_NAMES}
+    for name, tag in tags.items():
+        if not math.isnan(row[name]):
+            writer.add_scalar(tag, row[name], step)
+
+
+def rng_state(shuffling: torch.Generator) -> dict[str, Any]:
+    """Every random state that training draws from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "shuffling": shuffling.get_state()}
+
+
+def restore_rng(state: dict[str, Any], shuffling: torch.Generator) -> None:
+    torch.set_rng_state(state["torch"])
+    shuffling.set_state(state["shuffling"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+if __name__ == "__main__":
+    run(main, DatasetError, CheckpointError)
