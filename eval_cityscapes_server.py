@@ -85,6 +85,10 @@ def parse_args() -> argparse.Namespace:
         )
     if args.datadir and not args.checkpoint:
         raise UsageError("--datadir needs --checkpoint: an untrained network has no score")
+    if args.json and Path(args.json).exists():
+        raise UsageError(f"--json {args.json} exists: give a new file, or move the old one away")
+    if args.json and not Path(args.json).parent.is_dir():
+        raise UsageError(f"--json {args.json}: the folder {Path(args.json).parent} does not exist")
     return args
 
 

@@ -32,6 +32,7 @@ from datasets.cityscapes import (
     training_parts,
 )
 from datasets.files import DatasetError, image_size
+from datasets.seeded import Seeded, ShuffledSeeds
 from datasets.statistics import count_pixels
 from datasets.synthetic import make_synthetic
 from datasets.transforms import eval_transforms, resized_size, train_transforms
@@ -277,7 +278,7 @@ def main() -> None:
     stage_done, epoch_done = (resumed["stage"], resumed["epoch"]) if resumed else (0, 0)
 
     torch.manual_seed(args.seed)
-    network, mean, std = build_network(args)
+    network, mean, std = build_network(args, resumed)
 
     if args.datadir == str(EMBEDDED) and not EMBEDDED.exists():
         print(f"no --datadir: drawing street scenes into {EMBEDDED}, this once", flush=True)
@@ -293,20 +294,6 @@ def main() -> None:
         )
     if sum(map(len, parts)) < 2:
         raise UsageError(f"{args.datadir} has one training image: training needs 2")
-    counts_file = folder / "class_counts.json"
-    if args.resume and counts_file.exists():
-        counts = torch.tensor(list(json.loads(counts_file.read_text()).values()))
-    else:
-        counts = count_pixels(parts, len(CLASS_NAMES), args.workers)
-
-    # Nothing was written so far: a mistake found above leaves no folder behind.
-    if not args.resume:
-        start_run(folder, vars(args))
-    named = dict(zip([*CLASS_NAMES, "ignored"], counts.tolist(), strict=True))
-    counts_file.write_text(json.dumps(named, indent=2))
-    drop_rows_after(folder / "log.csv", stage_done, epoch_done)
-    steps_done = epoch_done + (args.encoder_epochs if stage_done == 2 else 0)
-
     sources = " + ".join(f"{len(part)} {part.mode}/{part.split}" for part in parts)
     print(
         f"LEDNet, D = {args.apn_channels}: {count_parameters(network):,} parameters, on {device} "
@@ -324,6 +311,20 @@ def main() -> None:
             else "resuming from the start: no epoch had been finished"
         )
 
+    counts_file = folder / "class_counts.json"
+    if args.resume and counts_file.exists():
+        counts = torch.tensor(list(json.loads(counts_file.read_text()).values()))
+    else:
+        print("class weights: counting the pixels of the training labels", flush=True)
+        counts = count_pixels(parts, len(CLASS_NAMES), args.workers)
+
+    # Nothing was written so far: a mistake found above leaves no folder behind.
+    if not args.resume:
+        start_run(folder, vars(args))
+    named = dict(zip([*CLASS_NAMES, "ignored"], counts.tolist(), strict=True))
+    counts_file.write_text(json.dumps(named, indent=2))
+    drop_rows_after(folder / "log.csv", stage_done, epoch_done)
+    steps_done = epoch_done + (args.encoder_epochs if stage_done == 2 else 0)
     this = Run(
         args=args,
         folder=folder,
@@ -369,21 +370,27 @@ def main() -> None:
     )
 
 
-def build_network(args: argparse.Namespace) -> tuple[LEDNet, Sequence[float], Sequence[float]]:
-    """The network as it starts, and the mean and std that its images are normalised with."""
-    start: dict[str, Any] = {}
-    if args.init:
+def build_network(
+    args: argparse.Namespace, resumed: dict[str, Any] | None
+) -> tuple[LEDNet, Sequence[float], Sequence[float]]:
+    """The network as it starts, and the mean and std that its images are normalised with.
+
+    What --apn-channels leaves open is settled in `args`. A resumed run gets its weights later,
+    with the rest of its state.
+    """
+    start: dict[str, Any] = resumed or {}
+    if args.init and not resumed:
         start = load_checkpoint(args.init)
     if args.apn_channels is None:
         args.apn_channels = apn_channels_of(start.get("model", {})) or 20
     network = LEDNet(len(CLASS_NAMES), args.apn_channels)
-    if args.init:
+    if args.init and not resumed:
         fresh = init_network(network, start, args.init, CLASS_NAMES)
         total = len(network.state_dict())
         print(f"{args.init}: {total - len(fresh)} of {total} tensors loaded")
         if fresh:
             print(f"starting anew, since the classes differ: {', '.join(fresh)}")
-    elif args.pretrained_encoder:
+    elif args.pretrained_encoder and not resumed:
         start = load_encoder(network.encoder, args.pretrained_encoder)
         total = len(network.encoder.state_dict())
         print(f"{args.pretrained_encoder}: all {total} tensors of the encoder loaded")
@@ -403,16 +410,23 @@ def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]
         part.transforms = train_transforms(
             args.augment, this.size, LABEL_STRIDE[stage], this.mean, this.std
         )
-    train = ConcatDataset(this.parts)
+    train = Seeded(ConcatDataset(this.parts))
     loading = {
         "batch_size": args.batch_size,
         "num_workers": args.workers,
         "pin_memory": this.device.type == "cuda",
+        # To fork anew in every epoch would copy much of the memory that training on a CPU holds.
+        "persistent_workers": args.workers > 0,
+        # Loaders draw a number when they start: not from the state that training draws from, or
+        # a run that is resumed, and starts them again, would draw otherwise.
+        "generator": torch.Generator(),
     }
-    # A last batch of one image cannot train the batch norm on the pooled plane.
-    drop_last = len(train) % args.batch_size == 1
     train_loader = DataLoader(
-        train, shuffle=True, drop_last=drop_last, generator=this.shuffling, **loading
+        train,
+        sampler=ShuffledSeeds(len(train), this.shuffling),
+        # A last batch of one image cannot train the batch norm on the pooled plane.
+        drop_last=len(train) % args.batch_size == 1,
+        **loading,
     )
     val_loader = DataLoader(this.val, **loading)
 

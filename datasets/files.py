@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 # The label of pixels that are neither trained on nor scored.
 IGNORE_INDEX = 255
@@ -67,7 +68,8 @@ def check_headers(pairs: list[tuple[str, str | None]]) -> None:
             than the first.
     """
     with ThreadPoolExecutor(max_workers=8) as pool:
-        sizes = list(pool.map(_check_pair, pairs))
+        checked = pool.map(_check_pair, pairs)
+        sizes = list(tqdm(checked, "checking files", len(pairs), leave=False, disable=None))
     for (path, _), size in zip(pairs, sizes, strict=True):
         if size != sizes[0]:
             raise DatasetError(

@@ -74,9 +74,9 @@ class Street:
         offset = rng.uniform(-1.5, 1.5)  # of the camera from the middle of the road
         half = rng.uniform(4.0, 6.0)
         self.road = (-half - offset, half - offset)
-        self.sidewalk_width = {side: rng.uniform(1.5, 3.5) for side in (-1, 1)}
+        self.sidewalk_width = {side: rng.uniform(2.0, 4.0) for side in (-1, 1)}
         self.terrain_width = {
-            side: rng.uniform(2.0, 5.0) if rng.random() < 0.6 else 0.0 for side in (-1, 1)
+            side: rng.uniform(3.0, 7.0) if rng.random() < 0.7 else 0.0 for side in (-1, 1)
         }
 
         self.haze: Color = self.jitter((196, 204, 214), 25)
@@ -299,10 +299,11 @@ class Street:
         outline = self.panel(x, z0, z1, 0, height)
         ImageDraw.Draw(self.labels).polygon(outline, fill=LABEL_ID["fence"])
         ImageDraw.Draw(self.instances).polygon(outline, fill=LABEL_ID["fence"])
-        for y in (0.2, height * 0.55, height - 0.12):
-            self.tint(self.panel(x, z0, z1, y, y + 0.12), color, z0)
+        self.tint(self.panel(x, z0, z1, 0, 0.4), self.jitter((120, 118, 112), 15), z0)  # its base
+        for y in (height * 0.55, height - 0.15):
+            self.tint(self.panel(x, z0, z1, y, y + 0.15), color, z0)
         for z in np.arange(z0, z1, 0.55):
-            self.tint(self.panel(x, z, z + 0.22, 0, height), color, z)
+            self.tint(self.panel(x, z, z + 0.3, 0, height), color, z)
 
     def draw_tree(self, x: float, z: float) -> None:
         trunk = self.jitter((82, 66, 52), 15)
@@ -347,24 +348,24 @@ class Street:
                     placed.append((z, str(name), lane + rng.uniform(-0.3, 0.3)))
                 z += rng.uniform(10, 18)
         for _ in range(2):
-            place("bicycle", 0.35, (left + 0.8, right - 0.8), (4.5, 11))
-            place("motorcycle", 0.35, (left + 0.8, right - 0.8), (4.5, 11))
+            place("bicycle", 0.35, (left + 0.8, right - 0.8), (4, 9))
+            place("motorcycle", 0.35, (left + 0.8, right - 0.8), (4, 9))
         for side, curb in ((-1, left), (1, right)):
             far = curb + side * self.sidewalk_width[side]
             sidewalk = tuple(sorted((curb + side * 0.4, far)))
             for _ in range(3):
-                place("person", 0.6, sidewalk, (4.5, 12))
-            place("bicycle", 0.25, sidewalk, (4.5, 11))
-            place("motorcycle", 0.25, sidewalk, (4.5, 11))
+                place("person", 0.6, sidewalk, (4, 10))
+            place("bicycle", 0.25, sidewalk, (4, 9))
+            place("motorcycle", 0.25, sidewalk, (4, 9))
             for _ in range(2):
-                place("pole", 0.45, sidewalk, (4.5, 14))
-                place("traffic sign", 0.45, sidewalk, (4.5, 13))
-                place("traffic light", 0.4, sidewalk, (4.5, 13))
+                place("pole", 0.45, sidewalk, (4, 12))
+                place("traffic sign", 0.45, sidewalk, (4, 11))
+                place("traffic light", 0.4, sidewalk, (4, 11))
             place("tree", 0.3, sidewalk, (9, 25))
             if self.terrain_width[side]:
                 place("tree", 0.5, tuple(sorted((far, self.edge(side)))), (8, 25))
         for _ in range(2):
-            place("person", 0.5, (left, right), (4.5, 12))
+            place("person", 0.5, (left, right), (4, 10))
 
         draw = {
             "car": self.draw_car,
@@ -554,10 +555,10 @@ class Street:
     def draw_pole(self, x: float, z: float, top: float | None = None) -> None:
         top = self.rng.uniform(4, 7) if top is None else top
         color = self.jitter(((118, 118, 116), (82, 84, 80))[self.rng.integers(2)], 18)
-        shape = self.rectangle(x - 0.14, x + 0.14, 0, top, z)
+        shape = self.rectangle(x - 0.17, x + 0.17, 0, top, z)
         self.fill(shape, color, z, "pole", LABEL_ID["pole"])
         glint = tuple(min(255, int(c * 1.25)) for c in color)
-        self.tint(self.rectangle(x - 0.08, x, 0, top, z), glint, z)
+        self.tint(self.rectangle(x - 0.1, x, 0, top, z), glint, z)
 
     def draw_sign(self, x: float, z: float) -> None:
         rng = self.rng

@@ -1,6 +1,5 @@
 """What the training labels consist of, for class weights."""
 
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,6 +38,6 @@ def count_pixels(parts: Sequence[Cityscapes], num_classes: int, workers: int = 0
     histograms = ConcatDataset([_Histograms(part, num_classes) for part in parts])
     loader = DataLoader(histograms, batch_size=8, num_workers=workers)
     counts = torch.zeros(num_classes + 1, dtype=torch.int64)
-    for batch in tqdm(loader, "counting label pixels", disable=not sys.stderr.isatty()):
+    for batch in tqdm(loader, "counting label pixels", disable=None):
         counts += batch.sum(0)
     return counts

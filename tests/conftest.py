@@ -3,6 +3,7 @@
 import runpy
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from datasets.synthetic import make_synthetic
 
 ROOT = Path(__file__).parent.parent
 COUNTS = {"train": 6, "val": 3, "test": 2, "train_extra": 3}
+# The images of the tests are so small that a second thread costs more than it gives.
+torch.set_num_threads(1)
+
+QUICK = ("--height", 64, "--num-epochs", 1, "--batch-size", 2, "--workers", 0)
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +34,18 @@ def cityscapes_copy(cityscapes, tmp_path) -> Path:
     return Path(shutil.copytree(cityscapes, tmp_path / "cityscapes"))
 
 
+def run_script(name: str, *args: object) -> int:
+    """Run a script as `python NAME ARGS` would, but in this process; returns its status."""
+    argv, sys.argv = sys.argv, [name, *map(str, args)]
+    try:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = argv
+    return 0
+
+
 @dataclass
 class Result:
     status: int
@@ -37,28 +54,20 @@ class Result:
 
 
 @pytest.fixture
-def script(capsys, monkeypatch, tmp_path):
-    """Run a script as `python NAME ARGS` would, in tmp_path and in this process."""
+def script(capsys, monkeypatch, tmp_path) -> Callable[..., Result]:
+    """Run a script in tmp_path; returns its status and what it printed."""
 
     def run(name: str, *args: object) -> Result:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        threads = torch.get_num_threads()
         capsys.readouterr()
-        status = 0
-        try:
-            runpy.run_path(str(ROOT / name), run_name="__main__")
-        except SystemExit as end:
-            status = end.code or 0
-        finally:
-            torch.set_num_threads(threads)
+        status = run_script(name, *args)
         return Result(status, *capsys.readouterr())
 
     return run
 
 
 @pytest.fixture
-def fails(script):
+def fails(script) -> Callable[..., str]:
     """Run a script that must end in one line on stderr and status 2; returns the line."""
 
     def run(name: str, *args: object) -> str:
@@ -74,15 +83,7 @@ def fails(script):
 
 @pytest.fixture(scope="session")
 def trained(cityscapes, tmp_path_factory) -> Path:
-    """The folder of a short run of main.py, one epoch of each stage."""
+    """The folder of a short run of main.py, one epoch of each stage; not to be changed."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    argv = sys.argv
-    sys.argv = ["main.py", *map(str, ("--datadir", cityscapes, *QUICK_RUN, "--savedir", folder))]
-    try:
-        runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
-    finally:
-        sys.argv = argv
+    assert run_script("main.py", "--datadir", cityscapes, *QUICK, "--savedir", folder) == 0
     return folder
-
-
-QUICK_RUN = ("--height", 64, "--num-epochs", 1, "--batch-size", 2, "--workers", 0)

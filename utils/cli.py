@@ -1,6 +1,7 @@
 """What the command lines of the scripts share: options, errors in one line, the device."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -41,13 +42,14 @@ class Obsolete(argparse.Action):
 
 def run(main: Callable[[], None], *mistakes: type[Exception]) -> None:
     """Run a script; a UsageError or one of `mistakes` ends it in one line and status 2."""
+    name = os.path.basename(sys.argv[0])
     try:
         main()
     except (UsageError, *mistakes) as error:
-        print(f"{sys.argv[0]}: error: {one_line(error)}", file=sys.stderr)
+        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{sys.argv[0]}: interrupted", file=sys.stderr)
+        print(f"\n{name}: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,6 +1,5 @@
 """One epoch of training, and one pass of evaluation."""
 
-import sys
 import time
 from collections.abc import Callable
 
@@ -127,4 +126,4 @@ def evaluate(
 
 def _progress_bar(title: str, images: int) -> tqdm:
     """A bar that counts images, on a terminal only: a log would fill with control codes."""
-    return tqdm(total=images, desc=title, unit="img", leave=False, disable=not sys.stderr.isatty())
+    return tqdm(total=images, desc=title, unit="img", leave=False, disable=None)

@@ -1,9 +1,10 @@
 """Size and speed of a network: parameters, multiply-adds, latency."""
 
-import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,13 +68,12 @@ def measure_latency(
         return time.perf_counter() - started
 
     _repeat(timed_pass, warmup, seconds / 5)
-    times = sorted(_repeat(timed_pass, passes, seconds))
-    median = statistics.median(times)
-    p95 = times[min(len(times) - 1, round(0.95 * (len(times) - 1)))]
+    times = _repeat(timed_pass, passes, seconds)
+    median, p95 = np.percentile(times, [50, 95]).tolist()
     return Latency(1e3 * median, 1e3 * p95, 1 / median, len(times))
 
 
-def _repeat(timed_pass, passes: int, seconds: float) -> list[float]:
+def _repeat(timed_pass: Callable[[], float], passes: int, seconds: float) -> list[float]:
     times: list[float] = []
     while len(times) < passes and (len(times) < 5 or sum(times) < seconds):
         times.append(timed_pass())

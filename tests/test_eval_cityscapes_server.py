@@ -1,0 +1,150 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
+from PIL import Image
+
+from datasets.cityscapes import LABEL_ID_TO_TRAIN_ID
+from utils.checkpoint import load_checkpoint, save_checkpoint
+
+EVAL = "eval_cityscapes_server.py"
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    """The trained network with a random classifier: it predicts many classes."""
+    content = load_checkpoint(trained / "best.pth")
+    torch.manual_seed(1)
+    content["model"]["decoder.classifier.weight"].normal_(0, 5)
+    save_checkpoint(content, tmp_path / "network.pth")
+    return tmp_path / "network.pth"
+
+
+@pytest.mark.parametrize("height", [64, 80])
+def test_scores_agree_with_the_official_evaluation(
+    script, cityscapes, checkpoint, tmp_path, monkeypatch, height
+):
+    result = script(
+        *(EVAL, "--checkpoint", checkpoint, "--datadir", cityscapes, "--height", height),
+        *("--save-results", "results", "--json", "figures.json", "--batch-size", 2),
+    )
+    assert result.status == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["input_height"], figures["input_width"]) == (height, 2 * height)
+
+    truths = sorted((cityscapes / "gtFine/val").rglob("*_gtFine_labelIds.png"))
+    monkeypatch.setattr(official.args, "predictionPath", str(tmp_path / "results"))
+    monkeypatch.setattr(official.args, "predictionWalk", None)
+    monkeypatch.setattr(official.args, "quiet", True)
+    monkeypatch.setattr(official.args, "JSONOutput", False)
+    predictions = [official.getPrediction(official.args, str(truth)) for truth in truths]
+    for prediction in predictions:
+        with Image.open(prediction) as label:
+            assert label.size == (128, 64) and label.mode == "L"
+            assert (LABEL_ID_TO_TRAIN_ID[np.array(label)] < 19).all()
+    scores = official.evaluateImgLists(predictions, [str(t) for t in truths], official.args)
+
+    assert figures["class_miou"] == pytest.approx(scores["averageScoreClasses"], abs=1e-12)
+    assert figures["category_miou"] == pytest.approx(scores["averageScoreCategories"], abs=1e-12)
+    for name, iou in figures["class_iou"].items():
+        expected = scores["classScores"][name]
+        assert iou is None if np.isnan(expected) else iou == pytest.approx(expected, abs=1e-12)
+    assert sum(iou is not None and iou > 0 for iou in figures["class_iou"].values()) >= 3
+    assert f"class mIoU      {100 * figures['class_miou']:6.2f} %" in result.out
+
+
+def test_score_is_that_of_training(script, trained, cityscapes, tmp_path):
+    argv = ("--checkpoint", trained / "best.pth", "--datadir", cityscapes, "--json", "f.json")
+    assert script(EVAL, *argv).status == 0
+    figures = json.loads((tmp_path / "f.json").read_text())
+    best = load_checkpoint(trained / "best.pth")["best"]
+    assert figures["class_miou"] == pytest.approx(best["miou"], abs=1e-3)
+    assert figures["images"] == 3 and figures["subset"] == "val"
+
+
+def test_subset_train(script, checkpoint, cityscapes, tmp_path):
+    argv = ("--checkpoint", checkpoint, "--datadir", cityscapes, "--subset", "train")
+    assert script(EVAL, *argv, "--json", "f.json").status == 0
+    assert json.loads((tmp_path / "f.json").read_text())["images"] == 6
+
+
+def test_subset_test_writes_pngs_and_says_there_are_no_labels(
+    script, checkpoint, cityscapes, tmp_path
+):
+    argv = ("--checkpoint", checkpoint, "--datadir", cityscapes, "--subset", "test")
+    result = script(EVAL, *argv, "--save-results", "out", "--json", "f.json")
+    assert result.status == 0
+    assert "the labels are not public" in result.out and "mIoU" not in result.out
+    assert "FPS at 128x64" in result.out
+    images = sorted((cityscapes / "leftImg8bit/test").rglob("*.png"))
+    written = sorted((tmp_path / "out").rglob("*.png"))
+    assert [p.name for p in written] == [
+        p.name.replace("_leftImg8bit", "_pred_labelIds") for p in images
+    ]
+    assert [p.parent.name for p in written] == [p.parent.name for p in images]
+    assert "class_miou" not in json.loads((tmp_path / "f.json").read_text())
+
+
+@pytest.mark.parametrize(("width", "parameters"), [(20, 951_835), (128, 2_358_751)])
+def test_size_and_speed_without_a_checkpoint(script, tmp_path, width, parameters):
+    result = script(EVAL, "--D", width, "--height", 64, "--json", "f.json", "--device", "cpu")
+    assert result.status == 0
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["parameters"] == parameters and figures["encoder_parameters"] == 911_436
+    assert figures["decoder_parameters"] == parameters - 911_436
+    assert figures["fps"] > 0 and figures["p95_ms"] >= figures["median_ms"] > 0
+    assert figures["multiply_adds"] > 0 and figures["input_width"] == 128
+    assert f"{parameters:,}" in result.out and "multiply-adds" in result.out
+
+
+def test_checkpoints_of_something_else(fails, trained, checkpoint, cityscapes, tmp_path):
+    data = ("--datadir", cityscapes)
+    assert "encoder alone" in fails(EVAL, "--checkpoint", trained / "encoder.pth", *data)
+    assert "does not exist" in fails(EVAL, "--checkpoint", "none.pth", *data)
+    (tmp_path / "cut.pth").write_bytes(checkpoint.read_bytes()[:-100])
+    assert "not a checkpoint" in fails(EVAL, "--checkpoint", tmp_path / "cut.pth", *data)
+    line = fails(EVAL, "--checkpoint", checkpoint, *data, "--apn-channels", 128)
+    assert "was trained with --apn-channels 20, not 128" in line
+
+    content = load_checkpoint(checkpoint)
+    content |= {"class_names": ["sky", "road"], "num_classes": 2, "dataset": "fields"}
+    for name in ("weight", "bias"):
+        key = f"decoder.classifier.{name}"
+        content["model"][key] = content["model"][key][:2].clone()
+    save_checkpoint(content, tmp_path / "two.pth")
+    line = fails(EVAL, "--checkpoint", tmp_path / "two.pth", *data)
+    assert "2 classes of fields, not on the 19 of Cityscapes" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--height", 0), "--height: 0 is not a positive whole number"),
+        (("--height", 20), "LEDNet needs 64x64"),
+        (("--datadir", "nowhere"), "needs --checkpoint"),
+        (("--save-results", "out"), "needs --checkpoint and --datadir"),
+        (("--device", "cuda:99"), "cannot be used here"),
+        (("--json", "no/such/folder/f.json"), "no/such/folder does not exist"),
+    ],
+)
+def test_options_that_cannot_be(fails, options, message):
+    assert message in fails(EVAL, *options)
+
+
+def test_results_are_not_overwritten(fails, checkpoint, cityscapes, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old.png").write_bytes(b"precious")
+    argv = ("--checkpoint", checkpoint, "--datadir", cityscapes)
+    assert "out is not empty" in fails(EVAL, *argv, "--save-results", "out")
+    (tmp_path / "f.json").write_text("precious")
+    assert "f.json exists" in fails(EVAL, *argv, "--json", "f.json")
+    assert (tmp_path / "f.json").read_text() == "precious"
+
+
+def test_a_damaged_data_set(fails, checkpoint, cityscapes_copy):
+    argv = ("--checkpoint", checkpoint, "--datadir", cityscapes_copy)
+    label = next((cityscapes_copy / "gtFine/val").rglob("*labelIds.png"))
+    label.unlink()
+    assert label.name in fails(EVAL, *argv)

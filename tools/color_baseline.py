@@ -1,0 +1,65 @@
+"""What colour alone tells: the mIoU of the most frequent training class of each RGB value.
+
+    python tools/color_baseline.py --datadir data/synthetic
+
+A data set whose classes could be read off their colours would say nothing about a network. The
+colours are also grouped into fewer levels a channel, since exact values seldom repeat; a colour
+that no training image has gets the most frequent class of all.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from datasets.cityscapes import CLASS_NAMES, Cityscapes
+from datasets.files import DatasetError
+from utils.cli import ArgumentParser, run
+from utils.metrics import ConfusionMatrix, mean_score
+
+BITS = (8, 6, 5, 4)
+
+
+def main() -> None:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--datadir", default="data/synthetic", help="default %(default)s")
+    args = parser.parse_args()
+    train, val = Cityscapes(args.datadir, "train"), Cityscapes(args.datadir, "val")
+    for bits in BITS:
+        classes = most_frequent_classes(train, bits)
+        confusion = ConfusionMatrix(len(CLASS_NAMES))
+        for image, label in tqdm(val, f"val, {bits} bits", leave=False, disable=None):
+            predictions = torch.from_numpy(classes[color_index(np.asarray(image), bits)])
+            confusion.update(predictions.long(), label.long())
+        iou = confusion.class_iou()
+        print(
+            f"{2**bits:3d} levels a channel: class mIoU {100 * mean_score(iou):5.2f} %, over "
+            f"{int((~iou.isnan()).sum())} classes, {int((confusion.counts.sum(1) > 0).sum())} of "
+            "them in the truth"
+        )
+
+
+def color_index(image: np.ndarray, bits: int) -> np.ndarray:
+    """H x W x 3 colours as one number each, H x W, from `bits` of every channel."""
+    r, g, b = np.moveaxis(image.astype(np.int64) >> (8 - bits), -1, 0)
+    return (r << 2 * bits) | (g << bits) | b
+
+
+def most_frequent_classes(dataset: Cityscapes, bits: int) -> np.ndarray:
+    """The class that each colour most often has; 2 ** (3 * bits), uint8."""
+    counts = np.zeros((len(CLASS_NAMES), 2 ** (3 * bits)), np.uint32)
+    for image, label in tqdm(dataset, f"train, {bits} bits", leave=False, disable=None):
+        train_ids = label.numpy()
+        valid = train_ids < len(CLASS_NAMES)
+        np.add.at(counts, (train_ids[valid], color_index(np.asarray(image), bits)[valid]), 1)
+    classes = counts.argmax(0).astype(np.uint8)
+    classes[counts.max(0) == 0] = counts.sum(1).argmax()
+    return classes
+
+
+if __name__ == "__main__":
+    run(main, DatasetError)
