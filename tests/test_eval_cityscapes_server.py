@@ -2,8 +2,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
+from conftest import run_script
 from PIL import Image
 
 from datasets.cityscapes import LABEL_ID_TO_TRAIN_ID
@@ -12,14 +12,23 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 EVAL = "eval_cityscapes_server.py"
 
 
-@pytest.fixture
-def checkpoint(trained, tmp_path):
-    """The trained network with a random classifier: it predicts many classes."""
-    content = load_checkpoint(trained / "best.pth")
-    torch.manual_seed(1)
-    content["model"]["decoder.classifier.weight"].normal_(0, 5)
-    save_checkpoint(content, tmp_path / "network.pth")
-    return tmp_path / "network.pth"
+@pytest.fixture(scope="module")
+def checkpoint(cityscapes, tmp_path_factory):
+    """A network that was trained for long enough to know some classes."""
+    folder = tmp_path_factory.mktemp("runs") / "fitted"
+    argv = ("--datadir", cityscapes, "--height", 64, "--batch-size", 3, "--workers", 0)
+    recipe = ("--decoder", "--epochs", 30, "--lr", 5e-3, "--val-every", 30)
+    assert run_script("main.py", *argv, *recipe, "--savedir", folder) == 0
+    return folder / "best.pth"
+
+
+def test_training_learns_its_images(script, checkpoint, cityscapes, tmp_path):
+    argv = ("--checkpoint", checkpoint, "--datadir", cityscapes, "--subset", "train")
+    assert script(EVAL, *argv, "--json", "f.json").status == 0
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["images"] == 6
+    assert figures["class_iou"]["road"] > 0.6 and figures["class_iou"]["sky"] > 0.5
+    assert figures["class_miou"] > 0.1  # one class everywhere: 0.03 at most
 
 
 @pytest.mark.parametrize("height", [64, 80])
@@ -39,6 +48,8 @@ def test_scores_agree_with_the_official_evaluation(
     monkeypatch.setattr(official.args, "predictionWalk", None)
     monkeypatch.setattr(official.args, "quiet", True)
     monkeypatch.setattr(official.args, "JSONOutput", False)
+    # Its instance scores need an older numpy; class and category IoU do not depend on them.
+    monkeypatch.setattr(official.args, "evalInstLevelScore", False)
     predictions = [official.getPrediction(official.args, str(truth)) for truth in truths]
     for prediction in predictions:
         with Image.open(prediction) as label:
@@ -62,12 +73,6 @@ def test_score_is_that_of_training(script, trained, cityscapes, tmp_path):
     best = load_checkpoint(trained / "best.pth")["best"]
     assert figures["class_miou"] == pytest.approx(best["miou"], abs=1e-3)
     assert figures["images"] == 3 and figures["subset"] == "val"
-
-
-def test_subset_train(script, checkpoint, cityscapes, tmp_path):
-    argv = ("--checkpoint", checkpoint, "--datadir", cityscapes, "--subset", "train")
-    assert script(EVAL, *argv, "--json", "f.json").status == 0
-    assert json.loads((tmp_path / "f.json").read_text())["images"] == 6
 
 
 def test_subset_test_writes_pngs_and_says_there_are_no_labels(
