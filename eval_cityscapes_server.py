@@ -23,7 +23,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets.cityscapes import CATEGORIES, CLASS_NAMES, TRAIN_ID_TO_LABEL_ID, Cityscapes
+from datasets.cityscapes import (
+    CATEGORIES,
+    CLASS_NAMES,
+    TRAIN_ID_TO_LABEL_ID,
+    Cityscapes,
+    check_files,
+)
 from datasets.files import DatasetError, image_size
 from datasets.transforms import eval_transforms, resized_size
 from models.lednet import LEDNet
@@ -31,6 +37,7 @@ from utils.checkpoint import CheckpointError, load_network
 from utils.cli import (
     ArgumentParser,
     UsageError,
+    file_path,
     natural_int,
     pick_device,
     positive_int,
@@ -44,7 +51,9 @@ from utils.visualize import score_table
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--checkpoint", metavar="FILE", help="best.pth of a run of main.py")
+    parser.add_argument(
+        "--checkpoint", type=file_path, metavar="FILE", help="best.pth of a run of main.py"
+    )
     parser.add_argument(
         "--datadir", help="folder with leftImg8bit and gtFine; without it: speed and size alone"
     )
@@ -87,8 +96,8 @@ def parse_args() -> argparse.Namespace:
         raise UsageError("--datadir needs --checkpoint: an untrained network has no score")
     if args.json and Path(args.json).exists():
         raise UsageError(f"--json {args.json} exists: give a new file, or move the old one away")
-    if args.json and not Path(args.json).parent.is_dir():
-        raise UsageError(f"--json {args.json}: the folder {Path(args.json).parent} does not exist")
+    if args.json and not os.access(Path(args.json).parent, os.W_OK):
+        raise UsageError(f"--json {args.json}: {Path(args.json).parent} is no folder to write into")
     return args
 
 
@@ -111,7 +120,7 @@ def main() -> None:
     if args.datadir:
         transforms = eval_transforms(height, checkpoint["mean"], checkpoint["std"])
         dataset = Cityscapes(args.datadir, args.subset, transforms=transforms)
-        dataset.check_files()
+        check_files(dataset)
         size = resized_size(*image_size(dataset.images[0]), height)
     if min(size) < 64:
         raise UsageError(
@@ -163,8 +172,8 @@ def score(network: LEDNet, dataset: Cityscapes, args: argparse.Namespace) -> dic
 
     unweighted = torch.ones(len(CLASS_NAMES))
     loss, confusion = evaluate(network, loader, unweighted, f"scoring {args.subset}", on_image=save)
-    if confusion.counts.sum() == 0:
-        print(f"{args.subset}: the labels are not public, so there are no scores here")
+    if args.subset == "test":
+        print("test: the labels are not public, so there are no scores here")
         return {}
     return print_scores(loss, confusion)
 
@@ -204,7 +213,9 @@ def save_label_ids(folder: Path, image_path: str, prediction: Tensor) -> None:
 
 def measure(network: LEDNet, size: tuple[int, int]) -> dict[str, Any]:
     """Parameters, multiply-adds and latency of the network at its input size."""
+    tf32 = torch.backends.cudnn.allow_tf32 and next(network.parameters()).is_cuda
     return {
+        "precision": "float32, TF32 in convolutions where the GPU has it" if tf32 else "float32",
         "input_height": size[0],
         "input_width": size[1],
         "parameters": count_parameters(network),
@@ -216,15 +227,16 @@ def measure(network: LEDNet, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def print_size_and_speed(figures: dict[str, Any]) -> None:
+    size = f"{figures['input_width']}x{figures['input_height']}"
     print(
         f"parameters      {figures['parameters']:,} (encoder {figures['encoder_parameters']:,}, "
         f"decoder {figures['decoder_parameters']:,})\n"
-        f"multiply-adds   {figures['multiply_adds'] / 1e9:.2f} G at {figures['input_width']}x"
-        f"{figures['input_height']}, of the convolutions (as operations: twice that)\n"
-        f"speed           {figures['fps']:.1f} FPS at {figures['input_width']}x"
-        f"{figures['input_height']}, batch 1, float32, image to logits; latency median "
-        f"{figures['median_ms']:.2f} ms, p95 {figures['p95_ms']:.2f} ms\n"
-        f"                over {figures['passes']} passes on {figures['device']}"
+        f"multiply-adds   {figures['multiply_adds'] / 1e9:.2f} G at {size}, of the convolutions "
+        "(as floating point operations: twice that)\n"
+        f"speed           {figures['fps']:.1f} FPS at {size}, batch 1, image to logits, "
+        f"{figures['precision']}\n"
+        f"latency         median {figures['median_ms']:.2f} ms, p95 {figures['p95_ms']:.2f} ms, "
+        f"over {figures['passes']} passes on {figures['device']}"
     )
 
 
@@ -235,12 +247,15 @@ def device_name(device: torch.device) -> str:
 
 
 def make_results_folder(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty: give --save-results a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        used = any(folder.iterdir())
     except OSError as error:
-        raise UsageError(f"--save-results {folder} cannot be made ({error.strerror})") from error
+        raise UsageError(
+            f"--save-results {folder} cannot be made ({error.strerror}): give a new folder"
+        ) from error
+    if used:
+        raise UsageError(f"{folder} is not empty: give --save-results a new folder")
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from datasets.cityscapes import (
     CLASS_NAMES,
     COLORS,
     Cityscapes,
+    check_files,
     training_parts,
 )
 from datasets.files import DatasetError, image_size
@@ -50,6 +51,7 @@ from utils.cli import (
     ArgumentParser,
     Obsolete,
     UsageError,
+    file_path,
     natural_int,
     pick_amp_dtype,
     pick_device,
@@ -62,12 +64,15 @@ from utils.losses import LOSSES, build_loss, class_weights
 from utils.metrics import ConfusionMatrix, mean_score
 from utils.run import (
     BEST,
+    COUNTS,
     ENCODER,
     LAST,
+    LOG,
     append_row,
     check_free,
     drop_rows_after,
     read_args,
+    read_json,
     run_folder,
     start_run,
 )
@@ -105,6 +110,10 @@ NOT_VALIDATED = dict.fromkeys(
     math.nan,
 )
 
+# What last.pth holds of a run, beside the network: how far it is, and what only resuming needs.
+PROGRESS = ("stage", "epoch", "best")
+STATE = ("optimizer", "scheduler", "scaler", "rng")
+
 # Options that may differ from the run's own when it is resumed.
 FREE_ON_RESUME = {
     "datadir", "device", "workers", "val_every", "steps_loss", "epochs_save", "resume", "savedir",
@@ -127,6 +136,7 @@ def parse_args() -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--datadir",
+        type=file_path,
         help="folder with leftImg8bit and gtFine or gtCoarse; "
         f"without it, street scenes are drawn into {EMBEDDED}",
     )
@@ -156,6 +166,7 @@ def parse_args() -> argparse.Namespace:
         "--pretrained-encoder",
         "--pretrainedEncoder",
         metavar="FILE",
+        type=file_path,
         help="take the encoder from this file and skip stage 1",
     )
     start.add_argument("--decoder", action="store_true", help="go straight to stage 2")
@@ -163,6 +174,7 @@ def parse_args() -> argparse.Namespace:
         "--init",
         "--state",
         metavar="CHECKPOINT",
+        type=file_path,
         help="start stage 2 from this whole network; its classifier is replaced where the "
         "classes differ",
     )
@@ -194,7 +206,9 @@ def parse_args() -> argparse.Namespace:
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--savedir", help="a name under save/, or a path; default: by data set and time"
+        "--savedir",
+        type=file_path,
+        help="a name under save/, or a path; default: by data set and time",
     )
     output.add_argument("--resume", action="store_true", help="go on with the run in --savedir")
     output.add_argument(
@@ -205,9 +219,9 @@ def parse_args() -> argparse.Namespace:
     )
     output.add_argument(
         "--steps-loss",
-        type=positive_int,
+        type=natural_int,
         default=50,
-        help="steps between lines of progress in a log; default 50",
+        help="steps between lines of progress in a log, 0 for none; default 50",
     )
     output.add_argument(
         "--epochs-save",
@@ -227,26 +241,37 @@ def parse_args() -> argparse.Namespace:
         "--iouVal", action=Obsolete, nargs=0, reason="every validation measures the mIoU"
     )
 
-    args = parser.parse_args()
-    if args.resume:
-        if args.savedir is None:
+    stored = None
+    again = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    again.add_argument("--resume", action="store_true")
+    again.add_argument("--savedir")
+    first, _ = again.parse_known_args()
+    if first.resume:
+        if not first.savedir:
             raise UsageError("--resume needs --savedir, the folder of the run to go on with")
-        stored = read_args(run_folder(args.savedir, ""))
+        stored = read_args(run_folder(first.savedir, ""))
         parser.set_defaults(**{k: v for k, v in stored.items() if k not in ("savedir", "resume")})
-        args = parser.parse_args()
-        for name, value in stored.items():
-            if name not in FREE_ON_RESUME and getattr(args, name) != value:
-                raise UsageError(
-                    f"the run in {args.savedir} has --{name.replace('_', '-')} {value}: "
-                    "leave the option out to resume, or start another run"
-                )
+    args = parser.parse_args()
+    settle(args)
+    for name, value in (stored or {}).items():
+        if name not in FREE_ON_RESUME and getattr(args, name, value) != value:
+            raise UsageError(
+                f"the run in {args.savedir} has --{name.replace('_', '-')} {value}: "
+                "leave the option out to resume, or start another run"
+            )
+    return args
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fill in what the command line leaves open, and refuse what cannot be."""
+    args.dataset = "cityscapes" if args.datadir not in (None, str(EMBEDDED)) else "synthetic"
     for name, value in (QUICK if args.datadir is None else PUBLISHED).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    dataset = "synthetic" if args.datadir is None else "cityscapes"
     args.datadir = args.datadir or str(EMBEDDED)
-    args.savedir = str(run_folder(args.savedir, dataset))
-
+    args.savedir = str(run_folder(args.savedir, args.dataset))
+    if args.height < 64:
+        raise UsageError(f"--height {args.height} is too small: LEDNet needs 64x64")
     if args.batch_size == 1:
         raise UsageError(
             "--batch-size 1 cannot train: batch norm on the pooled 1x1 plane needs 2 images"
@@ -255,7 +280,6 @@ def parse_args() -> argparse.Namespace:
         raise UsageError("--init and --pretrained-encoder exclude each other: give one of them")
     if args.init or args.pretrained_encoder or args.decoder:
         args.encoder_epochs = 0
-    return args
 
 
 @dataclass
@@ -289,6 +313,12 @@ def main() -> None:
         check_free(folder)
     elif (folder / LAST).exists():
         resumed = load_checkpoint(folder / LAST)
+        missing = [key for key in (*PROGRESS, *STATE) if key not in resumed]
+        if missing:
+            raise CheckpointError(
+                f"{folder / LAST} does not hold the {missing[0]} of a run: put its own {LAST} "
+                "back, or start another run with --init"
+            )
     stage_done, epoch_done = (resumed["stage"], resumed["epoch"]) if resumed else (0, 0)
 
     torch.manual_seed(args.seed)
@@ -299,10 +329,10 @@ def main() -> None:
         make_synthetic(EMBEDDED, workers=os.cpu_count() or 1)
     parts = training_parts(args.datadir, args.annotations)
     val = Cityscapes(args.datadir, "val", transforms=eval_transforms(args.height, mean, std))
-    for part in (*parts, val):
-        part.check_files()
+    check_files(*parts)
+    check_files(val)
     size = resized_size(*image_size(parts[0].images[0]), args.height)
-    if min(size) < 64:
+    if size[1] < 64:
         raise UsageError(
             f"--height {args.height} makes images of {size[1]}x{size[0]}: LEDNet needs 64x64"
         )
@@ -325,19 +355,18 @@ def main() -> None:
             else "resuming from the start: no epoch had been finished"
         )
 
-    counts_file = folder / "class_counts.json"
-    if args.resume and counts_file.exists():
-        counts = torch.tensor(list(json.loads(counts_file.read_text()).values()))
-    else:
-        print("class weights: counting the pixels of the training labels", flush=True)
+    named = read_json(folder / COUNTS) if args.resume else None
+    if named is None:
+        print("class weights: counting the pixels of the labels", flush=True)
         counts = count_pixels(parts, len(CLASS_NAMES), args.workers)
+        count_pixels([val], len(CLASS_NAMES), args.workers)  # finds unknown ids before training
+        named = dict(zip([*CLASS_NAMES, "ignored"], counts.tolist(), strict=True))
 
     # Nothing was written so far: a mistake found above leaves no folder behind.
     if not args.resume:
         start_run(folder, vars(args))
-    named = dict(zip([*CLASS_NAMES, "ignored"], counts.tolist(), strict=True))
-    counts_file.write_text(json.dumps(named, indent=2))
-    drop_rows_after(folder / "log.csv", stage_done, epoch_done)
+    (folder / COUNTS).write_text(json.dumps(named, indent=2))
+    drop_rows_after(folder / LOG, stage_done, epoch_done)
     steps_done = epoch_done + (args.encoder_epochs if stage_done == 2 else 0)
     this = Run(
         args=args,
@@ -349,11 +378,11 @@ def main() -> None:
         size=size,
         mean=mean,
         std=std,
-        counts=counts,
+        counts=torch.tensor(list(named.values())),
         shuffling=torch.Generator().manual_seed(args.seed),
         writer=SummaryWriter(folder, purge_step=steps_done + 1),
         description={
-            "dataset": "cityscapes",
+            "dataset": args.dataset,
             "num_classes": len(CLASS_NAMES),
             "class_names": CLASS_NAMES,
             "colors": [list(color) for color in COLORS],
@@ -368,7 +397,7 @@ def main() -> None:
     )
     if args.encoder_epochs and stage_done < 2:
         train_stage(this, 1, EncoderClassifier(network.encoder, len(CLASS_NAMES)))
-        encoder = {f"encoder.{k}": v for k, v in network.encoder.state_dict().items()}
+        encoder = {f"encoder.{name}": w for name, w in on_cpu(network.encoder).items()}
         save_checkpoint(this.description | {"model": encoder, "stage": 1}, folder / ENCODER)
     best = train_stage(this, 2, network)
     this.writer.close()
@@ -456,10 +485,12 @@ def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]
         fill(model, this.resumed["model"], folder / LAST)
         optimizer.load_state_dict(this.resumed["optimizer"])
         scheduler.load_state_dict(this.resumed["scheduler"])
-        scaler.load_state_dict(this.resumed["scaler"])
-        restore_rng(this.resumed["rng"], this.shuffling)
+        if this.resumed["scaler"]:  # empty where the precision needed none
+            scaler.load_state_dict(this.resumed["scaler"])
+        restore_rng(this.resumed["rng"], this.shuffling, this.device)
         epoch_done, best = this.resumed["epoch"], this.resumed["best"]
 
+    pictures_every = max(1, epochs // args.val_every // 10)  # validations
     for epoch in range(epoch_done + 1, epochs + 1):
         title = f"stage {stage} epoch {epoch}/{epochs}"
         started, lr = time.perf_counter(), scheduler.get_last_lr()[0]
@@ -468,14 +499,14 @@ def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]
         row |= train_one_epoch(
             model,
             train_loader,
-            loss_function,
-            optimizer,
-            scheduler,
-            scaler,
-            this.amp_dtype,
-            title,
-            args.steps_loss,
-            confusion,
+            loss_function=loss_function,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            scaler=scaler,
+            amp_dtype=this.amp_dtype,
+            title=title,
+            steps_loss=args.steps_loss,
+            confusion=confusion,
         )
         row["train_miou"] = mean_score(confusion.class_iou()) if confusion else math.nan
         validated = epoch % args.val_every == 0 or epoch == epochs
@@ -489,10 +520,11 @@ def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]
             best = {"epoch": epoch, "miou": row["val_miou"], "class_iou": class_iou}
         row["seconds"] = time.perf_counter() - started
 
-        append_row(folder / "log.csv", row)
+        append_row(folder / LOG, row)
         step = epoch + (args.encoder_epochs if stage == 2 else 0)
         write_scalars(this.writer, row, step)
-        if epoch == epochs or epoch % max(1, epochs // 10) == 0:
+        # TensorBoard shows ten pictures of a kind: there is no point in keeping hundreds.
+        if validated and (epoch == epochs or epoch // args.val_every % pictures_every == 0):
             for number, picture in enumerate(strips):
                 this.writer.add_image(f"val/{number}", picture, step)
         this.writer.flush()
@@ -507,7 +539,7 @@ def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]
         )
 
         checkpoint = this.description | {
-            "model": model.state_dict(),
+            "model": on_cpu(model),
             "stage": stage,
             "epoch": epoch,
             "best": best,
@@ -520,7 +552,7 @@ def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
             "scaler": scaler.state_dict(),
-            "rng": rng_state(this.shuffling),
+            "rng": rng_state(this.shuffling, this.device),
         }
         save_checkpoint(checkpoint | state, folder / LAST)
     return best
@@ -563,17 +595,24 @@ def write_scalars(writer: SummaryWriter, row: dict[str, float], step: int) -> No
             writer.add_scalar(tag, row[name], step)
 
 
-def rng_state(shuffling: torch.Generator) -> dict[str, Any]:
+def on_cpu(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The weights of a model, loadable on any machine."""
+    return {name: weight.cpu() for name, weight in model.state_dict().items()}
+
+
+def rng_state(shuffling: torch.Generator, device: torch.device) -> dict[str, Any]:
     """Every random state that training draws from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "shuffling": shuffling.get_state()}
+    state = {"torch": torch.get_rng_state(), "shuffling": shuffling.get_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
-def restore_rng(state: dict[str, Any], shuffling: torch.Generator) -> None:
+def restore_rng(state: dict[str, Any], shuffling: torch.Generator, device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     shuffling.set_state(state["shuffling"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 if __name__ == "__main__":

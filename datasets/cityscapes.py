@@ -75,10 +75,15 @@ class Cityscapes(torchvision.datasets.Cityscapes):
         transforms: Callable | None = None,
     ) -> None:
         images, labels = f"leftImg8bit/{split}", f"gt{mode.capitalize()}/{split}"
+        # Looked at first: where a folder is missing, torchvision unpacks archives unasked.
+        _check_folders(root, (images, labels))
         try:
             super().__init__(root, split, mode, target_type="semantic", transforms=transforms)
-        except (RuntimeError, OSError) as error:
-            raise DatasetError(_what_is_missing(root, (images, labels))) from error
+        except OSError as error:
+            raise DatasetError(
+                f"{error.filename} is not a folder that can be read: {images} must hold "
+                "a folder for each city, and nothing else"
+            ) from error
 
         pairs = sorted(
             (image, target[0])
@@ -129,11 +134,20 @@ class Cityscapes(torchvision.datasets.Cityscapes):
             )
         return train_ids
 
-    def check_files(self) -> None:
-        """Look at every file's header; raises DatasetError that names the first bad one."""
-        check_headers(
-            [(i, t[0] if t else None) for i, t in zip(self.images, self.targets, strict=True)]
-        )
+
+def check_files(*parts: Cityscapes) -> None:
+    """Look at the header of every file, without decoding pixels, before a long run.
+
+    Raises:
+        DatasetError: names the first file that is missing, damaged, of another size than its
+            image, or of another size than the other images.
+    """
+    pairs = [
+        (image, target[0] if target else None)
+        for part in parts
+        for image, target in zip(part.images, part.targets, strict=True)
+    ]
+    check_headers(pairs)
 
 
 def training_parts(root: str | os.PathLike, annotations: str) -> list[Cityscapes]:
@@ -141,13 +155,12 @@ def training_parts(root: str | os.PathLike, annotations: str) -> list[Cityscapes
     return [Cityscapes(root, split, mode) for split, mode in ANNOTATIONS[annotations]]
 
 
-def _what_is_missing(root: str | os.PathLike, folders: Iterable[str]) -> str:
+def _check_folders(root: str | os.PathLike, folders: Iterable[str]) -> None:
     if not os.path.isdir(root):
-        return f"{root} does not exist: give the folder that holds leftImg8bit and gtFine"
+        raise DatasetError(f"{root} does not exist: give the folder that holds leftImg8bit")
     for folder in folders:
         if not os.path.isdir(os.path.join(root, folder)):
-            return (
+            raise DatasetError(
                 f"{root} has no folder {folder}: it must hold Cityscapes in its official layout, "
                 "leftImg8bit/<split>/<city> and gtFine/<split>/<city> or gtCoarse/<split>/<city>"
             )
-    return f"{root} holds something other than city folders in {' or '.join(folders)}"

@@ -81,14 +81,14 @@ def check_headers(pairs: list[tuple[str, str | None]]) -> None:
 def check_label_mode(path: str, mode: str) -> None:
     if mode not in LABEL_MODES:
         raise DatasetError(
-            f"{path} has pixels of mode {mode}: a label map is one 8-bit channel of class ids"
+            f"{path} has pixels of mode {mode}: give a label map, one 8-bit channel of class ids"
         )
 
 
 def unreadable(path: str, error: Exception) -> DatasetError:
     """The error that names a file which PIL cannot read."""
     if isinstance(error, FileNotFoundError):
-        return DatasetError(f"{path} does not exist")
+        return DatasetError(f"{path} does not exist: unpack the data set again")
     reason = " ".join(str(error).split())
     return DatasetError(f"{path} cannot be read as an image ({reason}): fetch it again")
 
@@ -107,7 +107,7 @@ def check_sizes(label_path: str, label_size: tuple[int, int], size: tuple[int, i
     if label_size != size:
         raise DatasetError(
             f"{label_path} is {label_size[0]}x{label_size[1]} but its image is "
-            f"{size[0]}x{size[1]}: they must have one size"
+            f"{size[0]}x{size[1]}: they must have one size, fetch them again"
         )
 
 

@@ -575,15 +575,15 @@ class Street:
             self.fill(self.disc(x, top, radius, z), red, z, name, instance)
             self.tint(self.disc(x, top, radius * 0.65, z), white, z)
         elif kind == 1:  # a warning
-            for size, color in ((1.2, red), (0.65, white)):
-                corners = [
+            outer, inner = (
+                [
                     self.project(x + size * radius * dx, top + size * radius * dy, z)
                     for dx, dy in ((0, 1), (0.9, -0.6), (-0.9, -0.6))
                 ]
-                if color is red:
-                    self.fill(corners, color, z, name, instance)
-                else:
-                    self.tint(corners, color, z)
+                for size in (1.2, 0.65)
+            )
+            self.fill(outer, red, z, name, instance)
+            self.tint(inner, white, z)
         else:  # parking, a direction
             plate = self.rectangle(x - radius, x + radius, top - radius, top + radius, z)
             self.fill(plate, blue, z, name, instance)

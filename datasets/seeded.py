@@ -42,5 +42,5 @@ class Seeded(Dataset):
         index, seed = item
         # Without workers this runs in the training process, whose random state is its own.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU too
             return self.dataset[index]

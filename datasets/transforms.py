@@ -32,15 +32,15 @@ def train_transforms(
         H x W or the fraction of it, rounded up; 255 = ignore.
     """
     height, _ = size
+    fill = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORE_INDEX}
     if augment == "paper":
         steps = [
             ResizeToHeight(height),
             v2.ToImage(),
             v2.RandomHorizontalFlip(),
-            RandomShift(2),
+            v2.RandomCrop(size, padding=2, fill=fill),  # a shift by up to 2 pixels each way
         ]
     elif augment == "strong":
-        fill = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORE_INDEX}
         steps = [
             ResizeToHeight(height, scale=(0.5, 2.0)),
             v2.ToImage(),
@@ -99,23 +99,6 @@ class ResizeToHeight(v2.Transform):
         if isinstance(inpt, tv_tensors.Mask):
             return resize_label(inpt, params["size"]) if self.labels else inpt
         return F.resize(inpt, list(params["size"]))
-
-
-class RandomShift(v2.Transform):
-    """Shift by up to `pixels` each way; what comes into view is 0, and ignored in the label."""
-
-    def __init__(self, pixels: int) -> None:
-        super().__init__()
-        self.pixels = pixels
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = F.get_size(flat_inputs[0])
-        top, left = torch.randint(0, 2 * self.pixels + 1, (2,)).tolist()
-        return {"top": top, "left": left, "height": height, "width": width}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        fill = IGNORE_INDEX if isinstance(inpt, tv_tensors.Mask) else 0
-        return F.crop(F.pad(inpt, [self.pixels], fill=fill), **params)
 
 
 class ShrinkLabel(v2.Transform):

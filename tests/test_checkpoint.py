@@ -19,6 +19,8 @@ def describe(network: LEDNet, num_classes: int = 3, apn_channels: int = 4) -> di
     return {
         "model": network.state_dict(),
         "stage": 2,
+        "dataset": "fields",
+        "colors": [[n, 0, 0] for n in range(num_classes)],
         "num_classes": num_classes,
         "class_names": [f"class {n}" for n in range(num_classes)],
         "apn_channels": apn_channels,
@@ -115,7 +117,7 @@ def test_a_stage_1_checkpoint_is_no_network(network, tmp_path):
 
 def test_plain_weights_say_what_is_missing(network, tmp_path):
     torch.save(network.state_dict(), tmp_path / "plain.pth")
-    with pytest.raises(CheckpointError, match="does not say its num_classes"):
+    with pytest.raises(CheckpointError, match="does not say its dataset"):
         load_network(tmp_path / "plain.pth")
 
 

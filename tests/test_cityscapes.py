@@ -12,6 +12,7 @@ from datasets.cityscapes import (
     LABEL_ID_TO_TRAIN_ID,
     TRAIN_ID_TO_LABEL_ID,
     Cityscapes,
+    check_files,
     training_parts,
 )
 from datasets.files import DatasetError
@@ -124,9 +125,18 @@ def test_255_is_ignored(cityscapes_copy):
 
 def test_check_files_finds_a_label_of_another_size(cityscapes_copy):
     train = Cityscapes(cityscapes_copy, "train")
-    train.check_files()
+    check_files(train)
     Image.new("L", (64, 64)).save(train.targets[5][0])
     with pytest.raises(DatasetError, match=f"{train.targets[5][0]} is 64x64"):
-        train.check_files()
+        check_files(train)
     with pytest.raises(DatasetError, match=f"{train.targets[5][0]} is 64x64"):
         train[5]
+
+
+def test_check_files_compares_the_sizes_of_all_parts(cityscapes_copy):
+    parts = training_parts(cityscapes_copy, "fine+coarse")
+    check_files(*parts)
+    for path, mode in ((parts[1].images[2], "RGB"), (parts[1].targets[2][0], "L")):
+        Image.new(mode, (64, 64)).save(path)
+    with pytest.raises(DatasetError, match="must have one size"):
+        check_files(*parts)

@@ -89,7 +89,7 @@ def test_an_error_in_a_worker_is_one_line_too():
 def test_devices():
     assert pick_device("cpu").type == "cpu"
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("gpu", "cuda:99"):
+    for name in ("gpu", "cuda:99", "meta"):
         with pytest.raises(UsageError, match=f"--device {name} cannot be used here"):
             pick_device(name)
 
@@ -101,9 +101,9 @@ def test_precision(monkeypatch):
     assert pick_amp_dtype("fp16", cuda) == torch.float16
     with pytest.raises(UsageError, match="needs a CUDA GPU"):
         pick_amp_dtype("fp16", cpu)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     assert pick_amp_dtype("auto", cuda) == torch.float16
     with pytest.raises(UsageError, match="not supported by this GPU"):
         pick_amp_dtype("bf16", cuda)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert pick_amp_dtype("auto", cuda) == torch.bfloat16

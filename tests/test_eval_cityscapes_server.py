@@ -131,7 +131,7 @@ def test_checkpoints_of_something_else(fails, trained, checkpoint, cityscapes, t
         (("--datadir", "nowhere"), "needs --checkpoint"),
         (("--save-results", "out"), "needs --checkpoint and --datadir"),
         (("--device", "cuda:99"), "cannot be used here"),
-        (("--json", "no/such/folder/f.json"), "no/such/folder does not exist"),
+        (("--json", "no/such/folder/f.json"), "no/such/folder is no folder to write into"),
     ],
 )
 def test_options_that_cannot_be(fails, options, message):

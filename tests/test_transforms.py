@@ -6,7 +6,6 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from datasets.transforms import (
-    RandomShift,
     ResizeToHeight,
     eval_transforms,
     resize_label,
@@ -57,19 +56,21 @@ def test_paper_recipe_flips_half_of_the_images():
     assert 60 < flipped < 140
 
 
-def test_shift_reaches_every_offset_up_to_two_pixels():
+def test_paper_recipe_shifts_by_every_offset_up_to_two_pixels():
     torch.manual_seed(0)
-    image = tv_tensors.Image(torch.arange(1, 101, dtype=torch.uint8).view(1, 10, 10))
-    label = tv_tensors.Mask(torch.arange(1, 101, dtype=torch.uint8).view(10, 10))
-    shift, offsets = RandomShift(2), set()
-    for _ in range(500):
-        moved, moved_label = shift(image, label)
-        assert moved.shape == (1, 10, 10) and moved_label.shape == (10, 10)
-        row, column = (moved[0] == 45).nonzero()[0].tolist()
-        offsets.add((row - 4, column - 4))
-        assert (moved[0] == 0).equal(moved_label == 255)
-        assert moved[0][moved[0] > 0].equal(moved_label[moved_label < 255])
-    assert offsets == {(dy, dx) for dy in range(-2, 3) for dx in range(-2, 3)}
+    dot = np.zeros((64, 128), np.uint8)
+    dot[30, 64] = 18
+    pair = Image.fromarray(np.stack([dot] * 3, -1)), tv_tensors.Mask(torch.from_numpy(dot))
+    transforms, offsets = train_transforms("paper", (64, 128)), set()
+    for _ in range(600):
+        _, label = transforms(*pair)
+        row, column = (label == 18).nonzero()[0].tolist()
+        # A flip takes column 64 to 63.
+        flipped = column - 63 if column < 62 else None
+        offsets.add((row - 30, column - 64 if flipped is None else flipped))
+    rows = {row for row, _ in offsets}
+    columns = {column for _, column in offsets}
+    assert rows == set(range(-2, 3)) and columns <= set(range(-3, 3)) and len(columns) >= 5
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])

@@ -45,7 +45,10 @@ def main() -> None:
         with torch.inference_mode():
             prediction = network(image[None]).argmax(1)[0]
         strips.append(strip(image, prediction, label, colors, mean, std))
-    to_pil_image(torch.cat(strips, dim=1)).save(args.output, quality=90)
+    try:
+        to_pil_image(torch.cat(strips, dim=1)).save(args.output, quality=90)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--output {args.output} cannot be written: {error}") from error
 
 
 if __name__ == "__main__":

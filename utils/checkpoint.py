@@ -26,6 +26,18 @@ from torch import Tensor, nn
 
 from models.lednet import Encoder, LEDNet
 
+# What a checkpoint must say of its network to rebuild it and its preprocessing.
+DESCRIPTION = {
+    "dataset": str,
+    "num_classes": int,
+    "class_names": list,
+    "colors": list,
+    "apn_channels": int,
+    "mean": list,
+    "std": list,
+    "height": int,
+}
+
 
 class CheckpointError(Exception):
     """A checkpoint file is not usable; the message is one line that says what to do."""
@@ -76,7 +88,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if "model" not in content:
         content = {"model": content.get("state_dict", content)}
     weights = content["model"]
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()
+    ):
         raise CheckpointError(f"{path} holds no weights: use a checkpoint that main.py wrote")
     # DataParallel puts a prefix before every name.
     content["model"] = {name.removeprefix("module."): w for name, w in weights.items()}
@@ -98,12 +112,12 @@ def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
             f"{path} holds the encoder alone: train stage 2 first, with "
             f"main.py --pretrained-encoder {path}"
         )
-    missing = [key for key in ("num_classes", "apn_channels", "height") if key not in checkpoint]
-    if missing:
-        raise CheckpointError(
-            f"{path} does not say its {missing[0]}: it was not written by main.py; "
-            f"load it with main.py --init {path} first"
-        )
+    for key, kind in DESCRIPTION.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise CheckpointError(
+                f"{path} does not say its {key}: it was not written by main.py; "
+                f"train from it with main.py --init {path}"
+            )
     network = LEDNet(checkpoint["num_classes"], checkpoint["apn_channels"])
     fill(network, checkpoint.pop("model"), path)
     return network.eval(), checkpoint
@@ -186,5 +200,6 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLi
         raise CheckpointError(
             f"{path} does not fit the {type(module).__name__}: {'; '.join(problems[:3])}"
             + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+            + ": give the checkpoint of a run of main.py"
         )
     module.load_state_dict(weights)

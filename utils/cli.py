@@ -71,6 +71,12 @@ def positive_float(text: str) -> float:
     return _number(float, text, "a positive number", lambda value: 0 < value < float("inf"))
 
 
+def file_path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
 def _number(kind: type, text: str, what: str, accepts: Callable[[float], bool]):
     try:
         value = kind(text)
@@ -92,11 +98,15 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise UsageError(
-            f"--device {name} cannot be used here: give --device cpu, or auto to take a GPU "
+            f"--device {name} cannot be used here: give --device cpu, or auto to take a CUDA GPU "
             "where there is one"
-        ) from error
+        )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what asks for "the" GPU means this one
     return device
 
 
@@ -109,10 +119,10 @@ def pick_amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
     on_gpu = device.type == "cuda"
     if name == "fp16" and not on_gpu:
         raise UsageError("--amp fp16 needs a CUDA GPU: give --amp bf16 or off")
-    if name == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
+    # Older GPUs emulate bf16, which is slower than not to use it.
+    bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bf16" and not bf16:
         raise UsageError("--amp bf16 is not supported by this GPU: give --amp fp16 or off")
     if name == "auto":
-        if not on_gpu:
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        name = "off" if not on_gpu else "bf16" if bf16 else "fp16"
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -34,7 +34,7 @@ def train_one_epoch(
         loss_function: of logits and labels, a scalar.
         amp_dtype: of mixed precision, None for full precision.
         title: of the progress bar.
-        steps_loss: steps between lines of progress where there is no terminal for a bar.
+        steps_loss: steps between lines of progress where there is no terminal for a bar; 0: none.
         confusion: counts the predictions on the training images, where given.
 
     Returns:
@@ -64,7 +64,7 @@ def train_one_epoch(
                 confusion.update(logits.detach().argmax(1), labels)
             bar.update(len(images))
             now = time.perf_counter()
-            if bar.disable and step % steps_loss == 0:
+            if bar.disable and steps_loss and step % steps_loss == 0:
                 left = (len(loader) - step) * (now - started) / step
                 print(
                     f"{title}: step {step}/{len(loader)}, loss {total_loss.item() / seen:.4f}, "
@@ -120,7 +120,7 @@ def evaluate(
                 if on_image is not None:
                     on_image(image, prediction, label)
                 bar.update()
-    weights = (confusion.counts.sum(1) * weight).sum()
+    weights = (confusion.counts.sum(1) * weight.double()).sum()
     return (total_loss / weights).item(), confusion
 
 

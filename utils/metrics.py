@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from utils.losses import IGNORE_INDEX
+
 
 class ConfusionMatrix:
     """Counts of (true class, predicted class) over pixels, kept on one device.
@@ -14,7 +16,7 @@ class ConfusionMatrix:
     """
 
     def __init__(
-        self, num_classes: int, device: torch.device | str = "cpu", ignore_index: int = 255
+        self, num_classes: int, device: torch.device | str = "cpu", ignore_index: int = IGNORE_INDEX
     ) -> None:
         self.num_classes, self.ignore_index = num_classes, ignore_index
         self.counts = torch.zeros((num_classes, num_classes), dtype=torch.int64, device=device)

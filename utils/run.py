@@ -11,6 +11,7 @@ from typing import Any
 from utils.cli import UsageError
 
 LAST, BEST, ENCODER = "last.pth", "best.pth", "encoder.pth"
+ARGS, LOG, COUNTS = "args.json", "log.csv", "class_counts.json"
 
 
 def run_folder(savedir: str | None, dataset: str) -> Path:
@@ -26,7 +27,7 @@ def check_free(folder: Path) -> None:
     Raises:
         UsageError: one does.
     """
-    for name in ("args.json", "log.csv", LAST, BEST, ENCODER):
+    for name in (ARGS, LOG, COUNTS, LAST, BEST, ENCODER):
         if (folder / name).exists():
             raise UsageError(
                 f"{folder} holds a run already ({name}): continue it with --resume or give "
@@ -43,7 +44,7 @@ def start_run(folder: Path, args: Mapping[str, Any]) -> None:
     check_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "args.json").open("x") as file:
+        with (folder / ARGS).open("x") as file:
             json.dump(dict(args), file, indent=2)
     except OSError as error:
         raise UsageError(
@@ -57,13 +58,22 @@ def read_args(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: the folder holds no run.
     """
-    try:
-        return json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError) as error:
+    args = read_json(folder / ARGS)
+    if args is None:
         raise UsageError(
-            f"{folder} holds no run to resume (args.json is missing or damaged): give the "
+            f"{folder} holds no run to resume ({ARGS} is missing or damaged): give the "
             "--savedir of a run, or leave out --resume"
-        ) from error
+        )
+    return args
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where the file is missing, cut short or something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -77,13 +87,18 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def drop_rows_after(path: Path, stage: int, epoch: int) -> None:
-    """Cut from the log what was trained after the checkpoint that a run resumes from."""
+    """Cut from the log what was trained after the checkpoint that a run resumes from, and a
+    last row that was not written to its end."""
     if not path.exists():
         return
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows, names = list(reader), reader.fieldnames
-    kept = [row for row in rows if (int(row["stage"]), int(row["epoch"])) <= (stage, epoch)]
+    kept = [
+        row
+        for row in rows
+        if None not in row.values() and (int(row["stage"]), int(row["epoch"])) <= (stage, epoch)
+    ]
     unfinished = path.with_name(f".{path.name}")
     with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=names)
