@@ -75,7 +75,7 @@ def fails(script) -> Callable[..., str]:
         assert result.status == 2, result
         lines = result.err.strip().splitlines()
         assert len(lines) == 1, result.err
-        assert lines[0].startswith(f"{name}: error: ")
+        assert lines[0].startswith(f"{Path(name).name}: error: ")
         return lines[0]
 
     return run

@@ -94,7 +94,10 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"model": 3}, {"weights": [1]}, torch.ones(2)])
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], {"model": 3}, {"weights": [1]}, torch.ones(2), {0: torch.ones(2)}],
+)
 def test_something_else_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"other\.pth"):
@@ -113,6 +116,13 @@ def test_a_stage_1_checkpoint_is_no_network(network, tmp_path):
     save_checkpoint({**describe(network), "stage": 1}, tmp_path / "one.pth")
     with pytest.raises(CheckpointError, match="encoder alone"):
         load_network(tmp_path / "one.pth")
+
+
+@pytest.mark.parametrize(("key", "value"), [("mean", None), ("num_classes", "three")])
+def test_a_description_that_lacks_something(network, tmp_path, key, value):
+    save_checkpoint(describe(network) | {key: value}, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=f"does not say its {key}"):
+        load_network(tmp_path / "odd.pth")
 
 
 def test_plain_weights_say_what_is_missing(network, tmp_path):

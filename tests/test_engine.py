@@ -115,6 +115,25 @@ def test_mixed_precision_on_cpu(model):
     assert 0 < loss < 10
 
 
+def test_scaled_gradients_train_as_plain_ones():
+    """With fp16's gradient scaler, here on the CPU: the same steps as without."""
+
+    def trained(enabled: bool) -> tuple[torch.Tensor, dict]:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3, padding=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=4)
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+        loader = DataLoader(Pixels(4, (16, 24)), batch_size=2)
+        loss = build_loss("ce", torch.ones(4))
+        train_one_epoch(model, loader, loss, optimizer, scheduler, scaler, None, "", 0)
+        return model.weight, scaler.state_dict()
+
+    (scaled, state), (plain, nothing) = trained(True), trained(False)
+    assert torch.allclose(scaled, plain, atol=1e-6)
+    assert state["_growth_tracker"] == 2 and nothing == {}
+
+
 def test_progress_in_a_log_is_lines(model, capsys):
     train(model, Pixels(6, (16, 24)))
     lines = capsys.readouterr().out.splitlines()

@@ -1,6 +1,8 @@
 import csv
 import json
 import re
+import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,8 +11,16 @@ from conftest import QUICK, run_script
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import datasets.synthetic
+import datasets.transforms
 import utils.checkpoint
+import utils.engine
+import utils.losses
+from datasets.cityscapes import training_parts
+from datasets.statistics import count_pixels
 from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
+from utils.losses import class_weights
+from utils.metrics import ConfusionMatrix
 
 
 def read_log(folder):
@@ -87,8 +97,6 @@ def test_a_run_says_what_it_does_and_what_comes_next(script, cityscapes, tmp_pat
 
 
 def test_the_embedded_default_is_drawn_once(script, tmp_path, monkeypatch):
-    import datasets.synthetic
-
     monkeypatch.setitem(datasets.synthetic.COUNTS, "train", 2)
     for split in ("val", "test", "train_extra"):
         monkeypatch.setitem(datasets.synthetic.COUNTS, split, 1)
@@ -134,6 +142,7 @@ def test_a_last_batch_of_one_is_dropped(script, cityscapes, tmp_path):
 # Resuming
 
 RECIPE = ("--encoder-epochs", 2, "--epochs", 2, "--batch-size", 2, "--workers", 1, "--D", 4)
+RECIPE += ("--augment", "strong")
 
 
 @pytest.fixture(scope="module")
@@ -145,16 +154,24 @@ def whole(cityscapes, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("stage", "epoch"), [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("stage", "epoch", "saved"),
+    [(1, 1, True), (1, 2, True), (2, 1, True), (2, 1, False), (2, 2, False)],
+)
 def test_a_resumed_run_ends_as_the_one_that_never_stopped(
-    whole, script, cityscapes, tmp_path, monkeypatch, stage, epoch
+    whole, script, cityscapes, tmp_path, monkeypatch, stage, epoch, saved
 ):
+    """Stopped after last.pth of an epoch, or before it, when the log has its row already."""
+
     class Stop(Exception):
         pass
 
     def save_and_stop(checkpoint, path):
-        save_checkpoint(checkpoint, path)
-        if path.name == "last.pth" and (checkpoint["stage"], checkpoint["epoch"]) == (stage, epoch):
+        done = (checkpoint["stage"], checkpoint.get("epoch"))
+        here = path.name == "last.pth" and done == (stage, epoch)
+        if saved or not here:
+            save_checkpoint(checkpoint, path)
+        if here:
             raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
@@ -163,7 +180,10 @@ def test_a_resumed_run_ends_as_the_one_that_never_stopped(
         script("main.py", *argv)
     result = script("main.py", "--savedir", "stopped", "--resume")
     assert result.status == 0
-    assert f"resuming after epoch {epoch} of stage {stage}" in result.out
+    done = (stage, epoch)
+    if not saved:
+        done = (2, epoch - 1) if epoch > 1 else (1, 2)
+    assert f"resuming after epoch {done[1]} of stage {done[0]}" in result.out
 
     stopped = tmp_path / "save/stopped"
     for name in ("last.pth", "best.pth", "encoder.pth"):
@@ -177,16 +197,12 @@ def test_a_resumed_run_ends_as_the_one_that_never_stopped(
     assert steps == [1, 2, 3, 4]
 
 
-def test_a_finished_run_can_be_resumed_and_changes_nothing(trained, script):
-    before = {p.name: p.read_bytes() for p in trained.glob("*.pth")} | {
-        "log": (trained / "log.csv").read_bytes()
-    }
-    result = script("main.py", "--savedir", trained, "--resume")
+def test_a_finished_run_can_be_resumed_and_changes_nothing(trained, script, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    result = script("main.py", "--savedir", folder, "--resume")
     assert result.status == 0 and "mIoU" in result.out
-    after = {p.name: p.read_bytes() for p in trained.glob("*.pth")} | {
-        "log": (trained / "log.csv").read_bytes()
-    }
-    assert after["log"] == before["log"] and after["best.pth"] == before["best.pth"]
+    for name in ("log.csv", "args.json", "class_counts.json", "best.pth", "last.pth"):
+        assert (folder / name).read_bytes() == (trained / name).read_bytes(), name
 
 
 def test_a_run_without_a_checkpoint_resumes_from_the_start(script, cityscapes, tmp_path):
@@ -206,6 +222,99 @@ def test_what_may_not_change_on_resume(trained, fails):
     assert "has --batch-size 2" in fails(*argv, "--batch-size", 4)
     assert "has --apn-channels 20" in fails(*argv, "--D", 8)
     assert "--resume needs --savedir" in fails("main.py", "--resume")
+
+
+def test_the_same_command_with_resume_goes_on(script, cityscapes, tmp_path):
+    argv = ("--datadir", cityscapes, *QUICK, "--decoder", "--port", 1, "--D", 4, "--savedir", "a")
+    assert script("main.py", *argv).status == 0
+    result = script("main.py", *argv, "--resume")
+    assert result.status == 0 and result.err.count("note: --port") == 1
+
+
+def test_what_cannot_be_resumed_from(trained, fails, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    argv = ("main.py", "--savedir", folder, "--resume")
+    shutil.copy(folder / "best.pth", folder / "last.pth")
+    assert "does not hold the optimizer of a run" in fails(*argv)
+    (folder / "last.pth").write_bytes(b"")
+    assert "last.pth is not a checkpoint" in fails(*argv)
+    (folder / "args.json").write_text("[]")
+    assert "holds no run to resume" in fails(*argv)
+
+
+def test_a_damaged_cache_of_the_counts_is_made_again(trained, script, tmp_path):
+    folder, counts = shutil.copytree(trained, tmp_path / "copy"), "class_counts.json"
+    (folder / counts).write_text('{"road":')
+    assert script("main.py", "--savedir", folder, "--resume").status == 0
+    assert (folder / counts).read_text() == (trained / counts).read_text()
+
+
+# The recipe
+
+
+def test_the_learning_rate_falls_with_every_step(whole):
+    """Poly schedule of power 0.9 over the 2 x 3 steps of each stage."""
+    for row in read_log(whole):
+        done = 3 * (int(row["epoch"]) - 1) / 6
+        assert float(row["lr"]) == pytest.approx(5e-4 * (1 - done) ** 0.9)
+
+
+def test_loss_weights_and_optimizer_are_those_of_the_paper(script, cityscapes, monkeypatch):
+    losses, optimizers = [], []
+    real_adam = torch.optim.Adam
+
+    def build_loss(name, weight):
+        losses.append((name, weight))
+        return partial(utils.losses.cross_entropy, weight=weight)
+
+    def adam(parameters, lr, **options):
+        optimizers.append((lr, options))
+        return real_adam(parameters, lr, **options)
+
+    monkeypatch.setattr(utils.losses, "build_loss", build_loss)
+    monkeypatch.setattr(torch.optim, "Adam", adam)
+    argv = ("--datadir", cityscapes, *QUICK, "--D", 4, "--loss", "ohem", "--savedir", "a")
+    assert script("main.py", *argv).status == 0
+    counts = count_pixels(training_parts(cityscapes, "fine"), 19)
+    assert [name for name, _ in losses] == ["ohem", "ohem"]
+    for (_, weight), c in zip(losses, (1.20, 1.10), strict=True):
+        assert torch.equal(weight.cpu(), class_weights(counts, c))
+    expected = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
+    assert optimizers == [(5e-4, expected), (5e-4, expected)]
+
+
+def scripted_scores(monkeypatch, *mious):
+    """Make every validation find the next of some IoUs, in the first class alone."""
+    scores = iter(mious)
+
+    def evaluate(*args, **kwargs):
+        confusion = ConfusionMatrix(19)
+        right = round(1000 * next(scores))
+        confusion.counts[0, 0], confusion.counts[0, 1] = right, 1000 - right
+        return 1.0, confusion
+
+    monkeypatch.setattr(utils.engine, "evaluate", evaluate)
+
+
+def test_the_best_epoch_is_kept(script, cityscapes, tmp_path, monkeypatch):
+    scripted_scores(monkeypatch, 0.4, 0.8, 0.6)
+    argv = ("--datadir", cityscapes, *QUICK, "--decoder", "--epochs", 3, "--D", 4)
+    result = script("main.py", *argv, "--savedir", "a", "--epochs-save", 1)
+    assert result.status == 0 and "after epoch 2, the best" in result.out
+    folder = tmp_path / "save/a"
+    best = load_checkpoint(folder / "best.pth")
+    assert best["epoch"] == 2 and best["best"]["epoch"] == 2
+    assert same_weights(best["model"], load_checkpoint(folder / "stage2-epoch002.pth")["model"])
+    assert load_checkpoint(folder / "last.pth")["epoch"] == 3
+
+
+def test_val_every_skips_validations_but_the_last(script, cityscapes, tmp_path, monkeypatch):
+    scripted_scores(monkeypatch, 0.4, 0.3)
+    argv = ("--datadir", cityscapes, *QUICK, "--decoder", "--epochs", 3, "--D", 4)
+    assert script("main.py", *argv, "--savedir", "a", "--val-every", 2).status == 0
+    rows = read_log(tmp_path / "save/a")
+    assert [row["val_miou"] == "nan" for row in rows] == [True, False, False]
+    assert load_checkpoint(tmp_path / "save/a/best.pth")["epoch"] == 2
 
 
 # Where a run starts from
@@ -265,24 +374,50 @@ def test_init_from_other_classes_replaces_the_classifier(trained, script, citysc
     assert "starting anew, since the classes differ: decoder.classifier.weight" in result.out
 
 
-@pytest.mark.parametrize(
-    "options", [("--loss", "ohem"), ("--augment", "strong"), ("--amp", "bf16")]
-)
-def test_other_recipes_train(script, cityscapes, tmp_path, options):
-    argv = ("--datadir", cityscapes, *QUICK, "--decoder", "--D", 4, "--device", "cpu", *options)
-    assert script("main.py", *argv, "--savedir", "a").status == 0
-    (row,) = read_log(tmp_path / "save/a")
-    assert float(row["train_loss"]) > 0
+def test_other_recipes_train_as_they_say(script, cityscapes, monkeypatch):
+    made, trained_with = [], []
+    real_transforms, real_epoch = datasets.transforms.train_transforms, utils.engine.train_one_epoch
+
+    def train_transforms(*args):
+        made.append(args)
+        return real_transforms(*args)
+
+    def train_one_epoch(*args, **kwargs):
+        trained_with.append(kwargs)
+        return real_epoch(*args, **kwargs)
+
+    monkeypatch.setattr(datasets.transforms, "train_transforms", train_transforms)
+    monkeypatch.setattr(utils.engine, "train_one_epoch", train_one_epoch)
+    argv = ("--datadir", cityscapes, *QUICK, "--D", 4, "--device", "cpu", "--savedir", "a")
+    recipe = ("--augment", "strong", "--amp", "bf16", "--loss", "ohem")
+    assert script("main.py", *argv, *recipe).status == 0
+    # Once for each stage; labels of stage 1 are 8 times smaller.
+    assert {args[:3] for args in made} == {("strong", (64, 128), 8), ("strong", (64, 128), 1)}
+    assert len(trained_with) == 2
+    for used in trained_with:
+        assert used["amp_dtype"] == torch.bfloat16
+        assert used["loss_function"].func is utils.losses.ohem_cross_entropy
 
 
-def test_normalisation_comes_with_the_encoder(trained, script, cityscapes, tmp_path):
-    checkpoint = load_checkpoint(trained / "encoder.pth")
-    checkpoint |= {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.5]}
+def test_normalisation_comes_with_the_encoder(trained, script, cityscapes, tmp_path, monkeypatch):
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.5]
+    checkpoint = load_checkpoint(trained / "encoder.pth") | {"mean": mean, "std": std}
     save_checkpoint(checkpoint, tmp_path / "encoder.pth")
+    seen, real_epoch = [], utils.engine.train_one_epoch
+
+    def train_one_epoch(model, loader, **kwargs):
+        for _ in range(5):
+            seen.extend(images for images, _ in loader)
+        return real_epoch(model, loader, **kwargs)
+
+    monkeypatch.setattr(utils.engine, "train_one_epoch", train_one_epoch)
     argv = ("--datadir", cityscapes, *QUICK, "--D", 4, "--savedir", "a")
     assert script("main.py", *argv, "--pretrained-encoder", tmp_path / "encoder.pth").status == 0
     best = load_checkpoint(tmp_path / "save/a/best.pth")
-    assert best["mean"] == [0.5, 0.4, 0.3] and best["std"] == [0.2, 0.25, 0.5]
+    assert best["mean"] == mean and best["std"] == std
+    # The shift leaves black borders: 0 in the image is -mean / std for the network.
+    for channel, darkest in enumerate(torch.cat(seen).amin(dim=(0, 2, 3)).tolist()):
+        assert darkest == pytest.approx(-mean[channel] / std[channel])
 
 
 # Bad input: one line, status 2, nothing written
@@ -326,9 +461,9 @@ def test_a_text_file_named_png(refused, cityscapes_copy):
     assert image.name in refused(cityscapes_copy)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_label_with_an_unknown_id(refused, cityscapes_copy, workers):
-    path = next((cityscapes_copy / "gtFine/train").rglob("*labelIds.png"))
+@pytest.mark.parametrize(("split", "workers"), [("train", 0), ("train", 2), ("val", 0)])
+def test_a_label_with_an_unknown_id(refused, cityscapes_copy, split, workers):
+    path = next((cityscapes_copy / "gtFine" / split).rglob("*labelIds.png"))
     label = np.array(Image.open(path))
     label[0, 0] = 200
     Image.fromarray(label).save(path)
@@ -342,20 +477,30 @@ def test_a_label_of_another_size(refused, cityscapes_copy):
     assert f"{path.name} is 32x32 but its image is 128x64" in refused(cityscapes_copy)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_breaks_in_training_is_named_and_the_checkpoint_kept(
-    script, cityscapes_copy, tmp_path
+    script, cityscapes_copy, tmp_path, monkeypatch, workers
 ):
     """Its header and end are in place, so only decoding finds it."""
-    argv = ("--datadir", cityscapes_copy, *QUICK, "--decoder", "--D", 4, "--savedir", "a")
-    assert script("main.py", *argv).status == 0
     image = next((cityscapes_copy / "leftImg8bit/train").rglob("*.png"))
-    data = bytearray(image.read_bytes())
-    data[200:2000] = bytes(1800)
-    image.write_bytes(data)
-    argv = (*argv[:-1], "b", "--workers", 1)
-    result = script("main.py", *argv)
+    good = image.read_bytes()
+
+    def save_and_break(checkpoint, path):
+        save_checkpoint(checkpoint, path)
+        if path.name == "last.pth":
+            image.write_bytes(good[:200] + bytes(1800) + good[2000:])
+
+    argv = ("--datadir", cityscapes_copy, *QUICK, "--decoder", "--epochs", 2, "--D", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.checkpoint, "save_checkpoint", save_and_break)
+        result = script("main.py", *argv, "--savedir", "a", "--workers", workers)
     assert result.status == 2 and result.err.count("\n") == 1 and image.name in result.err
+    assert load_checkpoint(tmp_path / "save/a/last.pth")["epoch"] == 1
     load_network(tmp_path / "save/a/best.pth")
+
+    image.write_bytes(good)
+    assert script("main.py", "--savedir", "a", "--resume").status == 0
+    assert len(read_log(tmp_path / "save/a")) == 2
 
 
 @pytest.mark.parametrize(
@@ -364,6 +509,7 @@ def test_an_image_that_breaks_in_training_is_named_and_the_checkpoint_kept(
         (("--height", 0), "--height: 0 is not a positive whole number"),
         (("--height", -512), "--height: -512 is not a positive whole number"),
         (("--height", 32), "LEDNet needs 64x64"),
+        (("--init", ""), "the path is empty"),
         (("--batch-size", 1), "--batch-size 1 cannot train"),
         (("--lr", "fast"), "--lr: fast is not a positive number"),
         (("--augment", "weak"), "invalid choice: 'weak'"),

@@ -61,6 +61,15 @@ def test_the_log_is_cut_after_the_checkpoint(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["log.csv"]
 
 
+def test_a_row_that_was_cut_short_is_dropped(tmp_path):
+    log = tmp_path / "log.csv"
+    append_row(log, {"stage": 1, "epoch": 1, "loss": 0.5})
+    with log.open("a") as file:
+        file.write("1,")
+    drop_rows_after(log, 1, 1)
+    assert log.read_text().splitlines() == ["stage,epoch,loss", "1,1,0.5"]
+
+
 def test_no_log_yet(tmp_path):
     drop_rows_after(tmp_path / "log.csv", 0, 0)
     assert not (tmp_path / "log.csv").exists()

@@ -59,3 +59,12 @@ def test_items_leave_the_training_processs_random_state_alone():
     torch.manual_seed(0)
     Seeded(Noise())[4, 12345]
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_items_leave_the_gpu_alone(monkeypatch):
+    def reseeded(seed):
+        raise AssertionError("the GPU was reseeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
+    Seeded(Noise())[4, 12345]

@@ -51,13 +51,16 @@ def color_index(image: np.ndarray, bits: int) -> np.ndarray:
 
 def most_frequent_classes(dataset: Cityscapes, bits: int) -> np.ndarray:
     """The class that each colour most often has; 2 ** (3 * bits), uint8."""
-    counts = np.zeros((len(CLASS_NAMES), 2 ** (3 * bits)), np.uint32)
+    pairs = []  # colour and class of each labelled pixel, as one number
     for image, label in tqdm(dataset, f"train, {bits} bits", leave=False, disable=None):
         train_ids = label.numpy()
         valid = train_ids < len(CLASS_NAMES)
-        np.add.at(counts, (train_ids[valid], color_index(np.asarray(image), bits)[valid]), 1)
-    classes = counts.argmax(0).astype(np.uint8)
-    classes[counts.max(0) == 0] = counts.sum(1).argmax()
+        pairs.append(color_index(np.asarray(image), bits)[valid] * 32 + train_ids[valid])
+    pairs, counts = np.unique(np.concatenate(pairs), return_counts=True)
+    frequent = np.bincount(pairs % 32, counts).argmax()
+    classes = np.full(2 ** (3 * bits), frequent, np.uint8)
+    order = counts.argsort(kind="stable")  # of several assignments to a colour the last one stays
+    classes[pairs[order] // 32] = pairs[order] % 32
     return classes
 
 

@@ -1,0 +1,37 @@
+import re
+
+import numpy as np
+from PIL import Image
+
+from datasets.cityscapes import Cityscapes
+
+
+def test_color_baseline_reads_classes_off_unique_colors(script, cityscapes_copy):
+    """Where every class has one colour of its own, colour alone tells all but unseen classes."""
+    for split in ("train", "val"):
+        dataset = Cityscapes(cityscapes_copy, split)
+        for index, path in enumerate(dataset.images):
+            train_ids = dataset.read_train_ids(index)
+            color = np.stack([train_ids, train_ids * 0, train_ids * 0], -1)
+            Image.fromarray(color).save(path)
+    result = script("tools/color_baseline.py", "--datadir", cityscapes_copy)
+    assert result.status == 0
+    scores = [float(score) for score in re.findall(r"class mIoU +([\d.]+) %", result.out)]
+    assert len(scores) == 4 and scores[0] > 75 and scores[0] > scores[-1]
+
+
+def test_color_baseline_fails_on_drawn_scenes(script, cityscapes):
+    result = script("tools/color_baseline.py", "--datadir", cityscapes)
+    scores = [float(score) for score in re.findall(r"class mIoU +([\d.]+) %", result.out)]
+    assert len(scores) == 4 and max(scores) < 30
+
+
+def test_strips_are_drawn(script, fails, trained, cityscapes, tmp_path):
+    argv = ("--checkpoint", trained / "best.pth", "--datadir", cityscapes, "--images", 0, 2)
+    assert script("tools/draw_strips.py", *argv, "--output", "strips.png").status == 0
+    with Image.open(tmp_path / "strips.png") as picture:
+        assert picture.size == (3 * 128, 2 * 64)
+    line = fails("tools/draw_strips.py", *argv, "--output", "strips.png")
+    assert "strips.png exists" in line
+    argv = (*argv, 3, "--output", "more.png")
+    assert "val holds the images 0 to 2" in fails("tools/draw_strips.py", *argv)
