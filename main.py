@@ -45,6 +45,10 @@ from utils.checkpoint import (
     init_network,
     load_checkpoint,
     load_encoder,
+    load_run,
+    on_cpu,
+    restore_rng,
+    rng_state,
     save_checkpoint,
 )
 from utils.cli import (
@@ -75,6 +79,7 @@ from utils.run import (
     read_json,
     run_folder,
     start_run,
+    write_scalars,
 )
 from utils.speed import count_parameters
 from utils.visualize import score_table, strip
@@ -109,10 +114,6 @@ NOT_VALIDATED = dict.fromkeys(
     ("val_loss", "val_miou", "val_pixel_accuracy", *(f"iou {name}" for name in CLASS_NAMES)),
     math.nan,
 )
-
-# What last.pth holds of a run, beside the network: how far it is, and what only resuming needs.
-PROGRESS = ("stage", "epoch", "best")
-STATE = ("optimizer", "scheduler", "scaler", "rng")
 
 # Options that may differ from the run's own when it is resumed.
 FREE_ON_RESUME = {
@@ -312,13 +313,7 @@ def main() -> None:
     if not args.resume:
         check_free(folder)
     elif (folder / LAST).exists():
-        resumed = load_checkpoint(folder / LAST)
-        missing = [key for key in (*PROGRESS, *STATE) if key not in resumed]
-        if missing:
-            raise CheckpointError(
-                f"{folder / LAST} does not hold the {missing[0]} of a run: put its own {LAST} "
-                "back, or start another run with --init"
-            )
+        resumed = load_run(folder / LAST)
     stage_done, epoch_done = (resumed["stage"], resumed["epoch"]) if resumed else (0, 0)
 
     torch.manual_seed(args.seed)
@@ -576,43 +571,6 @@ def validate(
     scores["val_pixel_accuracy"] = confusion.pixel_accuracy()
     scores |= {f"iou {name}": iou for name, iou in zip(CLASS_NAMES, class_iou, strict=True)}
     return scores, strips
-
-
-def write_scalars(writer: SummaryWriter, row: dict[str, float], step: int) -> None:
-    """One row of the log to TensorBoard; what was not measured in this epoch is left out."""
-    tags = {
-        "train_loss": "loss/train",
-        "val_loss": "loss/val",
-        "lr": "lr",
-        "train_miou": "miou/train",
-        "val_miou": "miou/val",
-        "val_pixel_accuracy": "pixel accuracy/val",
-        "images_per_second": "speed/images per second",
-    }
-    tags |= {f"iou {name}": f"iou/{name}" for name in CLASS_NAMES}
-    for name, tag in tags.items():
-        if not math.isnan(row[name]):
-            writer.add_scalar(tag, row[name], step)
-
-
-def on_cpu(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights of a model, loadable on any machine."""
-    return {name: weight.cpu() for name, weight in model.state_dict().items()}
-
-
-def rng_state(shuffling: torch.Generator, device: torch.device) -> dict[str, Any]:
-    """Every random state that training draws from."""
-    state = {"torch": torch.get_rng_state(), "shuffling": shuffling.get_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_rng(state: dict[str, Any], shuffling: torch.Generator, device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    shuffling.set_state(state["shuffling"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,30 @@
 
 import csv
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
+
 from utils.cli import UsageError
 
 LAST, BEST, ENCODER = "last.pth", "best.pth", "encoder.pth"
 ARGS, LOG, COUNTS = "args.json", "log.csv", "class_counts.json"
+
+# Columns of the log that TensorBoard shows, beside the IoU of every class.
+TAGS = {
+    "train_loss": "loss/train",
+    "val_loss": "loss/val",
+    "lr": "lr",
+    "train_miou": "miou/train",
+    "val_miou": "miou/val",
+    "val_pixel_accuracy": "pixel accuracy/val",
+    "images_per_second": "images per second/train",
+}
 
 
 def run_folder(savedir: str | None, dataset: str) -> Path:
@@ -84,6 +98,15 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def write_scalars(writer: SummaryWriter, row: Mapping[str, float], step: int) -> None:
+    """A row of the log to TensorBoard; what was not measured in this epoch is left out."""
+    for name, value in row.items():
+        if name in TAGS or name.startswith("iou "):
+            tag = TAGS.get(name) or name.replace("iou ", "iou/", 1)
+            if not math.isnan(value):
+                writer.add_scalar(tag, value, step)
 
 
 def drop_rows_after(path: Path, stage: int, epoch: int) -> None:
