@@ -74,3 +74,12 @@ def test_coarsen_drops_what_is_thin():
     ids[:, 90:] = 11
     rough = coarsen(ids, cell=8)
     assert set(np.unique(rough)) == {0, 7, 11}
+
+
+def test_coarsen_never_takes_one_class_for_another():
+    """An island where four cells of the grid meet fills none of them."""
+    ids = np.full((64, 128), 1, np.uint8)
+    ids[27:38, 59:70] = 2
+    rough = coarsen(ids, cell=16)
+    assert ((rough == ids) | (rough == 0)).all()
+    assert (rough == 1).any()
