@@ -55,7 +55,9 @@ def parse_args() -> argparse.Namespace:
         "--checkpoint", type=file_path, metavar="FILE", help="best.pth of a run of main.py"
     )
     parser.add_argument(
-        "--datadir", help="folder with leftImg8bit and gtFine; without it: speed and size alone"
+        "--datadir",
+        type=file_path,
+        help="folder with leftImg8bit and gtFine; without it: speed and size alone",
     )
     parser.add_argument(
         "--subset", choices=("train", "val", "test"), default="val", help="default val"
@@ -73,10 +75,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--save-results",
+        type=file_path,
         metavar="DIR",
         help="write labelIds PNGs of full size into this new folder",
     )
-    parser.add_argument("--json", metavar="FILE", help="write every figure into this file")
+    parser.add_argument(
+        "--json", type=file_path, metavar="FILE", help="write every figure into this file"
+    )
     parser.add_argument(
         "--batch-size", type=positive_int, default=1, help="of the scoring; default 1"
     )
@@ -96,8 +101,10 @@ def parse_args() -> argparse.Namespace:
         raise UsageError("--datadir needs --checkpoint: an untrained network has no score")
     if args.json and Path(args.json).exists():
         raise UsageError(f"--json {args.json} exists: give a new file, or move the old one away")
-    if args.json and not os.access(Path(args.json).parent, os.W_OK):
-        raise UsageError(f"--json {args.json}: {Path(args.json).parent} is no folder to write into")
+    if args.json:
+        folder = Path(args.json).parent
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise UsageError(f"--json {args.json}: {folder} is no folder to write into")
     return args
 
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ from utils.cli import (
     positive_float,
     positive_int,
     run,
+    seed_int,
 )
 from utils.engine import evaluate, train_one_epoch
 from utils.losses import LOSSES, build_loss, class_weights
@@ -117,7 +119,8 @@ NOT_VALIDATED = dict.fromkeys(
 
 # Options that may differ from the run's own when it is resumed.
 FREE_ON_RESUME = {
-    "datadir", "device", "workers", "val_every", "steps_loss", "epochs_save", "resume", "savedir",
+    "datadir", "dataset", "device", "amp", "workers", "val_every", "steps_loss", "epochs_save",
+    "resume", "savedir",
 }  # fmt: skip
 
 
@@ -196,7 +199,7 @@ def parse_args() -> argparse.Namespace:
         default="ce",
         help="weighted cross entropy, over all pixels or the hard ones; default ce",
     )
-    recipe.add_argument("--seed", type=natural_int, default=0, help="default 0")
+    recipe.add_argument("--seed", type=seed_int, default=0, help="default 0")
     recipe.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1; default auto")
     recipe.add_argument(
         "--amp",
@@ -243,7 +246,7 @@ def parse_args() -> argparse.Namespace:
     )
 
     stored = None
-    again = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    again = ArgumentParser(add_help=False)
     again.add_argument("--resume", action="store_true")
     again.add_argument("--savedir")
     first, _ = again.parse_known_args()
@@ -254,6 +257,8 @@ def parse_args() -> argparse.Namespace:
         parser.set_defaults(**{k: v for k, v in stored.items() if k not in ("savedir", "resume")})
     args = parser.parse_args()
     settle(args)
+    if stored:
+        args.dataset = stored["dataset"]
     for name, value in (stored or {}).items():
         if name not in FREE_ON_RESUME and getattr(args, name, value) != value:
             raise UsageError(
@@ -265,7 +270,8 @@ def parse_args() -> argparse.Namespace:
 
 def settle(args: argparse.Namespace) -> None:
     """Fill in what the command line leaves open, and refuse what cannot be."""
-    args.dataset = "cityscapes" if args.datadir not in (None, str(EMBEDDED)) else "synthetic"
+    embedded = args.datadir is None or Path(args.datadir).resolve() == EMBEDDED.resolve()
+    args.dataset = "synthetic" if embedded else "cityscapes"
     for name, value in (QUICK if args.datadir is None else PUBLISHED).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -319,9 +325,15 @@ def main() -> None:
     torch.manual_seed(args.seed)
     network, mean, std = build_network(args, resumed)
 
-    if args.datadir == str(EMBEDDED) and not EMBEDDED.exists():
-        print(f"no --datadir: drawing street scenes into {EMBEDDED}, this once", flush=True)
-        make_synthetic(EMBEDDED, workers=os.cpu_count() or 1)
+    if args.dataset == "synthetic" and not Path(args.datadir).exists():
+        print(f"drawing street scenes into {args.datadir}, this once", flush=True)
+        try:
+            make_synthetic(args.datadir, workers=os.cpu_count() or 1)
+        except OSError as error:
+            raise UsageError(
+                f"{args.datadir} cannot be made ({error.strerror or error}): run in a folder that "
+                "you may write to, or give --datadir"
+            ) from error
     parts = training_parts(args.datadir, args.annotations)
     val = Cityscapes(args.datadir, "val", transforms=eval_transforms(args.height, mean, std))
     check_files(*parts)
@@ -350,7 +362,8 @@ def main() -> None:
             else "resuming from the start: no epoch had been finished"
         )
 
-    named = read_json(folder / COUNTS) if args.resume else None
+    same_data = args.resume and read_args(folder)["datadir"] == args.datadir
+    named = read_json(folder / COUNTS) if same_data else None
     if named is None:
         print("class weights: counting the pixels of the labels", flush=True)
         counts = count_pixels(parts, len(CLASS_NAMES), args.workers)
@@ -402,9 +415,9 @@ def main() -> None:
     print(
         f"mIoU {100 * best['miou']:.2f}\n\n"
         "next:\n"
-        f"  python eval_cityscapes_server.py --checkpoint {folder / BEST} "
-        f"--datadir {args.datadir}\n"
-        f"  tensorboard --logdir {folder} --host localhost"
+        f"  python eval_cityscapes_server.py --checkpoint {shlex.quote(str(folder / BEST))} "
+        f"--datadir {shlex.quote(args.datadir)}\n"
+        f"  tensorboard --logdir {shlex.quote(str(folder))} --host localhost"
     )
 
 
@@ -479,6 +492,11 @@ def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]
     if this.resumed and this.resumed["stage"] == stage:
         fill(model, this.resumed["model"], folder / LAST)
         optimizer.load_state_dict(this.resumed["optimizer"])
+        if this.resumed["scheduler"]["total_iters"] != scheduler.total_iters:
+            raise UsageError(
+                f"{args.datadir} holds another number of training images than the run in "
+                f"{folder} began with: give the --datadir that it had, or start another run"
+            )
         scheduler.load_state_dict(this.resumed["scheduler"])
         if this.resumed["scaler"]:  # empty where the precision needed none
             scaler.load_state_dict(this.resumed["scaler"])

@@ -39,6 +39,6 @@ def count_pixels(parts: Sequence[Cityscapes], num_classes: int, workers: int = 0
     # A generator of its own: counting must not move the random state of training.
     loader = DataLoader(histograms, batch_size=8, num_workers=workers, generator=torch.Generator())
     counts = torch.zeros(num_classes + 1, dtype=torch.int64)
-    for batch in tqdm(loader, "counting label pixels", disable=None):
+    for batch in tqdm(loader, "counting label pixels", leave=False, disable=None):
         counts += batch.sum(0)
     return counts

@@ -1,5 +1,6 @@
 """What the tests share: a small drawn Cityscapes, and a way to run the scripts."""
 
+import os
 import runpy
 import shutil
 import sys
@@ -8,6 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# On the CPU, where results are exact: tools/measure_gpu.sh is what tries a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 
 from datasets.synthetic import make_synthetic

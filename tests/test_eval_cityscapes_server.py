@@ -129,6 +129,8 @@ def test_checkpoints_of_something_else(fails, trained, checkpoint, cityscapes, t
         (("--height", 0), "--height: 0 is not a positive whole number"),
         (("--height", 20), "LEDNet needs 64x64"),
         (("--datadir", "nowhere"), "needs --checkpoint"),
+        (("--datadir", ""), "the path is empty"),
+        (("--json", ""), "the path is empty"),
         (("--save-results", "out"), "needs --checkpoint and --datadir"),
         (("--device", "cuda:99"), "cannot be used here"),
         (("--json", "no/such/folder/f.json"), "no/such/folder is no folder to write into"),

@@ -222,6 +222,31 @@ def test_what_may_not_change_on_resume(trained, fails):
     assert "has --batch-size 2" in fails(*argv, "--batch-size", 4)
     assert "has --apn-channels 20" in fails(*argv, "--D", 8)
     assert "--resume needs --savedir" in fails("main.py", "--resume")
+    assert "--savedir: expected one argument" in fails("main.py", "--savedir")
+
+
+def test_another_data_set_is_refused_on_resume(trained, fails, cityscapes_copy, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    for split in ("leftImg8bit", "gtFine"):
+        for path in (cityscapes_copy / split / "train").rglob("*_000005_*"):
+            path.unlink()
+        for path in (cityscapes_copy / split / "train").rglob("*_000004_*"):
+            path.unlink()
+    argv = ("main.py", "--savedir", folder, "--resume", "--datadir", cityscapes_copy)
+    assert "another number of training images" in fails(*argv)
+
+
+def test_a_data_set_that_moved_can_be_resumed(trained, script, cityscapes_copy, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    result = script("main.py", "--savedir", folder, "--resume", "--datadir", cityscapes_copy)
+    assert result.status == 0 and "counting the pixels" in result.out
+
+
+def test_precision_may_change_on_resume(trained, script, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    args = json.loads((folder / "args.json").read_text()) | {"amp": "fp16"}
+    (folder / "args.json").write_text(json.dumps(args))
+    assert script("main.py", "--savedir", folder, "--resume", "--amp", "off").status == 0
 
 
 def test_the_same_command_with_resume_goes_on(script, cityscapes, tmp_path):
@@ -510,6 +535,7 @@ def test_an_image_that_breaks_in_training_is_named_and_the_checkpoint_kept(
         (("--height", -512), "--height: -512 is not a positive whole number"),
         (("--height", 32), "LEDNet needs 64x64"),
         (("--init", ""), "the path is empty"),
+        (("--seed", 2**63), "--seed: 9223372036854775808 is not a whole number from 0"),
         (("--batch-size", 1), "--batch-size 1 cannot train"),
         (("--lr", "fast"), "--lr: fast is not a positive number"),
         (("--augment", "weak"), "invalid choice: 'weak'"),
@@ -530,6 +556,16 @@ def test_a_checkpoint_that_is_none(refused, cityscapes, trained, tmp_path):
     for option in ("--init", "--pretrained-encoder"):
         for name in ("text.pth", "short.pth"):
             assert f"{name} is not a checkpoint" in refused(cityscapes, option, tmp_path / name)
+
+
+def test_an_encoder_is_no_network_to_start_from(refused, cityscapes, trained):
+    line = refused(cityscapes, "--init", trained / "encoder.pth")
+    assert "holds the encoder alone: give it as --pretrained-encoder" in line
+
+
+def test_no_place_for_the_embedded_scenes(fails, tmp_path):
+    (tmp_path / "data").write_text("a file")
+    assert "data/synthetic cannot be made" in fails("main.py", "--savedir", "a")
 
 
 def test_a_checkpoint_of_another_width(refused, cityscapes, trained):

@@ -19,7 +19,9 @@ def test_options_come_back(tmp_path):
     assert read_args(tmp_path / "deep/run") == {"height": 64, "lr": 0.1, "init": None}
 
 
-@pytest.mark.parametrize("name", ["args.json", "log.csv", "last.pth", "best.pth", "encoder.pth"])
+@pytest.mark.parametrize(
+    "name", ["args.json", "log.csv", "last.pth", "best.pth", "encoder.pth", "stage2-epoch001.pth"]
+)
 def test_a_folder_in_use_is_refused(tmp_path, name):
     (tmp_path / name).write_text("precious")
     with pytest.raises(UsageError, match="holds a run already"):
@@ -68,6 +70,12 @@ def test_a_row_that_was_cut_short_is_dropped(tmp_path):
         file.write("1,")
     drop_rows_after(log, 1, 1)
     assert log.read_text().splitlines() == ["stage,epoch,loss", "1,1,0.5"]
+
+
+def test_an_empty_log_is_begun_anew(tmp_path):
+    (tmp_path / "log.csv").write_text("")
+    drop_rows_after(tmp_path / "log.csv", 1, 1)
+    assert not (tmp_path / "log.csv").exists()
 
 
 def test_no_log_yet(tmp_path):

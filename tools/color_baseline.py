@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets.cityscapes import CLASS_NAMES, Cityscapes
 from datasets.files import DatasetError
-from utils.cli import ArgumentParser, run
+from utils.cli import ArgumentParser, file_path, run
 from utils.metrics import ConfusionMatrix, mean_score
 
 BITS = (8, 6, 5, 4)
@@ -26,7 +26,9 @@ BITS = (8, 6, 5, 4)
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--datadir", default="data/synthetic", help="default %(default)s")
+    parser.add_argument(
+        "--datadir", type=file_path, default="data/synthetic", help="default %(default)s"
+    )
     args = parser.parse_args()
     train, val = Cityscapes(args.datadir, "train"), Cityscapes(args.datadir, "val")
     for bits in BITS:

@@ -16,19 +16,23 @@ from datasets.cityscapes import Cityscapes
 from datasets.files import DatasetError
 from datasets.transforms import eval_transforms
 from utils.checkpoint import CheckpointError, load_network
-from utils.cli import ArgumentParser, UsageError, natural_int, run
+from utils.cli import ArgumentParser, UsageError, file_path, natural_int, run
 from utils.visualize import strip
 
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--checkpoint", metavar="FILE", required=True)
-    parser.add_argument("--datadir", required=True, help="folder with leftImg8bit and gtFine")
+    parser.add_argument("--checkpoint", type=file_path, metavar="FILE", required=True)
+    parser.add_argument(
+        "--datadir", type=file_path, required=True, help="folder with leftImg8bit and gtFine"
+    )
     parser.add_argument("--subset", choices=("train", "val"), default="val", help="default val")
     parser.add_argument(
         "--images", type=natural_int, nargs="+", default=[0], help="their numbers; default 0"
     )
-    parser.add_argument("--output", metavar="FILE", required=True, help="the picture to write")
+    parser.add_argument(
+        "--output", type=file_path, metavar="FILE", required=True, help="the picture to write"
+    )
     args = parser.parse_args()
     if Path(args.output).exists():
         raise UsageError(f"--output {args.output} exists: give a new file, or move it away")

@@ -177,6 +177,10 @@ def init_network(
     Raises:
         CheckpointError: the file does not fill the rest of the network.
     """
+    if checkpoint.get("stage") == 1:
+        raise CheckpointError(
+            f"{path} holds the encoder alone: give it as --pretrained-encoder {path}"
+        )
     weights, own = checkpoint["model"], network.state_dict()
     classifier = [name for name in own if name.startswith("decoder.classifier.")]
     same_classes = checkpoint.get("class_names", class_names) == class_names

@@ -16,9 +16,10 @@ class UsageError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """A parser that reports a mistake in one line, without the usage before it."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str = "", add_help: bool = True) -> None:
         super().__init__(
             description=description,
+            add_help=add_help,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -65,6 +66,11 @@ def positive_int(text: str) -> int:
 
 def natural_int(text: str) -> int:
     return _number(int, text, "a whole number from 0 on", lambda value: value >= 0)
+
+
+def seed_int(text: str) -> int:
+    what = "a whole number from 0 to 2**63 - 1"
+    return _number(int, text, what, lambda value: 0 <= value < 2**63)
 
 
 def positive_float(text: str) -> float:

@@ -41,12 +41,12 @@ def check_free(folder: Path) -> None:
     Raises:
         UsageError: one does.
     """
-    for name in (ARGS, LOG, COUNTS, LAST, BEST, ENCODER):
-        if (folder / name).exists():
-            raise UsageError(
-                f"{folder} holds a run already ({name}): continue it with --resume or give "
-                "another --savedir"
-            )
+    names = (ARGS, LOG, COUNTS, LAST, BEST, ENCODER, "stage*-epoch*.pth", "events.out.tfevents.*")
+    for found in (path for name in names for path in folder.glob(name)):
+        raise UsageError(
+            f"{folder} holds a run already ({found.name}): continue it with --resume or give "
+            "another --savedir"
+        )
 
 
 def start_run(folder: Path, args: Mapping[str, Any]) -> None:
@@ -76,7 +76,7 @@ def read_args(folder: Path) -> dict[str, Any]:
     if args is None:
         raise UsageError(
             f"{folder} holds no run to resume ({ARGS} is missing or damaged): give the "
-            "--savedir of a run, or leave out --resume"
+            "--savedir of a run to resume, or another --savedir and no --resume"
         )
     return args
 
@@ -117,6 +117,9 @@ def drop_rows_after(path: Path, stage: int, epoch: int) -> None:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows, names = list(reader), reader.fieldnames
+    if names is None:  # not even the header was written
+        path.unlink()
+        return
     kept = [
         row
         for row in rows
