@@ -177,15 +177,17 @@ def score(network: LEDNet, dataset: Cityscapes, args: argparse.Namespace) -> dic
         if args.save_results:
             save_label_ids(Path(args.save_results), next(paths), prediction)
 
-    unweighted = torch.ones(len(CLASS_NAMES))
-    loss, confusion = evaluate(network, loader, unweighted, f"scoring {args.subset}", on_image=save)
+    print(f"scoring {len(dataset)} images of {args.subset}", flush=True)
+    _, confusion = evaluate(
+        network, loader, len(CLASS_NAMES), f"scoring {args.subset}", on_image=save
+    )
     if args.subset == "test":
         print("test: the labels are not public, so there are no scores here")
         return {}
-    return print_scores(loss, confusion)
+    return print_scores(confusion)
 
 
-def print_scores(loss: float, confusion: ConfusionMatrix) -> dict[str, Any]:
+def print_scores(confusion: ConfusionMatrix) -> dict[str, Any]:
     """Print class and category IoU; return every score, None where there is none."""
     class_iou = confusion.class_iou().tolist()
     category_iou = confusion.category_iou(CATEGORIES)
@@ -194,7 +196,6 @@ def print_scores(loss: float, confusion: ConfusionMatrix) -> dict[str, Any]:
         "category_miou": mean_score(list(category_iou.values())),
         "pixel_accuracy": confusion.pixel_accuracy(),
         "mean_accuracy": confusion.mean_accuracy(),
-        "cross_entropy": loss,
     }
     print("IoU of the 19 classes in %")
     print(score_table(CLASS_NAMES, class_iou))

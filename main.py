@@ -582,7 +582,13 @@ def validate(
             strips.append(strip(image, prediction, label, COLORS, this.mean, this.std))
 
     loss, confusion = evaluate(
-        model, loader, weights, f"{title}, validation", this.amp_dtype, keep_strip
+        model,
+        loader,
+        len(CLASS_NAMES),
+        f"{title}, validation",
+        class_weights=weights,
+        amp_dtype=this.amp_dtype,
+        on_image=keep_strip,
     )
     class_iou = confusion.class_iou().tolist()
     scores = {"val_loss": loss, "val_miou": mean_score(class_iou)}

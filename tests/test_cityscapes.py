@@ -104,22 +104,24 @@ def test_what_is_missing_is_said(tmp_path):
         Cityscapes(tmp_path, "train")
 
 
+def put_id(path: str, value: int) -> None:
+    """Change one pixel of a label map."""
+    label = np.array(Image.open(path))
+    label[3, 4] = value
+    Image.fromarray(label).save(path)
+
+
 def test_an_unknown_id_is_named_with_its_file(cityscapes_copy):
     train = Cityscapes(cityscapes_copy, "train")
     path = train.targets[0][0]
-    label = np.array(Image.open(path))
-    label[3, 4] = 77
-    Image.fromarray(label).save(path)
+    put_id(path, 77)
     with pytest.raises(DatasetError, match=f"{path} holds the label id 77"):
         train[0]
 
 
 def test_255_is_ignored(cityscapes_copy):
     train = Cityscapes(cityscapes_copy, "train")
-    path = train.targets[0][0]
-    label = np.array(Image.open(path))
-    label[3, 4] = 255
-    Image.fromarray(label).save(path)
+    put_id(train.targets[0][0], 255)
     assert train[0][1][3, 4] == 255
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -39,8 +41,9 @@ def test_evaluate_scores_at_the_labels_resolution(model, batch_size):
     loss, confusion = evaluate(
         model,
         DataLoader(data, batch_size=batch_size),
-        weight,
+        4,
         "",
+        weight,
         on_image=lambda image, prediction, label: seen.append((image, prediction, label)),
     )
     model.eval()
@@ -60,6 +63,13 @@ def test_evaluate_scores_at_the_labels_resolution(model, batch_size):
     for index, (image, prediction, label) in enumerate(seen):
         assert torch.equal(image, data.images[index]) and torch.equal(label, data.labels[index])
         assert prediction.shape == (40, 50)
+
+
+def test_evaluate_scores_without_a_loss(model):
+    loader = DataLoader(Pixels(3, (16, 24)), batch_size=2)
+    loss, confusion = evaluate(model, loader, 4, "")
+    assert math.isnan(loss)
+    assert torch.equal(confusion.counts, evaluate(model, loader, 4, "", torch.ones(4))[1].counts)
 
 
 def train(model, data, dtype=None, confusion=None, batch_size=2):
@@ -111,7 +121,8 @@ def test_mixed_precision_on_cpu(model):
     figures, _ = train(model, data, torch.bfloat16)
     assert 0 < figures["train_loss"] < 10
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    loss, _ = evaluate(model, DataLoader(data, batch_size=2), torch.ones(4), "", torch.bfloat16)
+    loader = DataLoader(data, batch_size=2)
+    loss, _ = evaluate(model, loader, 4, "", torch.ones(4), torch.bfloat16)
     assert 0 < loss < 10
 
 

@@ -1,5 +1,6 @@
 """One epoch of training, and one pass of evaluation."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -82,8 +83,9 @@ def train_one_epoch(
 def evaluate(
     model: nn.Module,
     loader: DataLoader,
-    class_weights: Tensor,
+    num_classes: int,
     title: str,
+    class_weights: Tensor | None = None,
     amp_dtype: torch.dtype | None = None,
     on_image: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> tuple[float, ConfusionMatrix]:
@@ -91,17 +93,18 @@ def evaluate(
 
     Args:
         loader: batches of images, N x 3 x h x w, and labels of any size, N x H x W, int64.
-        class_weights: of the cross entropy that is reported, one weight a class.
+        title: of the progress bar.
+        class_weights: of the cross entropy, one weight a class; None: it is not computed.
         on_image: is called for each image, in order, with the image (3 x h x w), its predicted
             classes and its label (H x W).
 
     Returns:
-        The weighted cross entropy over all labelled pixels, and the confusion matrix.
+        The weighted cross entropy over all labelled pixels, NaN where it was not asked for, and
+        the confusion matrix.
     """
     model.eval()
     device = next(model.parameters()).device
-    weight = class_weights.to(device)
-    confusion = ConfusionMatrix(len(weight), device)
+    confusion = ConfusionMatrix(num_classes, device)
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     with _progress_bar(title, len(loader.dataset)) as bar:
         for images, labels in loader:
@@ -114,13 +117,20 @@ def evaluate(
                 logits = F.interpolate(logits, label.shape, mode="bilinear", align_corners=True)
                 prediction = logits.argmax(1)[0]
                 confusion.update(prediction, label)
-                total_loss += F.cross_entropy(
-                    logits, label[None], weight, ignore_index=IGNORE_INDEX, reduction="sum"
-                )
+                if class_weights is not None:
+                    total_loss += F.cross_entropy(
+                        logits,
+                        label[None],
+                        class_weights,
+                        ignore_index=IGNORE_INDEX,
+                        reduction="sum",
+                    )
                 if on_image is not None:
                     on_image(image, prediction, label)
                 bar.update()
-    weights = (confusion.counts.sum(1) * weight.double()).sum()
+    if class_weights is None:
+        return math.nan, confusion
+    weights = (confusion.counts.sum(1) * class_weights.double()).sum()
     return (total_loss / weights).item(), confusion
 
 
