@@ -1,10 +1,11 @@
 """Reading image and label files, and the errors that a user can mend."""
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 # The label of pixels that are neither trained on nor scored.
@@ -13,6 +14,21 @@ IGNORE_INDEX = 255
 LABEL_MODES = ("L", "P")
 # What PIL raises on a file that is not an image, is cut short, or declares an absurd size.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+Box = tuple[float, float, float, float]  # left, top, width and height, in pixels
+
+# EXIF orientations whose width is the upright image's height.
+SIDEWAYS = (5, 6, 7, 8)
+# What makes an image of an EXIF orientation upright.
+TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class DatasetError(Exception):
@@ -27,9 +43,54 @@ def read_image(path: str) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return to_rgb(image)
     except IMAGE_ERRORS as error:
         raise unreadable(path, error) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an opened image of any mode to 8-bit RGB; transparency is dropped."""
+    if image.mode == "RGB":
+        image.load()  # to convert it would copy it
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey, of which PIL would clip all above 255 to white
+        high_bytes = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(high_bytes).convert("RGB")
+    if "transparency" in image.info:  # of a palette: PIL warns of the direct way
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 (upright) to 8; 1 where none can be read."""
+    if "exif" not in image.info:
+        return 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # broken EXIF data is common, and says nothing of pixels
+        try:
+            value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # what PIL raises on it is not documented
+            return 1
+    return value if value in range(1, 9) else 1
+
+
+def upright(image: Image.Image, turned: int) -> Image.Image:
+    """Turn an image of an EXIF orientation as it is to be seen."""
+    return image.transpose(TO_UPRIGHT[turned]) if turned > 1 else image
+
+
+def to_stored(box: Box, size: tuple[int, int], turned: int) -> Box:
+    """Where a part of an upright image lies in the file, which is turned as EXIF says.
+
+    Args:
+        size: width and height of the upright image.
+    """
+    left, top, width, height = box
+    if turned in (2, 3, 6, 7):
+        left = size[0] - left - width
+    if turned in (3, 4, 7, 8):
+        top = size[1] - top - height
+    return (top, left, height, width) if turned in SIDEWAYS else (left, top, width, height)
 
 
 def read_label(path: str) -> np.ndarray:

@@ -8,17 +8,14 @@ and `_instanceIds.png` beside every `_labelIds.png`, which the official evaluati
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
-from tqdm import tqdm
 
+from datasets.drawn import make_folder
 from datasets.scene import Scene, draw_scene
 
 COUNTS = {"train": 240, "val": 40, "test": 8, "train_extra": 80}
@@ -35,8 +32,6 @@ def make_synthetic(
 ) -> None:
     """Draw a data set of `height` x 2 `height` images; the same arguments give the same bytes.
 
-    It is made beside `root` and renamed when it is complete, so `root` is whole or absent.
-
     Args:
         root: folder to make; must not exist.
         counts: images of each split.
@@ -46,22 +41,9 @@ def make_synthetic(
     Raises:
         FileExistsError: `root` exists.
     """
-    root = Path(root)
-    if root.exists():
-        raise FileExistsError(f"{root} exists")
-    root.parent.mkdir(parents=True, exist_ok=True)
     jobs = [(split, number) for split, count in counts.items() for number in range(count)]
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
-        write = partial(_write_scene, unfinished, seed=seed, height=height)
-        with ProcessPoolExecutor(max_workers=workers) as pool:
-            written = pool.map(write, *zip(*jobs, strict=True), chunksize=4)
-            for _ in tqdm(written, "drawing street scenes", total=len(jobs), disable=None):
-                pass
-        unfinished.chmod(0o755)
-        unfinished.rename(root)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    write = partial(_write_scene, seed=seed, height=height)
+    make_folder(root, write, jobs, "drawing street scenes", workers)
 
 
 def coarsen(ids: np.ndarray, cell: int) -> np.ndarray:

@@ -1,5 +1,6 @@
-"""What the tests share: a small drawn Cityscapes, and a way to run the scripts."""
+"""What the tests share: small drawn data sets, and a way to run the scripts."""
 
+import csv
 import os
 import runpy
 import shutil
@@ -15,6 +16,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 
+from datasets.shapes import make_shapes
 from datasets.synthetic import make_synthetic
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +24,7 @@ COUNTS = {"train": 6, "val": 3, "test": 2, "train_extra": 3}
 # The images of the tests are so small that a second thread costs more than it gives.
 torch.set_num_threads(1)
 
+PRETRAIN_QUICK = ("--size", 32, "--epochs", 1, "--batch-size", 4, "--workers", 0)
 QUICK = ("--height", 64, "--num-epochs", 1, "--batch-size", 2, "--workers", 0)
 
 
@@ -37,6 +40,20 @@ def cityscapes(tmp_path_factory) -> Path:
 def cityscapes_copy(cityscapes, tmp_path) -> Path:
     """A copy of the drawn data set, to be damaged."""
     return Path(shutil.copytree(cityscapes, tmp_path / "cityscapes"))
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """Two drawn images of each of six classes in train, one in val; not to be changed."""
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    make_shapes(root, {"train": 2, "val": 1}, size=(40, 48), workers=2)
+    return root
+
+
+@pytest.fixture
+def shapes_copy(shapes, tmp_path) -> Path:
+    """A copy of the drawn images, to be damaged."""
+    return Path(shutil.copytree(shapes, tmp_path / "shapes"))
 
 
 def run_script(name: str, *args: object) -> int:
@@ -92,3 +109,22 @@ def trained(cityscapes, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     assert run_script("main.py", "--datadir", cityscapes, *QUICK, "--savedir", folder) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(shapes, tmp_path_factory) -> Path:
+    """The folder of one epoch of lednet_imagenet.py; not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "pretrained"
+    argv = ("--datadir", shapes, *PRETRAIN_QUICK, "--lr", 0.01, "--savedir", folder)
+    assert run_script("lednet_imagenet.py", *argv) == 0
+    return folder
+
+
+def read_log(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's log."""
+    with (folder / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

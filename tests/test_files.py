@@ -1,8 +1,17 @@
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from datasets.files import DatasetError, check_headers, image_size, read_image, read_label
+from datasets.files import (
+    DatasetError,
+    check_headers,
+    image_size,
+    orientation,
+    read_image,
+    read_label,
+    to_stored,
+    upright,
+)
 
 
 @pytest.fixture
@@ -26,11 +35,76 @@ def test_a_good_pair_passes(pair):
     assert image_size(pair[0]) == (30, 40)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA"])
+# What each mode stores, and the grey, red, green and blue that it is.
+MODES = {
+    "1": (1, (255, 255, 255)),
+    "L": (100, (100, 100, 100)),
+    "LA": ((100, 7), (100, 100, 100)),
+    "RGB": ((10, 20, 30), (10, 20, 30)),
+    "RGBA": ((10, 20, 30, 7), (10, 20, 30)),
+    "I;16": (100 * 256 + 99, (100, 100, 100)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_images_of_any_mode_become_rgb(tmp_path, mode):
     path = str(tmp_path / "image.png")
-    Image.new(mode, (8, 8)).save(path)
-    assert read_image(path).mode == "RGB"
+    stored, expected = MODES[mode]
+    Image.new(mode, (8, 6), stored).save(path)
+    image = read_image(path)
+    assert image.mode == "RGB" and image.size == (8, 6)
+    assert (np.array(image) == expected).all()
+
+
+@pytest.mark.parametrize("transparency", [None, 1, b"\xff\x00"])
+@pytest.mark.filterwarnings("error")
+def test_a_palette_becomes_rgb(tmp_path, transparency):
+    path, image = str(tmp_path / "image.png"), Image.new("P", (8, 6), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.save(path, **({} if transparency is None else {"transparency": transparency}))
+    assert (np.array(read_image(path)) == (10, 20, 30)).all()
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    path = str(tmp_path / "image.jpg")
+    Image.new("CMYK", (8, 6), (0, 255, 255, 0)).save(path, quality=100)
+    with Image.open(path) as stored:
+        assert stored.mode == "CMYK"
+    red, green, blue = np.array(read_image(path)).reshape(-1, 3).mean(0)
+    assert red > 250 and green < 5 and blue < 5
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+def test_an_image_that_was_turned_is_made_upright(tmp_path, turned):
+    rng, path = np.random.default_rng(0), str(tmp_path / "image.png")
+    image = Image.fromarray(rng.integers(0, 256, (6, 8, 3)).astype(np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turned
+    image.save(path, exif=exif)
+    with Image.open(path) as stored:
+        assert orientation(stored) == turned
+        expected = np.array(ImageOps.exif_transpose(stored))
+    assert (np.array(upright(image, turned)) == expected).all()
+
+    left, top, width, height = to_stored((1, 2, 3, 4), expected.shape[1::-1], turned)
+    part = image.crop((left, top, left + width, top + height))
+    assert (np.array(upright(part, turned)) == expected[2:6, 1:4]).all()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0", b"Exif\0\0rubbish that is no TIFF at all"])
+def test_broken_exif_counts_as_upright(tmp_path, exif):
+    path = str(tmp_path / "image.jpg")
+    Image.new("RGB", (8, 6)).save(path, exif=exif)
+    with Image.open(path) as image:
+        assert orientation(image) == 1
+
+
+def test_an_orientation_that_does_not_exist_counts_as_upright():
+    image, exif = Image.new("RGB", (8, 6)), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 9
+    image.info["exif"] = exif.tobytes()
+    assert orientation(image) == 1
 
 
 def test_a_palette_label_holds_its_indices(tmp_path):

@@ -1,0 +1,45 @@
+"""A folder of files that are drawn by several processes, and is whole or absent."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+def make_folder(
+    root: str | os.PathLike,
+    write: Callable[..., None],
+    jobs: Sequence[tuple],
+    title: str,
+    workers: int = 1,
+) -> None:
+    """Make a folder beside `root`, and rename it when every job is done.
+
+    Args:
+        root: folder to make; must not exist.
+        write: is called with the unfinished folder and the values of each job.
+        title: of the progress bar.
+        workers: processes that draw.
+
+    Raises:
+        FileExistsError: `root` exists.
+    """
+    root = Path(root)
+    if root.exists():
+        raise FileExistsError(f"{root} exists")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        with ProcessPoolExecutor(max_workers=workers) as pool:
+            written = pool.map(partial(write, unfinished), *zip(*jobs, strict=True), chunksize=4)
+            for _ in tqdm(written, title, total=len(jobs), disable=None):
+                pass
+        unfinished.chmod(0o755)
+        unfinished.rename(root)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

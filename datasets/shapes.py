@@ -1,0 +1,86 @@
+"""The embedded default of pretraining: drawn shapes and textures, in a folder for each class.
+
+    train/<class>/<number>.jpg
+    val/<class>/<number>.jpg
+
+Colours, place, size, turn, light and noise are drawn at random whatever the class is, so that only
+the shapes tell it; they repeat, so that every crop shows some.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datasets.drawn import make_folder
+
+COUNTS = {"train": 100, "val": 20}  # of each class
+SIZE = (128, 128)
+
+# Where a pattern has its second colour, of coordinates that repeat from -1.25 to 1.25.
+PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "checks": lambda u, v: u * v > 0,
+    "crosses": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 1),
+    "discs": lambda u, v: np.hypot(u, v) < 1,
+    "rings": lambda u, v: abs(np.hypot(u, v) - 0.75) < 0.25,
+    "stripes": lambda u, v: u > 0,
+    "triangles": lambda u, v: (v < 0.5) & (abs(u) * 3**0.5 < v + 1),
+}
+CLASSES = sorted(PATTERNS)
+
+
+def make_shapes(
+    root: str | os.PathLike,
+    counts: Mapping[str, int] = COUNTS,
+    size: tuple[int, int] = SIZE,
+    seed: int = 0,
+    workers: int = 1,
+) -> None:
+    """Draw a data set; the same arguments give the same pictures.
+
+    Args:
+        root: folder to make; must not exist.
+        counts: images of each class, by split.
+        size: height and width of the images.
+        seed: every image is drawn from (seed, split, class, number).
+        workers: processes that draw.
+
+    Raises:
+        FileExistsError: `root` exists.
+    """
+    jobs = [
+        (split, name, number)
+        for split, count in counts.items()
+        for name in CLASSES
+        for number in range(count)
+    ]
+    make_folder(root, partial(_write, size=size, seed=seed), jobs, "drawing shapes", workers)
+
+
+def draw_shape(rng: np.random.Generator, name: str, size: tuple[int, int]) -> np.ndarray:
+    """Draw one picture of a class: H x W x 3, uint8, RGB."""
+    height, width = size
+    y, x = np.mgrid[0:height, 0:width] / min(size) - 0.5
+    turn, radius = rng.uniform(0, 2 * np.pi), rng.uniform(0.08, 0.2)
+    u = (np.cos(turn) * x + np.sin(turn) * y) / radius + rng.uniform(0, 2.5)
+    v = (np.cos(turn) * y - np.sin(turn) * x) / radius + rng.uniform(0, 2.5)
+    inside = PATTERNS[name](u % 2.5 - 1.25, v % 2.5 - 1.25)
+
+    back, front = rng.uniform(0, 90, 3), rng.uniform(140, 255, 3)
+    picture = np.where(inside[..., None], front, back)
+    light = 1 + np.multiply.outer(y * rng.uniform(-0.5, 0.5) + x * rng.uniform(-0.5, 0.5), [1] * 3)
+    noise = rng.normal(0, rng.uniform(3, 25), (height, width, 3))
+    return (picture * light + noise).clip(0, 255).astype(np.uint8)
+
+
+def _write(
+    root: Path, split: str, name: str, number: int, size: tuple[int, int], seed: int
+) -> None:
+    place = (list(COUNTS).index(split), CLASSES.index(name), number)
+    picture = draw_shape(np.random.default_rng([seed, *place]), name, size)
+    path = root / split / name / f"{number:05d}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path, quality=90)

@@ -1,0 +1,206 @@
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+from torchvision import transforms as v1
+from torchvision.transforms import v2
+
+from datasets.files import DatasetError, to_stored, upright
+from datasets.imagenet import (
+    CropLoader,
+    ImageFolder,
+    normalize,
+    training_images,
+    validation_images,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of tiny images in train, one of them in val."""
+    for place in ("train/cat/b.png", "train/cat/a.jpg", "train/dog/x/c.JPEG", "val/dog/d.png"):
+        path = tmp_path / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (255, 0, 0)).save(path)
+    (tmp_path / "train/cat/notes.txt").write_text("no picture")
+    (tmp_path / "train/readme.md").write_text("no class")
+    return tmp_path
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth noise: like a photograph, it changes slowly."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3)).astype(np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+# Which images there are
+
+
+def test_items_are_images_with_the_number_of_their_class(folder):
+    train = training_images(folder, 16, augment=False)
+    assert train.classes == ["cat", "dog"]
+    assert [(path.removeprefix(str(folder)), label) for path, label in train.samples] == [
+        ("/train/cat/a.jpg", 0),
+        ("/train/cat/b.png", 0),
+        ("/train/dog/x/c.JPEG", 1),
+    ]
+    image, label = train[1]
+    assert image.shape == (3, 16, 16) and image.dtype == torch.uint8 and label == 0
+    assert (image == torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)).all()
+
+
+def test_val_is_numbered_as_train_even_where_it_lacks_a_class(folder):
+    val = validation_images(folder, 16, ["cat", "dog"])
+    assert val.classes == ["cat", "dog"] and [label for _, label in val.samples] == [1]
+
+
+def test_what_is_missing_is_said(folder):
+    with pytest.raises(DatasetError, match="nowhere does not exist"):
+        training_images(folder / "nowhere", 16, augment=False)
+    with pytest.raises(DatasetError, match="has no folder val"):
+        validation_images(folder / "train", 16, ["cat"])
+    (folder / "train/empty").mkdir()
+    with pytest.raises(DatasetError, match=r"train/empty holds no images"):
+        training_images(folder, 16, augment=False)
+    (folder / "val/dog/d.png").unlink()
+    with pytest.raises(DatasetError, match=r"val/dog holds no images"):
+        validation_images(folder, 16, ["cat", "dog"])
+    (folder / "val/dog").rmdir()
+    with pytest.raises(DatasetError, match="val holds no folder"):
+        validation_images(folder, 16, ["cat", "dog"])
+
+
+def test_a_class_that_train_lacks_is_named(folder):
+    with pytest.raises(DatasetError, match=r"a class that the network is not trained on \(dog\)"):
+        validation_images(folder, 16, ["cat"])
+
+
+# What they look like
+
+
+def as_array(image: torch.Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy().astype(int)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_crop_has_the_pixels_of_the_plain_chain(tmp_path, seed):
+    """Of Image.open, convert, RandomResizedCrop; where nothing was scaled only rounding differs."""
+    path = str(tmp_path / "photo.jpg")
+    photo(100, 75).save(path)
+    torch.manual_seed(seed)
+    ours = CropLoader(64, random=True)(path)
+    torch.manual_seed(seed)
+    plain = v1.RandomResizedCrop(64)(Image.open(path).convert("RGB"))
+    assert ours.shape == (3, 64, 64) and ours.dtype == torch.uint8
+    assert np.abs(as_array(ours) - np.asarray(plain, int)).max() <= 1
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+@pytest.mark.parametrize("seed", range(4))
+def test_a_wide_photograph_is_decoded_small_and_looks_the_same(tmp_path, seed, turned):
+    path, exif = str(tmp_path / "photo.jpg"), Image.Exif()
+    exif[ExifTags.Base.Orientation] = turned
+    photo(1203, 901).save(path, exif=exif, quality=95)
+    crop = CropLoader(64, random=True)
+    torch.manual_seed(seed)
+    ours = crop(path)
+
+    torch.manual_seed(seed)
+    with Image.open(path) as image:
+        box, smaller = crop.choose(image)
+        image.load()
+        assert image.size == (-(-1203 // smaller), -(-901 // smaller))
+    # As small as can be while the crop still has 64 pixels each way.
+    sides = box[2] - box[0], box[3] - box[1]
+    assert smaller in (2, 4, 8) and min(sides) >= 63
+    assert smaller == 8 or min(sides) <= 2 * 64
+    # The crop is RandomResizedCrop's of the upright image, to whole pixels of the small one.
+    whole = Image.open(path).convert("RGB")
+    torch.manual_seed(seed)
+    params = v2.RandomResizedCrop(64).make_params([upright(whole, turned)])
+    drawn = tuple(params[name] for name in ("left", "top", "width", "height"))
+    left, top, width, height = to_stored(drawn, upright(whole, turned).size, turned)
+    exact = np.array([left, top, left + width, top + height])
+    assert np.abs(np.array(box) * smaller - exact).max() <= smaller / 2
+    # Beside the decoder's own way of scaling, the pixels are those of the whole photograph.
+    part = upright(whole.crop([smaller * edge for edge in box]), turned)
+    plain = np.asarray(part.resize((64, 64), Image.Resampling.BILINEAR), int)
+    difference = np.abs(as_array(ours) - plain)
+    assert difference.mean() < 1 and difference.max() < 12
+
+
+def test_val_shows_what_resize_and_center_crop_show(tmp_path):
+    for width, height, most in ((256, 256, 0), (400, 300, 2), (300, 417, 2)):
+        path = str(tmp_path / f"{width}.png")
+        photo(width, height).save(path)
+        ours = as_array(CropLoader(224, random=False)(path))
+        chain = v1.Compose([v1.Resize(256), v1.CenterCrop(224)])
+        plain = np.asarray(chain(Image.open(path)), int)
+        # The sides of a resized image are rounded to whole pixels, which shifts it a little.
+        assert np.abs(ours - plain).mean() <= most
+
+
+def test_a_turned_photograph_is_upright(tmp_path):
+    image, exif = Image.new("RGB", (60, 80), "blue"), Image.Exif()
+    image.paste("red", (0, 0, 60, 40))  # the upper half
+    exif[ExifTags.Base.Orientation] = 6
+    stored = image.transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    seen = as_array(CropLoader(32, random=False)(str(tmp_path / "turned.jpg")))
+    assert (seen[:14, :, 0] > 200).all() and (seen[18:, :, 2] > 200).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("I;16", "png"), ("RGBA", "png"), ("LA", "png")],
+)
+def test_images_of_any_mode_load_as_rgb(tmp_path, mode, suffix):
+    path = str(tmp_path / f"image.{suffix}")
+    Image.new(mode, (50, 40)).save(path)
+    for random in (True, False):
+        image = CropLoader(24, random)(path)
+        assert image.shape == (3, 24, 24) and image.dtype == torch.uint8
+
+
+def test_an_image_smaller_than_the_crop_is_enlarged(tmp_path):
+    Image.new("RGB", (1, 1), (7, 8, 9)).save(tmp_path / "dot.png")
+    for random in (True, False):
+        image = CropLoader(24, random)(str(tmp_path / "dot.png"))
+        assert image.shape == (3, 24, 24) and image.unique().tolist() == [7, 8, 9]
+
+
+@pytest.mark.parametrize("content", ["", "text", "half"])
+def test_a_broken_image_is_named(folder, content):
+    path = folder / "train/cat/a.jpg"
+    photo(200, 150).save(path)
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    path.write_bytes(half if content == "half" else content.encode())
+    with pytest.raises(DatasetError, match=r"cat/a\.jpg cannot be read as an image"):
+        training_images(folder, 16, augment=False)[0]
+
+
+def test_augmentation_follows_the_recipe(folder):
+    def names(augment):
+        steps = training_images(folder, 16, augment).transform.transforms
+        return [type(step).__name__ for step in steps]
+
+    assert names(False) == ["RandomHorizontalFlip"]
+    assert names(True) == ["RandomHorizontalFlip", "ToPILImage", "RandAugment", "PILToTensor"]
+    assert training_images(folder, 16, augment=True)[0][0].shape == (3, 16, 16)
+
+
+def test_images_are_normalised_with_the_figures_of_imagenet():
+    images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    normalised = normalize(images)
+    expected = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    assert normalised.dtype == torch.float32 and normalised.shape == (2, 3, 4, 4)
+    for channel, value in enumerate(expected):
+        assert torch.allclose(normalised[:, channel], torch.tensor(value))
+
+
+def test_a_folder_takes_any_loader(folder):
+    assert ImageFolder(folder, "train", loader=str.upper)[0] == (
+        str(folder / "train/cat/a.jpg").upper(),
+        0,
+    )
