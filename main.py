@@ -34,7 +34,7 @@ from datasets.cityscapes import (
     training_parts,
 )
 from datasets.files import DatasetError, image_size
-from datasets.seeded import Seeded, ShuffledSeeds
+from datasets.seeded import loader_options, training_loader
 from datasets.statistics import count_pixels
 from datasets.synthetic import make_synthetic
 from datasets.transforms import eval_transforms, resized_size, train_transforms
@@ -47,6 +47,7 @@ from utils.checkpoint import (
     load_checkpoint,
     load_encoder,
     load_run,
+    normalisation,
     on_cpu,
     restore_rng,
     rng_state,
@@ -57,13 +58,13 @@ from utils.cli import (
     Obsolete,
     UsageError,
     file_path,
+    finite_float,
     natural_int,
     pick_amp_dtype,
     pick_device,
     positive_float,
     positive_int,
     run,
-    seed_int,
 )
 from utils.engine import evaluate, train_one_epoch
 from utils.losses import LOSSES, build_loss, class_weights
@@ -74,9 +75,11 @@ from utils.run import (
     ENCODER,
     LAST,
     LOG,
+    add_run_options,
     append_row,
     check_free,
     drop_rows_after,
+    parse_run_args,
     read_args,
     read_json,
     run_folder,
@@ -106,6 +109,9 @@ QUICK = {
     "val_every": 5,
 }
 
+# Mean and std of images that are trained on as they are, in [0, 1].
+NOT_NORMALISED = ([0.0] * 3, [1.0] * 3)
+
 # Of the class weights 1 / ln(c + p), by stage.
 WEIGHT_C = {1: 1.20, 2: 1.10}
 # Labels of stage 1 have the encoder's resolution.
@@ -116,12 +122,6 @@ NOT_VALIDATED = dict.fromkeys(
     ("val_loss", "val_miou", "val_pixel_accuracy", *(f"iou {name}" for name in CLASS_NAMES)),
     math.nan,
 )
-
-# Options that may differ from the run's own when it is resumed.
-FREE_ON_RESUME = {
-    "datadir", "dataset", "device", "amp", "workers", "val_every", "steps_loss", "epochs_save",
-    "resume", "savedir",
-}  # fmt: skip
 
 
 class BothStages(argparse.Action):
@@ -154,14 +154,6 @@ def parse_args() -> argparse.Namespace:
         default="paper",
         help="paper: flip and shift; strong: scale, crop, flip, colour; default paper",
     )
-    data.add_argument(
-        "--workers",
-        "--num-workers",
-        type=natural_int,
-        default=min(4, os.cpu_count() or 1),
-        help="processes that load data; default %(default)s",
-    )
-
     start = parser.add_argument_group("network and where it starts")
     start.add_argument(
         "--apn-channels", "--D", type=positive_int, help="width of the decoder; default 20"
@@ -173,6 +165,15 @@ def parse_args() -> argparse.Namespace:
         type=file_path,
         help="take the encoder from this file and skip stage 1",
     )
+    for name in ("mean", "std"):
+        start.add_argument(
+            f"--{name}",
+            type=positive_float if name == "std" else finite_float,
+            nargs=3,
+            metavar=("R", "G", "B"),
+            help=f"normalise images in [0, 1] with this {name}; default: as the file to start from "
+            "says, else not at all",
+        )
     start.add_argument("--decoder", action="store_true", help="go straight to stage 2")
     start.add_argument(
         "--init",
@@ -199,33 +200,12 @@ def parse_args() -> argparse.Namespace:
         default="ce",
         help="weighted cross entropy, over all pixels or the hard ones; default ce",
     )
-    recipe.add_argument("--seed", type=seed_int, default=0, help="default 0")
-    recipe.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1; default auto")
-    recipe.add_argument(
-        "--amp",
-        choices=("auto", "off", "bf16", "fp16"),
-        default="auto",
-        help="mixed precision; auto: on a GPU only; default auto",
-    )
-
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--savedir",
-        type=file_path,
-        help="a name under save/, or a path; default: by data set and time",
-    )
-    output.add_argument("--resume", action="store_true", help="go on with the run in --savedir")
+    output = add_run_options(parser)
     output.add_argument(
         "--val-every", type=positive_int, help=f"epochs between validations; {quick('val_every')}"
     )
     output.add_argument(
         "--iouTrain", action="store_true", help="measure the mIoU on the training images too"
-    )
-    output.add_argument(
-        "--steps-loss",
-        type=natural_int,
-        default=50,
-        help="steps between lines of progress in a log, 0 for none; default 50",
     )
     output.add_argument(
         "--epochs-save",
@@ -245,27 +225,7 @@ def parse_args() -> argparse.Namespace:
         "--iouVal", action=Obsolete, nargs=0, reason="every validation measures the mIoU"
     )
 
-    stored = None
-    again = ArgumentParser(add_help=False)
-    again.add_argument("--resume", action="store_true")
-    again.add_argument("--savedir")
-    first, _ = again.parse_known_args()
-    if first.resume:
-        if not first.savedir:
-            raise UsageError("--resume needs --savedir, the folder of the run to go on with")
-        stored = read_args(run_folder(first.savedir, ""))
-        parser.set_defaults(**{k: v for k, v in stored.items() if k not in ("savedir", "resume")})
-    args = parser.parse_args()
-    settle(args)
-    if stored:
-        args.dataset = stored["dataset"]
-    for name, value in (stored or {}).items():
-        if name not in FREE_ON_RESUME and getattr(args, name, value) != value:
-            raise UsageError(
-                f"the run in {args.savedir} has --{name.replace('_', '-')} {value}: "
-                "leave the option out to resume, or start another run"
-            )
-    return args
+    return parse_run_args(parser, settle, free=("val_every", "epochs_save"))
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -283,6 +243,8 @@ def settle(args: argparse.Namespace) -> None:
         raise UsageError(
             "--batch-size 1 cannot train: batch norm on the pooled 1x1 plane needs 2 images"
         )
+    if (args.mean is None) != (args.std is None):
+        raise UsageError("--mean and --std belong together: give both or none")
     if args.init and args.pretrained_encoder:
         raise UsageError("--init and --pretrained-encoder exclude each other: give one of them")
     if args.init or args.pretrained_encoder or args.decoder:
@@ -355,6 +317,8 @@ def main() -> None:
         f"output: {folder}",
         flush=True,
     )
+    if (mean, std) != NOT_NORMALISED:
+        print(f"images are normalised with mean {mean} and std {std}")
     if args.resume:
         print(
             f"resuming after epoch {epoch_done} of stage {stage_done}"
@@ -374,7 +338,7 @@ def main() -> None:
     if not args.resume:
         start_run(folder, vars(args))
     (folder / COUNTS).write_text(json.dumps(named, indent=2))
-    drop_rows_after(folder / LOG, stage_done, epoch_done)
+    drop_rows_after(folder / LOG, stage=stage_done, epoch=epoch_done)
     steps_done = epoch_done + (args.encoder_epochs if stage_done == 2 else 0)
     this = Run(
         args=args,
@@ -442,10 +406,27 @@ def build_network(
         if fresh:
             print(f"starting anew, since the classes differ: {', '.join(fresh)}")
     elif args.pretrained_encoder and not resumed:
-        start = load_encoder(network.encoder, args.pretrained_encoder)
+        start, loaded = load_encoder(network.encoder, args.pretrained_encoder)
         total = len(network.encoder.state_dict())
-        print(f"{args.pretrained_encoder}: all {total} tensors of the encoder loaded")
-    return network, start.get("mean", (0.0,) * 3), start.get("std", (1.0,) * 3)
+        print(f"{args.pretrained_encoder}: {loaded} of {total} tensors of the encoder loaded")
+        if loaded < total:
+            print("the file has no counts of batches, which nothing reads: they start at 0")
+    return network, *pick_normalisation(args, start)
+
+
+def pick_normalisation(
+    args: argparse.Namespace, start: dict[str, Any]
+) -> tuple[Sequence[float], Sequence[float]]:
+    """The mean and std that images are normalised with: as the checkpoint that training starts
+    from says, else as the options do, else 0 and 1, which is not at all."""
+    file = args.init or args.pretrained_encoder or Path(args.savedir) / LAST
+    stated = normalisation(start, file)
+    if stated and args.mean and stated != (args.mean, args.std):
+        raise UsageError(
+            f"{file} was trained on images normalised with mean {stated[0]} and std {stated[1]}: "
+            "leave --mean and --std out"
+        )
+    return stated or ((args.mean, args.std) if args.mean else NOT_NORMALISED)
 
 
 def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]:
@@ -461,24 +442,11 @@ def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]
         part.transforms = train_transforms(
             args.augment, this.size, LABEL_STRIDE[stage], this.mean, this.std
         )
-    train = Seeded(ConcatDataset(this.parts))
-    loading = {
-        "batch_size": args.batch_size,
-        "num_workers": args.workers,
-        "pin_memory": this.device.type == "cuda",
-        # To fork anew in every epoch would copy much of the memory that training on a CPU holds.
-        "persistent_workers": args.workers > 0,
-        # Loaders draw a number when they start: not from the state that training draws from, or
-        # a run that is resumed, and starts them again, would draw otherwise.
-        "generator": torch.Generator(),
-    }
-    train_loader = DataLoader(
-        train,
-        sampler=ShuffledSeeds(len(train), this.shuffling),
-        # A last batch of one image cannot train the batch norm on the pooled plane.
-        drop_last=len(train) % args.batch_size == 1,
-        **loading,
-    )
+    train = ConcatDataset(this.parts)
+    loading = loader_options(args.batch_size, args.workers, this.device)
+    # A last batch of one image cannot train the batch norm on the pooled plane.
+    drop_last = len(train) % args.batch_size == 1
+    train_loader = training_loader(train, this.shuffling, drop_last=drop_last, **loading)
     val_loader = DataLoader(this.val, **loading)
 
     weights = class_weights(this.counts, WEIGHT_C[stage]).to(this.device)
@@ -519,7 +487,7 @@ def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]
             amp_dtype=this.amp_dtype,
             title=title,
             steps_loss=args.steps_loss,
-            confusion=confusion,
+            on_batch=confusion.update_from_logits if confusion else None,
         )
         row["train_miou"] = mean_score(confusion.class_iou()) if confusion else math.nan
         validated = epoch % args.val_every == 0 or epoch == epochs

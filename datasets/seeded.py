@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 Item = tuple[int, int]  # index and seed
 
@@ -44,3 +44,28 @@ class Seeded(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU too
             return self.dataset[index]
+
+
+def training_loader(dataset: Dataset, shuffling: torch.Generator, **options: Any) -> DataLoader:
+    """Batches of a shuffled data set whose random transforms follow `shuffling` alone.
+
+    Args:
+        shuffling: its state before an epoch decides the epoch: order, crops, flips, all.
+        options: of the DataLoader, such as `loader_options` returns.
+    """
+    seeded = Seeded(dataset)
+    return DataLoader(seeded, sampler=ShuffledSeeds(len(seeded), shuffling), **options)
+
+
+def loader_options(batch_size: int, workers: int, device: torch.device) -> dict[str, Any]:
+    """How the scripts load, for training and validation alike: options of a DataLoader."""
+    return {
+        "batch_size": batch_size,
+        "num_workers": workers,
+        "pin_memory": device.type == "cuda",
+        # To fork anew in every epoch would copy much of the memory that training on a CPU holds.
+        "persistent_workers": workers > 0,
+        # Loaders draw a number when they start: not from the state that training draws from, or
+        # a run that is resumed, and starts them again, would draw otherwise.
+        "generator": torch.Generator(),
+    }

@@ -53,6 +53,21 @@ class EncoderClassifier(nn.Module):
         return self.head(self.encoder(images))
 
 
+class ImageClassifier(nn.Module):
+    """The encoder under a linear head, as it is pretrained on ImageNet."""
+
+    def __init__(self, encoder: "Encoder", num_classes: int = 1000) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.pool = nn.MaxPool2d(2)
+        self.head = nn.Linear(encoder.out_channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Turn N x 3 x H x W images of at least 16 x 16 pixels into logits, N x C."""
+        features = self.pool(self.encoder(images))  # N x 128 x H/16 x W/16
+        return self.head(features.mean(dim=(2, 3)))
+
+
 class Encoder(nn.Sequential):
     """Images to features at 1/8 resolution, N x 3 x H x W to N x 128 x H/8 x W/8."""
 

@@ -1,16 +1,20 @@
+import math
 import pickle
 import zipfile
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from models.lednet import Encoder, LEDNet
+from models.lednet import Downsampler, Encoder, EncoderClassifier, ImageClassifier, LEDNet
 from utils.checkpoint import (
     CheckpointError,
     init_network,
     load_checkpoint,
+    load_classifier,
     load_encoder,
     load_network,
+    normalisation,
     save_checkpoint,
 )
 
@@ -112,8 +116,9 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path):
         load_checkpoint(tmp_path / "text.pth")
 
 
-def test_a_stage_1_checkpoint_is_no_network(network, tmp_path):
-    save_checkpoint({**describe(network), "stage": 1}, tmp_path / "one.pth")
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_encoder_is_no_network(network, tmp_path, stage):
+    save_checkpoint({**describe(network), "stage": stage}, tmp_path / "one.pth")
     with pytest.raises(CheckpointError, match="encoder alone"):
         load_network(tmp_path / "one.pth")
 
@@ -131,22 +136,176 @@ def test_plain_weights_say_what_is_missing(network, tmp_path):
         load_network(tmp_path / "plain.pth")
 
 
-@pytest.mark.parametrize("form", ["checkpoint", "state_dict", "data parallel", "encoder alone"])
-def test_an_encoder_loads_from_any_wrapper(network, path, tmp_path, form):
+def original(encoder: Encoder, prefix: str) -> dict[str, torch.Tensor]:
+    """An encoder's weights as the original code saves them, written in the order of its modules.
+
+    The right branch of a block runs each 1x3 convolution first, and yet is named and listed as
+    the left one.
+    """
+    weights = {}
+
+    def put(name, layer):
+        weights.update({f"{prefix}{name}.{key}": w for key, w in layer.state_dict().items()})
+
+    for number, block in enumerate(encoder):
+        name = f"layers.{number - 1}" if number else "initial_block"
+        if isinstance(block, Downsampler):
+            put(f"{name}.conv", block.conv)
+            put(f"{name}.bn", block.bn)
+            continue
+        for side, branch, order in (
+            ("l", block.left, (0, 2, 3, 5, 7, 8)),
+            ("r", block.right, (2, 0, 3, 7, 5, 8)),
+        ):
+            layers = ("conv3x1_1", "conv1x3_1", "bn1", "conv3x1_2", "conv1x3_2", "bn2")
+            for layer, place in zip(layers, order, strict=True):
+                put(f"{name}.{layer}_{side}", branch[place])
+    return weights
+
+
+def original_forward(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """What the original encoder computes in evaluation mode, from its own names alone."""
+
+    def conv(name, x, **options):
+        return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], **options)
+
+    def bn(name, x):
+        mean, var = weights[f"{name}.running_mean"], weights[f"{name}.running_var"]
+        scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        return F.batch_norm(x, mean, var, scale, shift, eps=1e-3)
+
+    def down(name, x):
+        both = torch.cat([conv(f"{name}.conv", x, stride=2, padding=1), F.max_pool2d(x, 2)], 1)
+        return F.relu(bn(f"{name}.bn", both))
+
+    def branch(name, side, x, dilation):
+        tall, wide = ("conv3x1", (1, 0)), ("conv1x3", (0, 1))
+        first, second = (tall, wide) if side == "l" else (wide, tall)
+        for half, d in ((1, 1), (2, dilation)):
+            for kind, axis in (first, second):
+                padding = (d * axis[0], d * axis[1])
+                x = conv(f"{name}.{kind}_{half}_{side}", x, padding=padding, dilation=d)
+                if (kind, axis) == first:
+                    x = F.relu(x)
+            x = bn(f"{name}.bn{half}_{side}", x)
+            if half == 1:
+                x = F.relu(x)
+        return x
+
+    x = down("initial_block", x)
+    dilations = [1] * 3 + [None] + [1] * 2 + [None] + [1, 2, 5, 9, 2, 5, 9, 17]
+    for number, dilation in enumerate(dilations):
+        name = f"layers.{number}"
+        if dilation is None:
+            x = down(name, x)
+            continue
+        halves = zip("lr", x.chunk(2, 1), strict=True)
+        x = F.relu(x + torch.cat([branch(name, s, half, dilation) for s, half in halves], 1))
+        x = x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return x
+
+
+@pytest.fixture
+def trained_encoder():
+    """An encoder whose every tensor differs from the next one, running statistics too."""
+    torch.manual_seed(3)
+    encoder = Encoder()
+    for tensor in encoder.state_dict().values():
+        if tensor.ndim == 1:  # biases and all of batch norm
+            tensor.add_(0.3 * torch.rand_like(tensor))
+    return encoder.eval()
+
+
+@pytest.mark.parametrize("prefix", ["module.features.encoder.", "module.encoder.", "encoder.", ""])
+def test_an_encoder_of_the_original_code_loads_and_computes_the_same(
+    trained_encoder, tmp_path, prefix
+):
+    weights = original(trained_encoder, prefix)
+    rest = {
+        f"{prefix}output_conv.weight": torch.ones(20, 128, 1, 1),
+        "module.decoder.layers.0.conv.weight": torch.ones(3),
+        "module.classifier.linear.weight": torch.ones(1000, 128),
+    }
+    torch.save({"epoch": 7, "state_dict": weights | rest}, tmp_path / "model_best.pth.tar")
+    encoder = Encoder()
+    rest, loaded = load_encoder(encoder, tmp_path / "model_best.pth.tar")
+    assert loaded == len(encoder.state_dict()) == len(weights)
+    assert normalisation(rest, "") is None
+    for name, weight in encoder.state_dict().items():
+        assert torch.equal(weight, trained_encoder.state_dict()[name]), name
+    image = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        expected = original_forward(original(trained_encoder, ""), image)
+        assert torch.allclose(encoder.eval()(image), expected, atol=1e-5)
+
+
+def test_an_old_file_without_counts_of_batches_loads(trained_encoder, tmp_path):
+    weights = original(trained_encoder, "module.encoder.")
+    weights = {k: w for k, w in weights.items() if not k.endswith("num_batches_tracked")}
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    encoder = Encoder()
+    encoder.state_dict()["0.bn.num_batches_tracked"].fill_(5)
+    _, loaded = load_encoder(encoder, tmp_path / "old.pth")
+    assert loaded == len(weights) < len(encoder.state_dict())
+    own = encoder.state_dict()
+    assert own["0.bn.num_batches_tracked"] == 0
+    assert torch.equal(own["15.right.8.bias"], trained_encoder.state_dict()["15.right.8.bias"])
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.0.conv3x1_1_l.weight", "layers.14.bn2_r.running_var", "initial_block.bn.bias"]
+)
+def test_what_an_original_file_lacks_is_named(trained_encoder, tmp_path, name):
+    weights = original(trained_encoder, "module.features.encoder.")
+    del weights[f"module.features.encoder.{name}"]
+    torch.save(weights, tmp_path / "part.pth")
+    with pytest.raises(
+        CheckpointError, match=rf"part\.pth .* features\.encoder\.{name} is missing"
+    ):
+        load_encoder(Encoder(), tmp_path / "part.pth")
+
+
+def test_an_original_file_of_other_widths_is_refused(trained_encoder, tmp_path):
+    weights = original(trained_encoder, "")
+    weights["layers.0.conv3x1_1_l.weight"] = torch.ones(24, 24, 3, 1)
+    torch.save(weights, tmp_path / "wide.pth")
+    with pytest.raises(CheckpointError, match=r"1\.left\.0\.weight is \(24, 24, 3, 1\), not"):
+        load_encoder(Encoder(), tmp_path / "wide.pth")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "checkpoint",
+        "state_dict",
+        "data parallel",
+        "encoder.pth",
+        "bare encoder",
+        "stage 1",
+        "image classifier",
+    ],
+)
+def test_an_encoder_loads_from_any_wrapper(network, tmp_path, form):
     file = tmp_path / "weights.pth"
-    weights = network.state_dict()
+    encoder, weights = network.encoder, network.state_dict()
+    inside = {k: w for k, w in weights.items() if k.startswith("encoder.")}
+    description = describe(network)
     torch.save(
         {
-            "checkpoint": describe(network),
+            "checkpoint": description,
             "state_dict": {"state_dict": weights},
             "data parallel": {f"module.{k}": v for k, v in weights.items()},
-            "encoder alone": network.encoder.state_dict(),
+            "encoder.pth": description | {"model": inside, "stage": 0},
+            "bare encoder": encoder.state_dict(),
+            "stage 1": description | {"model": EncoderClassifier(encoder).state_dict(), "stage": 1},
+            "image classifier": {"model": ImageClassifier(encoder).state_dict(), "stage": 0},
         }[form],
         file,
     )
-    encoder = Encoder()
-    load_encoder(encoder, file)
-    for name, weight in encoder.state_dict().items():
+    fresh = Encoder()
+    _, loaded = load_encoder(fresh, file)
+    assert loaded == len(inside) == len(fresh.state_dict())
+    for name, weight in fresh.state_dict().items():
         assert torch.equal(weight, weights[f"encoder.{name}"]), name
 
 
@@ -160,6 +319,38 @@ def test_an_incomplete_encoder_is_refused_and_nothing_copied(network, tmp_path):
         load_encoder(encoder, tmp_path / "part.pth")
     for name, weight in encoder.state_dict().items():
         assert torch.equal(weight, before[name])
+
+
+def test_another_network_is_no_encoder(tmp_path):
+    torch.save({"layer1.0.conv1.weight": torch.ones(3)}, tmp_path / "resnet.pth")
+    with pytest.raises(CheckpointError, match=r"resnet\.pth does not fit the Encoder"):
+        load_encoder(Encoder(), tmp_path / "resnet.pth")
+
+
+def test_normalisation_is_what_the_file_says():
+    assert normalisation({}, "a.pth") is None
+    stated = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
+    assert normalisation(stated, "a.pth") == (stated["mean"], stated["std"])
+    for odd in ({"std": None}, {"mean": [0, 0]}, {"mean": ["a"] * 3}, {"std": [1, math.nan, 1]}):
+        with pytest.raises(CheckpointError, match=r"a\.pth says a mean and std that are not three"):
+            normalisation(stated | odd, "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth says a std of 0"):
+        normalisation(stated | {"std": [1, 0, 1]}, "a.pth")
+
+
+def test_a_classifier_is_rebuilt_from_its_checkpoint(tmp_path):
+    model = ImageClassifier(Encoder(), 7).eval()
+    checkpoint = {"model": model.state_dict(), "stage": 0, "num_classes": 7}
+    save_checkpoint(checkpoint, tmp_path / "seven.pth")
+    rebuilt, _ = load_classifier(tmp_path / "seven.pth")
+    image = torch.rand(1, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(rebuilt(image), model(image))
+
+
+def test_a_segmentation_network_is_no_classifier(path):
+    with pytest.raises(CheckpointError, match="holds no image classifier"):
+        load_classifier(path)
 
 
 def test_init_keeps_the_classifier_of_the_same_classes(network, path):

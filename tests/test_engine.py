@@ -1,12 +1,14 @@
 import math
+import time
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
 
-from utils.engine import evaluate, train_one_epoch
+from utils.engine import Waiting, evaluate, evaluate_classifier, train_one_epoch
 from utils.losses import build_loss
 from utils.metrics import ConfusionMatrix
 
@@ -79,7 +81,16 @@ def train(model, data, dtype=None, confusion=None, batch_size=2):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     loss = build_loss("ce", torch.ones(4))
     figures = train_one_epoch(
-        model, loader, loss, optimizer, scheduler, scaler, dtype, "epoch", 1, confusion
+        model,
+        loader,
+        loss,
+        optimizer,
+        scaler,
+        dtype,
+        "epoch",
+        1,
+        scheduler=scheduler,
+        on_batch=confusion and confusion.update_from_logits,
     )
     return figures, scheduler.get_last_lr()[0]
 
@@ -137,7 +148,7 @@ def test_scaled_gradients_train_as_plain_ones():
         scaler = torch.amp.GradScaler("cpu", enabled=enabled)
         loader = DataLoader(Pixels(4, (16, 24)), batch_size=2)
         loss = build_loss("ce", torch.ones(4))
-        train_one_epoch(model, loader, loss, optimizer, scheduler, scaler, None, "", 0)
+        train_one_epoch(model, loader, loss, optimizer, scaler, None, "", 0, scheduler=scheduler)
         return model.weight, scaler.state_dict()
 
     (scaled, state), (plain, nothing) = trained(True), trained(False)
@@ -150,3 +161,91 @@ def test_progress_in_a_log_is_lines(model, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("epoch: step 1/3, loss ") and "images/s" in lines[0]
+
+
+def test_without_a_schedule_the_rate_stays(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loader, loss = DataLoader(Pixels(4, (16, 24)), batch_size=2), build_loss("ce", torch.ones(4))
+    train_one_epoch(model, loader, loss, optimizer, scaler, None, "", 0)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def linear_classifier():
+    """Images of 3 x 1 x 1 whose bytes are the logits, once they are halved."""
+    images = torch.tensor([[9, 1, 5], [2, 6, 4], [3, 3, 8], [7, 0, 1]], dtype=torch.uint8)
+    labels = torch.tensor([0, 2, 2, 1])
+    return TensorDataset(images[..., None, None], labels), lambda x: x.float() / 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_a_classifier_is_scored_by_hand(batch_size):
+    data, prepare = linear_classifier()
+    model, seen = nn.Sequential(nn.Flatten(), nn.Linear(3, 3, bias=False)), []
+    model[1].weight.data = torch.eye(3)
+    loader = DataLoader(data, batch_size=batch_size)
+    scores = evaluate_classifier(
+        model, loader, prepare, "", on_batch=lambda images, *rest: seen.append(images)
+    )
+    assert scores["val_top1"] == 0.5 and scores["val_top5"] == 1.0  # two of four; all of 3 classes
+    losses = [
+        math.log(sum(math.exp(x / 2 - row[label] / 2) for x in row))
+        for row, label in (([9, 1, 5], 0), ([2, 6, 4], 2), ([3, 3, 8], 2), ([7, 0, 1], 1))
+    ]
+    assert scores["val_loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
+    assert torch.equal(torch.cat(seen), data.tensors[0]) and not model.training
+
+
+def test_training_prepares_images_and_averages_weights():
+    data, prepare = linear_classifier()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 3))
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    weights, prepared = [], []
+
+    def keep(images):
+        prepared.append(prepare(images))
+        return prepared[-1]
+
+    train_one_epoch(
+        model,
+        DataLoader(data, batch_size=2),
+        nn.CrossEntropyLoss(),
+        optimizer,
+        scaler,
+        None,
+        "",
+        0,
+        prepare=keep,
+        averaged=averaged,
+        on_batch=lambda logits, labels: weights.append(model[1].weight.detach().clone()),
+    )
+    assert [images.dtype for images in prepared] == [torch.float32] * 2
+    assert not torch.equal(*weights)
+    assert torch.allclose(averaged.module[1].weight, (weights[0] + weights[1]) / 2)
+
+
+def test_waiting_is_the_time_until_each_batch():
+    def slow():
+        for number in range(3):
+            time.sleep(0.05)
+            yield number
+
+    waiting, started, taken = Waiting(torch.device("cpu")), time.perf_counter(), []
+    for number in waiting.through(slow()):
+        taken.append(number)
+        time.sleep(0.1)
+    assert taken == [0, 1, 2]
+    assert 0.15 <= waiting.seconds() <= time.perf_counter() - started - 0.3
+
+
+def test_waiting_is_a_share_of_the_epoch(model):
+    class Slow(Pixels):
+        def __getitem__(self, index):
+            time.sleep(0.2)
+            return super().__getitem__(index)
+
+    figures, _ = train(model, Slow(4, (16, 24)))
+    assert 0.5 < figures["data_wait"] <= 1

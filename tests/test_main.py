@@ -1,4 +1,3 @@
-import csv
 import json
 import re
 import shutil
@@ -7,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, run_script
+from conftest import QUICK, read_log, run_script, same_weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,16 +20,6 @@ from datasets.statistics import count_pixels
 from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.losses import class_weights
 from utils.metrics import ConfusionMatrix
-
-
-def read_log(folder):
-    with (folder / "log.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def same_weights(a, b) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
 
 # What a run leaves and says
 

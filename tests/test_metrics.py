@@ -7,7 +7,7 @@ from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as offic
 from PIL import Image
 
 from datasets.cityscapes import CATEGORIES, CLASS_NAMES, LABEL_ID_TO_TRAIN_ID, TRAIN_ID_TO_LABEL_ID
-from utils.metrics import ConfusionMatrix, mean_score
+from utils.metrics import ConfusionMatrix, TopKAccuracy, mean_score
 
 
 def test_worked_example():
@@ -80,3 +80,23 @@ def test_agrees_with_the_official_evaluation(tmp_path, monkeypatch):
     assert mean_score(list(categories.values())) == pytest.approx(
         result["averageScoreCategories"], abs=1e-12
     )
+
+
+def test_top_k_worked_example():
+    accuracy = TopKAccuracy(ks=(1, 2, 3))
+    logits = torch.tensor(
+        [[5.0, 1, 2, 4], [1, 5, 4, 2], [4, 2, 5, 1], [1, 2, 4, 5], [5, 4, 2, 1], [2, 1, 4, 5]]
+    )
+    # The label is the 1st, 2nd, 4th, 1st, 3rd and 2nd of each row.
+    labels = torch.tensor([0, 2, 3, 3, 2, 2])
+    accuracy.update(logits[:4], labels[:4])
+    assert accuracy.shares() == [2 / 4, 3 / 4, 3 / 4]
+    accuracy.update(logits[4:], labels[4:])
+    assert accuracy.shares() == [2 / 6, 4 / 6, 5 / 6] and accuracy.seen == 6
+
+
+def test_top_5_of_fewer_classes_hits_all():
+    accuracy = TopKAccuracy()
+    accuracy.update(torch.tensor([[1.0, 2, 3], [3, 2, 1]]), torch.tensor([0, 0]))
+    assert accuracy.shares() == [0.5, 1.0]
+    assert all(math.isnan(share) for share in TopKAccuracy().shares())

@@ -54,7 +54,7 @@ def test_the_log_is_cut_after_the_checkpoint(tmp_path):
     log = tmp_path / "log.csv"
     for stage, epoch in ((1, 1), (1, 2), (2, 1), (2, 2), (2, 3)):
         append_row(log, {"stage": stage, "epoch": epoch, "loss": stage / epoch})
-    drop_rows_after(log, 2, 1)
+    drop_rows_after(log, stage=2, epoch=1)
     with log.open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["stage"], row["epoch"]) for row in rows] == [("1", "1"), ("1", "2"), ("2", "1")]
@@ -68,16 +68,16 @@ def test_a_row_that_was_cut_short_is_dropped(tmp_path):
     append_row(log, {"stage": 1, "epoch": 1, "loss": 0.5})
     with log.open("a") as file:
         file.write("1,")
-    drop_rows_after(log, 1, 1)
+    drop_rows_after(log, stage=1, epoch=1)
     assert log.read_text().splitlines() == ["stage,epoch,loss", "1,1,0.5"]
 
 
 def test_an_empty_log_is_begun_anew(tmp_path):
     (tmp_path / "log.csv").write_text("")
-    drop_rows_after(tmp_path / "log.csv", 1, 1)
+    drop_rows_after(tmp_path / "log.csv", epoch=1)
     assert not (tmp_path / "log.csv").exists()
 
 
 def test_no_log_yet(tmp_path):
-    drop_rows_after(tmp_path / "log.csv", 0, 0)
+    drop_rows_after(tmp_path / "log.csv", epoch=0)
     assert not (tmp_path / "log.csv").exists()

@@ -2,18 +2,20 @@
 
 A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts:
 
-    model           state_dict of LEDNet; in stage 1 of the encoder under its training head
-    stage           1 or 2, the stage that wrote it
+    model           state_dict of LEDNet; before stage 2 of the encoder under its training head
+    stage           that wrote it: 0 is pretraining by lednet_imagenet.py, 1 and 2 are main.py's
     num_classes, class_names, colors (RGB 0-255), categories, dataset
-    apn_channels    width D of the decoder
+    apn_channels    width D of the decoder, where there is one
     mean, std       that inputs in [0, 1] are normalised with, by RGB channel
     height          of the images that the network was trained on
     args            options of the training run
-    epoch, best     epochs done in this stage; epoch, mIoU and class IoU of the best one so far
+    epoch, best     epochs done in this stage; the best one so far and its scores
 
-and in last.pth, to resume from: optimizer, scheduler, scaler, rng.
+and in last.pth, to resume from: optimizer, scheduler, scaler, rng; and under "trained" the weights
+that training goes on with, where `model` is their average.
 """
 
+import math
 import os
 import tempfile
 import zipfile
@@ -24,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.lednet import Encoder, LEDNet
+from models.lednet import Encoder, ImageClassifier, LEDNet
+from utils.original_names import original_names, original_prefix
 
 # What a checkpoint must say of its network to rebuild it and its preprocessing.
 DESCRIPTION = {
@@ -126,7 +129,7 @@ def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
         CheckpointError: the file is not a checkpoint of a whole network by main.py.
     """
     checkpoint = load_checkpoint(path)
-    if checkpoint.get("stage") == 1:
+    if checkpoint.get("stage") in (0, 1):
         raise CheckpointError(
             f"{path} holds the encoder alone: train stage 2 first, with "
             f"main.py --pretrained-encoder {path}"
@@ -142,24 +145,103 @@ def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
     return network.eval(), checkpoint
 
 
-def load_encoder(encoder: Encoder, path: str | os.PathLike) -> dict[str, Any]:
-    """Fill an encoder from any file that holds all of its weights, and nothing else of it.
+def load_classifier(path: str | os.PathLike) -> tuple[ImageClassifier, dict[str, Any]]:
+    """Rebuild the image classifier that a checkpoint holds, in evaluation mode on the CPU.
 
     Returns:
-        The checkpoint without its weights.
+        The classifier and the rest of the checkpoint.
+
+    Raises:
+        CheckpointError: the file is not a checkpoint of a classifier by lednet_imagenet.py.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint.get("stage") != 0 or "head.weight" not in checkpoint["model"]:
+        raise CheckpointError(
+            f"{path} holds no image classifier: give the best.pth of a run of lednet_imagenet.py"
+        )
+    model = ImageClassifier(Encoder(), checkpoint["num_classes"])
+    fill(model, checkpoint.pop("model"), path)
+    return model.eval(), checkpoint
+
+
+def load_encoder(encoder: Encoder, path: str | os.PathLike) -> tuple[dict[str, Any], int]:
+    """Fill an encoder from any file that holds all of its weights, and nothing else of it.
+
+    That is a checkpoint of either program, whole or the encoder alone, or a plain state_dict
+    with our names or those of the original code.
+
+    Returns:
+        The checkpoint without its weights, and the number of tensors that were copied.
 
     Raises:
         CheckpointError: the file is not a checkpoint or does not fill the encoder.
     """
     checkpoint = load_checkpoint(path)
     weights = checkpoint.pop("model")
-    inside = {
-        name.removeprefix("encoder."): weight
-        for name, weight in weights.items()
-        if name.startswith("encoder.")
+    prefix = original_prefix(weights)
+    if prefix is not None:
+        inside = _from_original(encoder, weights, prefix, path)
+    else:
+        inside = {
+            name.removeprefix("encoder."): weight
+            for name, weight in weights.items()
+            if name.startswith("encoder.")
+        }
+    inside = inside or weights
+    # PyTorch before 0.4.1 did not count batches, and nothing reads the count.
+    counters = {
+        name: torch.zeros_like(count)
+        for name, count in encoder.state_dict().items()
+        if name.endswith(".num_batches_tracked") and name not in inside
     }
-    fill(encoder, inside or weights, path)
-    return checkpoint
+    fill(encoder, inside | counters, path)
+    return checkpoint, len(inside)
+
+
+def _from_original(
+    encoder: Encoder, weights: Mapping[str, Tensor], prefix: str, path: str | os.PathLike
+) -> dict[str, Tensor]:
+    """The encoder's weights under our names, from a file that has the original code's names."""
+    names = {ours: prefix + original for ours, original in original_names(encoder).items()}
+    missing = [
+        name
+        for name in names.values()
+        if name not in weights and not name.endswith(".num_batches_tracked")
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{path} does not fill the encoder: {', '.join(missing[:3])}"
+            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            + (" are" if len(missing) > 1 else " is")
+            + " missing: give a file that holds the whole encoder"
+        )
+    return {ours: weights[name] for ours, name in names.items() if name in weights}
+
+
+def normalisation(
+    checkpoint: Mapping[str, Any], path: str | os.PathLike
+) -> tuple[list[float], list[float]] | None:
+    """The mean and std, by RGB channel, that a checkpoint's inputs were normalised with.
+
+    Returns:
+        None where the file says nothing of it.
+
+    Raises:
+        CheckpointError: what it says is not three numbers each, the std above 0.
+    """
+    if "mean" not in checkpoint and "std" not in checkpoint:
+        return None
+    mean, std = checkpoint.get("mean"), checkpoint.get("std")
+    for values in (mean, std):
+        if not (
+            isinstance(values, list | tuple)
+            and len(values) == 3
+            and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+        ):
+            raise CheckpointError(f"{path} says a mean and std that are not three numbers each")
+    if min(std) <= 0:
+        raise CheckpointError(f"{path} says a std of {min(std)}: it must be above 0")
+    return list(mean), list(std)
 
 
 def init_network(
@@ -177,7 +259,7 @@ def init_network(
     Raises:
         CheckpointError: the file does not fill the rest of the network.
     """
-    if checkpoint.get("stage") == 1:
+    if checkpoint.get("stage") in (0, 1):
         raise CheckpointError(
             f"{path} holds the encoder alone: give it as --pretrained-encoder {path}"
         )
@@ -223,7 +305,7 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLi
         raise CheckpointError(
             f"{path} does not fit the {type(module).__name__}: {'; '.join(problems[:3])}"
             + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-            + ": give the checkpoint of a run of main.py"
+            + ": give a checkpoint of this network"
         )
     module.load_state_dict(weights)
 

@@ -1,6 +1,7 @@
 """What the command lines of the scripts share: options, errors in one line, the device."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -75,6 +76,10 @@ def seed_int(text: str) -> int:
 
 def positive_float(text: str) -> float:
     return _number(float, text, "a positive number", lambda value: 0 < value < float("inf"))
+
+
+def finite_float(text: str) -> float:
+    return _number(float, text, "a number", math.isfinite)
 
 
 def file_path(text: str) -> str:

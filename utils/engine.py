@@ -2,19 +2,23 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.losses import IGNORE_INDEX
-from utils.metrics import ConfusionMatrix
+from utils.metrics import ConfusionMatrix, TopKAccuracy
 
 SECONDS_BETWEEN_UPDATES = 0.5
+
+Batch = TypeVar("Batch")
 
 
 def train_one_epoch(
@@ -22,34 +26,43 @@ def train_one_epoch(
     loader: DataLoader,
     loss_function: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
     scaler: torch.amp.GradScaler,
     amp_dtype: torch.dtype | None,
     title: str,
     steps_loss: int,
-    confusion: ConfusionMatrix | None = None,
+    scheduler: LRScheduler | None = None,
+    prepare: Callable[[Tensor], Tensor] | None = None,
+    averaged: AveragedModel | None = None,
+    on_batch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, float]:
-    """Train on every batch once; the schedule steps with each.
+    """Train on every batch once.
 
     Args:
         loss_function: of logits and labels, a scalar.
         amp_dtype: of mixed precision, None for full precision.
         title: of the progress bar.
         steps_loss: steps between lines of progress where there is no terminal for a bar; 0: none.
-        confusion: counts the predictions on the training images, where given.
+        scheduler: steps with each batch.
+        prepare: makes of a batch of images, on the device, what the model takes.
+        averaged: the average of the model's weights; takes part of them after each batch.
+        on_batch: is called with the logits and labels of each batch.
 
     Returns:
-        "train_loss", the mean over images, and "images_per_second".
+        "train_loss", the mean over images; "images_per_second"; and "data_wait", the share of
+        the time that the device had nothing to do but to wait for data.
     """
     model.train()
     device = next(model.parameters()).device
     total_loss = torch.zeros((), device=device)  # stays there: reading it would wait for the GPU
+    waiting = Waiting(device)
     seen, started = 0, time.perf_counter()
     updated = started
     with _progress_bar(title, len(loader.dataset)) as bar:
-        for step, (images, labels) in enumerate(loader, 1):
+        for step, (images, labels) in enumerate(waiting.through(loader), 1):
             images = images.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
+            if prepare is not None:
+                images = prepare(images)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits = model(images)
             loss = loss_function(logits, labels)
@@ -57,12 +70,15 @@ def train_one_epoch(
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            scheduler.step()
+            if scheduler is not None:
+                scheduler.step()
+            if averaged is not None:
+                averaged.update_parameters(model)
 
             total_loss += loss.detach() * len(images)
             seen += len(images)
-            if confusion is not None:
-                confusion.update(logits.detach().argmax(1), labels)
+            if on_batch is not None:
+                on_batch(logits.detach(), labels)
             bar.update(len(images))
             now = time.perf_counter()
             if bar.disable and steps_loss and step % steps_loss == 0:
@@ -75,8 +91,49 @@ def train_one_epoch(
             elif not bar.disable and now - updated > SECONDS_BETWEEN_UPDATES:
                 bar.set_postfix(loss=f"{total_loss.item() / seen:.4f}")
                 updated = now
-    mean_loss = total_loss.item() / seen
-    return {"train_loss": mean_loss, "images_per_second": seen / (time.perf_counter() - started)}
+    mean_loss = total_loss.item() / seen  # waits for the GPU to finish
+    seconds = time.perf_counter() - started
+    return {
+        "train_loss": mean_loss,
+        "images_per_second": seen / seconds,
+        "data_wait": min(1.0, waiting.seconds() / seconds),
+    }
+
+
+class Waiting:
+    """The time that a device stands idle between batches, since the loader has none yet.
+
+    A program runs ahead of its GPU: what it waits while the GPU still works costs nothing. So
+    there the GPU's own clock tells, from the end of its last work to the next batch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.gaps: list[tuple] = []
+
+    def through(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches, with the time until each one measured."""
+        iterator, end = iter(batches), object()
+        while True:
+            before = self._now()
+            batch = next(iterator, end)
+            if batch is end:
+                return
+            self.gaps.append((before, self._now()))
+            yield batch
+
+    def seconds(self) -> float:
+        """All waiting so far; on a GPU, once it has finished."""
+        if self.device.type == "cuda":
+            return sum(before.elapsed_time(after) for before, after in self.gaps) / 1000
+        return sum(after - before for before, after in self.gaps)
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 @torch.inference_mode()
@@ -132,6 +189,48 @@ def evaluate(
         return math.nan, confusion
     weights = (confusion.counts.sum(1) * class_weights.double()).sum()
     return (total_loss / weights).item(), confusion
+
+
+@torch.inference_mode()
+def evaluate_classifier(
+    model: nn.Module,
+    loader: DataLoader,
+    prepare: Callable[[Tensor], Tensor],
+    title: str,
+    amp_dtype: torch.dtype | None = None,
+    on_batch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+) -> dict[str, float]:
+    """Score an image classifier.
+
+    Args:
+        loader: batches of images and labels, N, int64.
+        prepare: makes of a batch of images, on the device, what the model takes.
+        title: of the progress bar.
+        on_batch: is called with the images as they were loaded, their logits (N x C) and labels.
+
+    Returns:
+        "val_loss", the mean cross entropy; "val_top1" and "val_top5", shares in [0, 1].
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    accuracy = TopKAccuracy(device=device)
+    total_loss = torch.zeros((), dtype=torch.float64, device=device)
+    with _progress_bar(title, len(loader.dataset)) as bar:
+        for loaded, labels in loader:
+            labels = labels.to(device, non_blocking=True)
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                logits = model(prepare(loaded.to(device, non_blocking=True))).float()
+            total_loss += F.cross_entropy(logits, labels, reduction="sum")
+            accuracy.update(logits, labels)
+            if on_batch is not None:
+                on_batch(loaded, logits, labels)
+            bar.update(len(loaded))
+    top1, top5 = accuracy.shares()
+    return {
+        "val_loss": (total_loss / accuracy.seen).item(),
+        "val_top1": top1,
+        "val_top5": top5,
+    }
 
 
 def _progress_bar(title: str, images: int) -> tqdm:

@@ -1,4 +1,4 @@
-"""Segmentation scores from a confusion matrix, as the official Cityscapes evaluation counts."""
+"""Scores: a confusion matrix, counted as the official Cityscapes evaluation does, and top-k."""
 
 from collections.abc import Sequence
 
@@ -29,6 +29,10 @@ class ConfusionMatrix:
         counts = torch.bincount(cells, minlength=(self.num_classes + 1) * self.num_classes)
         self.counts += counts.view(self.num_classes + 1, self.num_classes)[:-1]
 
+    def update_from_logits(self, logits: Tensor, labels: Tensor) -> None:
+        """Count the class of the largest logit: N x C x H x W against labels of N x H x W."""
+        self.update(logits.argmax(1), labels)
+
     def class_iou(self) -> Tensor:
         """Intersection over union of each class in [0, 1], float64; NaN where a class is absent
         from truth and prediction."""
@@ -57,6 +61,30 @@ class ConfusionMatrix:
         """Share of right pixels in each class of the truth, averaged over the classes."""
         counts = self.counts.double()
         return (counts.diagonal() / counts.sum(1)).nanmean().item()
+
+
+class TopKAccuracy:
+    """How often the label of an image is among the k classes of the largest logits.
+
+    Attributes:
+        hits: one count for each k, int64, kept on one device.
+        seen: images counted.
+    """
+
+    def __init__(self, ks: Sequence[int] = (1, 5), device: torch.device | str = "cpu") -> None:
+        self.ks, self.seen = tuple(ks), 0
+        self.hits = torch.zeros(len(self.ks), dtype=torch.int64, device=device)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits of N x C and labels of N; of k or fewer classes all hit."""
+        classes = logits.topk(min(max(self.ks), logits.shape[1])).indices  # N x k, best first
+        hit = classes == labels[:, None]
+        self.hits += torch.stack([hit[:, :k].sum() for k in self.ks])
+        self.seen += len(labels)
+
+    def shares(self) -> list[float]:
+        """The share of the images that each k hits, in [0, 1]; NaN without any image."""
+        return (self.hits.double() / self.seen).tolist()
 
 
 def mean_score(scores: Sequence[float] | Tensor) -> float:

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 
 def colorize(labels: Tensor, colors: Sequence[Sequence[int]]) -> Tensor:
@@ -39,6 +41,23 @@ def strip(
     size = height, round(image.shape[2] * height / image.shape[1])
     panels = [F.interpolate(panel[None], size, mode="nearest-exact")[0] for panel in panels]
     return torch.cat(panels, dim=2).cpu()
+
+
+def captioned(image: Tensor, caption: str, right: bool) -> Tensor:
+    """A picture with a line of text below it, green where it is right, else red.
+
+    Args:
+        image: 3 x H x W, uint8.
+
+    Returns:
+        3 x (H + 16) x W, uint8.
+    """
+    picture = to_pil_image(image.cpu())
+    page = Image.new("RGB", (picture.width, picture.height + 16), "white")
+    page.paste(picture)
+    color = "green" if right else "red"
+    ImageDraw.Draw(page).text((2, picture.height + 2), caption, fill=color)
+    return pil_to_tensor(page)
 
 
 def score_table(names: Sequence[str], scores: Sequence[float], columns: int = 2) -> str:
