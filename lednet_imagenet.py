@@ -1,0 +1,398 @@
+"""Pretrain LEDNet's encoder as a classifier of images, on ImageNet or any folder of classes.
+
+python lednet_imagenet.py                             on drawn shapes, made once
+python lednet_imagenet.py --datadir DIR               on DIR/train/<class>/ and DIR/val/<class>/
+python lednet_imagenet.py --datadir DIR --recipe modern --savedir NAME
+python lednet_imagenet.py --savedir NAME --resume     go on with an interrupted run
+python lednet_imagenet.py --savedir NAME --evaluate   one pass over val with its best network
+python main.py --datadir CITYSCAPES --pretrained-encoder save/NAME/encoder.pth
+"""
+
+import argparse
+import math
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    SequentialLR,
+)
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from datasets.files import DatasetError
+from datasets.imagenet import MEAN, STD, normalize, training_images, validation_images
+from datasets.seeded import loader_options, training_loader
+from datasets.shapes import make_shapes
+from models.lednet import Encoder, ImageClassifier
+from utils.checkpoint import (
+    CheckpointError,
+    fill,
+    load_classifier,
+    load_run,
+    on_cpu,
+    restore_rng,
+    rng_state,
+    save_checkpoint,
+)
+from utils.cli import (
+    ArgumentParser,
+    UsageError,
+    file_path,
+    pick_amp_dtype,
+    pick_device,
+    positive_float,
+    positive_int,
+    run,
+)
+from utils.engine import evaluate_classifier, train_one_epoch
+from utils.metrics import TopKAccuracy
+from utils.run import (
+    BEST,
+    ENCODER,
+    LAST,
+    LOG,
+    add_run_options,
+    append_row,
+    check_free,
+    drop_rows_after,
+    parse_run_args,
+    run_folder,
+    start_run,
+    write_scalars,
+)
+from utils.speed import count_parameters
+from utils.visualize import captioned
+
+EMBEDDED = Path("data/shapes")
+
+# What an option is when the command line does not say, as published and on the embedded shapes.
+PUBLISHED = {"size": 224, "epochs": 150, "batch_size": 256, "lr": 0.1}
+QUICK = {"size": 64, "epochs": 18, "batch_size": 16, "lr": 0.005}
+
+# The published recipe is SGD, whose learning rate and weight decay hold up to this epoch; then the
+# rate falls by 5 % with each epoch and the decay is off.
+CONSTANT_EPOCHS = 15
+SGD_DECAY = 1e-4
+# The modern one is AdamW.
+ADAMW_LR, ADAMW_DECAY = 1e-3, 0.05
+
+PICTURES = 8  # of val that TensorBoard shows
+
+
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+
+    def quick(name: str) -> str:
+        return f"default {PUBLISHED[name]}, without --datadir {QUICK[name]}"
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--datadir",
+        type=file_path,
+        help="folder with train/<class>/ and val/<class>/; without it, shapes and textures are "
+        f"drawn into {EMBEDDED}",
+    )
+    data.add_argument(
+        "--size", type=positive_int, help=f"images are cropped to this square; {quick('size')}"
+    )
+
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument(
+        "--recipe",
+        choices=("paper", "modern"),
+        default="paper",
+        help="paper: SGD, as published; modern: AdamW, cosine with warm-up, label smoothing, "
+        "RandAugment and an average of the weights; default paper",
+    )
+    recipe.add_argument("--epochs", type=positive_int, help=quick("epochs"))
+    recipe.add_argument("--batch-size", type=positive_int, help=quick("batch_size"))
+    recipe.add_argument(
+        "--lr",
+        type=positive_float,
+        help=f"learning rate; paper: {quick('lr')}; modern: default {ADAMW_LR}",
+    )
+
+    output = add_run_options(parser)
+    output.add_argument(
+        "--evaluate",
+        nargs="?",
+        const=BEST,
+        type=file_path,
+        metavar="FILE",
+        help=f"one pass over val with this checkpoint, by default {BEST} of --savedir, and no "
+        "training",
+    )
+    return parse_run_args(parser, settle, free=("evaluate",))
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fill in what the command line leaves open, and refuse what cannot be."""
+    if args.evaluate == BEST:
+        if not args.savedir:
+            raise UsageError("--evaluate needs a checkpoint, or --savedir, the folder of a run")
+        args.evaluate = str(run_folder(args.savedir, "") / BEST)
+    if args.evaluate:
+        return  # the checkpoint says the rest
+    if args.recipe == "modern" and args.lr is None:
+        args.lr = ADAMW_LR
+    for name, value in (QUICK if args.datadir is None else PUBLISHED).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    embedded = args.datadir is None or Path(args.datadir).resolve() == EMBEDDED.resolve()
+    args.dataset = "shapes" if embedded else "imagenet"
+    args.datadir = args.datadir or str(EMBEDDED)
+    args.savedir = str(run_folder(args.savedir, args.dataset))
+    if args.size < 16:
+        raise UsageError(f"--size {args.size} is too small: the classifier needs 16x16")
+
+
+def main() -> None:
+    args = parse_args()
+    device = pick_device(args.device)
+    amp_dtype = pick_amp_dtype(args.amp, device)
+    torch.backends.cudnn.benchmark = True
+    if args.evaluate:
+        evaluate_checkpoint(args, device, amp_dtype)
+        return
+    folder = Path(args.savedir)
+    resumed: dict[str, Any] | None = None
+    if not args.resume:
+        check_free(folder)
+    elif (folder / LAST).exists():
+        resumed = load_run(folder / LAST)
+
+    if args.dataset == "shapes" and not Path(args.datadir).exists():
+        print(f"drawing shapes and textures into {args.datadir}, this once", flush=True)
+        try:
+            make_shapes(args.datadir, workers=os.cpu_count() or 1)
+        except OSError as error:
+            raise UsageError(
+                f"{args.datadir} cannot be made ({error.strerror or error}): run in a folder that "
+                "you may write to, or give --datadir"
+            ) from error
+    modern = args.recipe == "modern"
+    train = training_images(args.datadir, args.size, augment=modern)
+    val = validation_images(args.datadir, args.size, train.classes)
+    if len(train.classes) < 2:
+        raise UsageError(f"{args.datadir} has one class alone: there is nothing to tell apart")
+    if resumed and resumed["class_names"] != train.classes:
+        raise UsageError(
+            f"{args.datadir} has {len(train.classes)} classes, not the {resumed['num_classes']} "
+            f"that the run in {folder} began with: give the --datadir that it had"
+            if len(train.classes) != resumed["num_classes"]
+            else f"{args.datadir} has other names of classes than the run in {folder} began with: "
+            "give the --datadir that it had"
+        )
+
+    torch.manual_seed(args.seed)
+    model = ImageClassifier(Encoder(), len(train.classes)).to(device)
+    shuffling = torch.Generator().manual_seed(args.seed)
+    loading = loader_options(args.batch_size, args.workers, device)
+    train_loader = training_loader(train, shuffling, **loading)
+    val_loader = DataLoader(val, **loading)
+
+    loss_function = nn.CrossEntropyLoss(label_smoothing=0.1 if modern else 0.0)
+    optimizer = build_optimizer(args.recipe, model, args.lr)
+    scheduler = build_schedule(args.recipe, optimizer, args.epochs)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    averaged = average_of(model, args.epochs * len(train_loader)) if modern else None
+    scored = averaged.module if averaged else model
+    epoch_done, best = 0, {"epoch": 0, "val_top1": math.nan, "val_top5": math.nan}
+    if resumed:
+        epoch_done, best = resumed["epoch"], resumed["best"]
+        fill(scored, resumed["model"], folder / LAST)
+        if averaged:
+            fill(model, resumed["trained"], folder / LAST)
+            averaged.n_averaged.fill_(epoch_done)  # not 0, which would begin a new average
+        optimizer.load_state_dict(resumed["optimizer"])
+        scheduler.load_state_dict(resumed["scheduler"])
+        if resumed["scaler"]:  # empty where the precision needed none
+            scaler.load_state_dict(resumed["scaler"])
+        restore_rng(resumed["rng"], shuffling, device)
+
+    print(
+        f"LEDNet's encoder: {count_parameters(model.encoder):,} parameters, under a linear layer, "
+        f"on {device} in {amp_dtype or 'full precision'}\n"
+        f"data: {args.datadir}: {len(train)} images of {len(train.classes)} classes to train on, "
+        f"{len(val)} to validate\n"
+        f"images: {args.size}x{args.size}, in batches of {args.batch_size}, by {args.workers} "
+        f"workers; {args.epochs} epochs of the {args.recipe} recipe\n"
+        f"output: {folder}",
+        flush=True,
+    )
+    if args.resume:
+        done = f"after epoch {epoch_done}" if resumed else "from the start: no epoch was finished"
+        print(f"resuming {done}")
+
+    # Nothing was written so far: a mistake found above leaves no folder behind.
+    if not args.resume:
+        start_run(folder, vars(args))
+    drop_rows_after(folder / LOG, epoch=epoch_done)
+    writer = SummaryWriter(folder, purge_step=epoch_done + 1)
+    description = {
+        "dataset": args.dataset,
+        "stage": 0,
+        "num_classes": len(train.classes),
+        "class_names": train.classes,
+        "mean": list(MEAN),
+        "std": list(STD),
+        "height": args.size,
+        "args": vars(args),
+    }
+    for epoch in range(epoch_done + 1, args.epochs + 1):
+        title = f"epoch {epoch}/{args.epochs}"
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["weight_decay"] = weight_decay(args.recipe, epoch)
+        accuracy = TopKAccuracy(device=device)
+        row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0]}
+        row |= train_one_epoch(
+            model,
+            train_loader,
+            loss_function=loss_function,
+            optimizer=optimizer,
+            scaler=scaler,
+            amp_dtype=amp_dtype,
+            title=title,
+            steps_loss=args.steps_loss,
+            prepare=normalize,
+            averaged=averaged,
+            on_batch=accuracy.update,
+        )
+        scheduler.step()
+        row["train_top1"], row["train_top5"] = accuracy.shares()
+        pictures = Pictures(val.classes, len(val))
+        row |= evaluate_classifier(
+            scored, val_loader, normalize, f"{title}, validation", amp_dtype, pictures.keep
+        )
+        improved = best["epoch"] == 0 or row["val_top1"] > best["val_top1"]
+        if improved:
+            best = {"epoch": epoch} | {name: row[name] for name in ("val_top1", "val_top5")}
+        row["seconds"] = time.perf_counter() - started
+
+        append_row(folder / LOG, row)
+        write_scalars(writer, row, epoch)
+        # TensorBoard shows ten pictures of a kind: there is no point in keeping hundreds.
+        if epoch == args.epochs or epoch % max(1, args.epochs // 10) == 0:
+            for number, picture in enumerate(pictures.kept):
+                writer.add_image(f"val/{number}", picture, epoch)
+        writer.flush()
+        print(
+            f"{title}: train loss {row['train_loss']:.4f}, top-1 {100 * row['train_top1']:.2f} %, "
+            f"top-5 {100 * row['train_top5']:.2f} %; val loss {row['val_loss']:.4f}, "
+            f"top-1 {100 * row['val_top1']:.2f} % (best {100 * best['val_top1']:.2f}), "
+            f"top-5 {100 * row['val_top5']:.2f} %; {row['images_per_second']:.1f} images/s, "
+            f"{100 * row['data_wait']:.0f} % of it waiting for data, {row['seconds']:.0f} s",
+            flush=True,
+        )
+
+        checkpoint = description | {"model": on_cpu(scored), "epoch": epoch, "best": best}
+        if improved:
+            save_checkpoint(checkpoint, folder / BEST)
+            encoder = {f"encoder.{name}": w for name, w in on_cpu(scored.encoder).items()}
+            save_checkpoint(checkpoint | {"model": encoder}, folder / ENCODER)
+        state = {
+            "trained": on_cpu(model) if averaged else {},
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "scaler": scaler.state_dict(),
+            "rng": rng_state(shuffling, device),
+        }
+        save_checkpoint(checkpoint | state, folder / LAST)
+    writer.close()
+
+    cityscapes = "" if args.dataset == "shapes" else "--datadir CITYSCAPES "
+    print(
+        f"\nbest on val after epoch {best['epoch']}: top-1 {100 * best['val_top1']:.2f} %, "
+        f"top-5 {100 * best['val_top5']:.2f} %\n\n"
+        "next:\n"
+        f"  python main.py {cityscapes}--pretrained-encoder {shlex.quote(str(folder / ENCODER))}\n"
+        f"  tensorboard --logdir {shlex.quote(str(folder))} --host localhost"
+    )
+
+
+def build_optimizer(recipe: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    if recipe == "paper":
+        return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=SGD_DECAY)
+    return torch.optim.AdamW(model.parameters(), lr, weight_decay=ADAMW_DECAY)
+
+
+def build_schedule(recipe: str, optimizer: torch.optim.Optimizer, epochs: int) -> LRScheduler:
+    """The learning rate of a recipe; steps once an epoch."""
+    if recipe == "paper":
+        return LambdaLR(optimizer, lambda done: 0.95 ** max(0, done + 1 - CONSTANT_EPOCHS))
+    warmup = max(1, min(5, epochs // 10))
+    parts = [
+        LinearLR(optimizer, start_factor=0.01, total_iters=warmup),
+        CosineAnnealingLR(optimizer, T_max=max(1, epochs - warmup)),
+    ]
+    return SequentialLR(optimizer, parts, milestones=[warmup])
+
+
+def weight_decay(recipe: str, epoch: int) -> float:
+    """The weight decay of an epoch, counted from 1."""
+    if recipe == "paper":
+        return SGD_DECAY if epoch <= CONSTANT_EPOCHS else 0.0
+    return ADAMW_DECAY
+
+
+def average_of(model: nn.Module, steps: int) -> AveragedModel:
+    """An exponential average of a model's weights and running statistics, over about the last
+    fiftieth of a run of so many steps: over 10 steps at least, 10,000 at most."""
+    horizon = min(10_000, max(10, steps // 50))
+    average = get_ema_multi_avg_fn(1 - 1 / horizon)
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+
+class Pictures:
+    """A few images of val, evenly spread, with what the network takes them for."""
+
+    def __init__(self, classes: list[str], count: int) -> None:
+        self.classes, self.seen = classes, 0
+        self.wanted = {count * n // PICTURES for n in range(PICTURES)}
+        self.kept: list[Tensor] = []
+
+    def keep(self, images: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Take from a batch those that are wanted."""
+        for place in range(len(images)):
+            if self.seen + place in self.wanted:
+                found, truth = logits[place].argmax().item(), labels[place].item()
+                caption = self.classes[found]
+                if found != truth:
+                    caption += f", not {self.classes[truth]}"
+                self.kept.append(captioned(images[place], caption, found == truth))
+        self.seen += len(images)
+
+
+def evaluate_checkpoint(
+    args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None
+) -> None:
+    """Print the scores of a trained classifier on val; what is not given, the checkpoint says."""
+    model, checkpoint = load_classifier(args.evaluate)
+    begun_with = checkpoint["args"]
+    datadir = args.datadir or begun_with["datadir"]
+    size = args.size or checkpoint["height"]
+    val = validation_images(datadir, size, checkpoint["class_names"])
+    loading = loader_options(args.batch_size or begun_with["batch_size"], args.workers, device)
+    scores = evaluate_classifier(
+        model.to(device), DataLoader(val, **loading), normalize, "val", amp_dtype
+    )
+    print(
+        f"{args.evaluate} on the {len(val)} images of {datadir}/val at {size}x{size}: "
+        f"loss {scores['val_loss']:.4f}, top-1 {100 * scores['val_top1']:.2f} %, "
+        f"top-5 {100 * scores['val_top5']:.2f} %"
+    )
+
+
+if __name__ == "__main__":
+    run(main, DatasetError, CheckpointError)

@@ -1,0 +1,517 @@
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import PRETRAIN_QUICK, QUICK, read_log, run_script, same_weights
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader
+
+import datasets.shapes
+import main
+import utils.checkpoint
+import utils.engine
+from datasets.imagenet import normalize, validation_images
+from datasets.transforms import eval_transforms
+from lednet_imagenet import average_of, build_schedule, weight_decay
+from models.lednet import Encoder
+from utils.checkpoint import load_checkpoint, load_classifier, save_checkpoint
+from utils.engine import evaluate_classifier
+
+NAME = "lednet_imagenet.py"
+
+# What a run leaves and says
+
+
+def test_a_run_leaves_what_it_promises(pretrained, shapes):
+    assert {"args.json", "log.csv", "last.pth", "best.pth", "encoder.pth"} < {
+        path.name for path in pretrained.iterdir()
+    }
+    args = json.loads((pretrained / "args.json").read_text())
+    assert args["datadir"] == str(shapes) and args["recipe"] == "paper"
+    (row,) = read_log(pretrained)
+    assert row["epoch"] == "1" and float(row["lr"]) == 0.01
+    for name in ("train_loss", "val_loss", "images_per_second", "seconds"):
+        assert float(row[name]) > 0
+    for name in ("train_top1", "train_top5", "val_top1", "val_top5", "data_wait"):
+        assert 0 <= float(row[name]) <= 1
+
+    model, best = load_classifier(pretrained / "best.pth")
+    assert model.head.out_features == 6
+    assert best["class_names"] == datasets.shapes.CLASSES and best["num_classes"] == 6
+    assert best["mean"] == [0.485, 0.456, 0.406] and best["std"] == [0.229, 0.224, 0.225]
+    assert best["stage"] == 0 and best["height"] == 32 and best["dataset"] == "imagenet"
+    assert best["args"] == args and best["epoch"] == 1
+    assert best["best"]["val_top1"] == pytest.approx(float(row["val_top1"]))
+    assert "optimizer" not in best and "optimizer" in load_checkpoint(pretrained / "last.pth")
+
+
+def test_the_encoder_file_holds_the_encoder_alone(pretrained):
+    encoder, best = (load_checkpoint(pretrained / name) for name in ("encoder.pth", "best.pth"))
+    inside = {k: w for k, w in best["model"].items() if k.startswith("encoder.")}
+    assert same_weights(encoder["model"], inside) and len(inside) == len(best["model"]) - 2
+    assert encoder["mean"] == best["mean"] and encoder["std"] == best["std"]
+
+
+def test_tensorboard_shows_scores_and_pictures(pretrained):
+    events = EventAccumulator(str(pretrained)).Reload()
+    tags = events.Tags()
+    assert {
+        *("loss/train", "loss/val", "lr", "top-1/train", "top-1/val", "top-5/train", "top-5/val"),
+        *("images per second/train", "share of time waiting for data/train"),
+    } <= set(tags["scalars"])
+    assert [event.step for event in events.Scalars("top-1/val")] == [1]
+    assert set(tags["images"]) == {f"val/{number}" for number in range(6)}
+    picture = events.Images("val/0")[0]
+    assert (picture.width, picture.height) == (32, 48)
+
+
+def test_a_run_says_what_it_does_and_what_comes_next(script, shapes, tmp_path):
+    result = script(
+        *(NAME, "--datadir", shapes, *PRETRAIN_QUICK, "--savedir", "a", "--steps-loss", 2)
+    )
+    assert result.status == 0
+    assert "911,436 parameters" in result.out
+    assert "12 images of 6 classes to train on, 6 to validate" in result.out
+    assert "32x32, in batches of 4" in result.out and "1 epochs of the paper recipe" in result.out
+    assert "epoch 1/1: step 2/3, loss" in result.out
+    line = next(line for line in result.out.splitlines() if "train loss" in line)
+    for text in ("top-1", "top-5", "images/s", "waiting for data", "val loss"):
+        assert text in line
+    assert "main.py --datadir CITYSCAPES --pretrained-encoder save/a/encoder.pth" in result.out
+    assert (tmp_path / "save/a/encoder.pth").exists()
+
+
+def test_the_embedded_default_is_drawn_once(script, tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        monkeypatch.setitem(datasets.shapes.COUNTS, split, 1)
+    argv = (NAME, "--epochs", 1, "--workers", 0, "--size", 32)
+    first = script(*argv, "--savedir", "a")
+    assert first.status == 0 and "drawing shapes and textures into data/shapes" in first.out
+    assert "main.py --pretrained-encoder save/a/encoder.pth" in first.out
+    made = (tmp_path / "data/shapes").stat().st_mtime_ns
+    second = script(*argv, "--savedir", "b")
+    assert second.status == 0 and "drawing" not in second.out
+    assert (tmp_path / "data/shapes").stat().st_mtime_ns == made
+    args = json.loads((tmp_path / "save/b/args.json").read_text())
+    assert args["lr"] < 0.1 and args["dataset"] == "shapes"
+
+
+def test_help_shows_defaults(script):
+    result = script(NAME, "--help")
+    assert result.status == 0
+    for text in ("--datadir", "default 224", "default 150", "default 256", "default 0.1", "modern"):
+        assert text in " ".join(result.out.split())
+
+
+# The recipes
+
+
+def rates(recipe: str, epochs: int, lr: float) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr)
+    scheduler = build_schedule(recipe, optimizer, epochs)
+    found = []
+    for _ in range(epochs):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_the_published_schedule():
+    """0.1 to epoch 15, then 5 % less with each epoch, and no weight decay any more."""
+    found = rates("paper", 150, 0.1)
+    assert found[:15] == [0.1] * 15
+    by_hand = {16: 0.095, 17: 0.09025, 18: 0.0857375, 25: 0.0598737, 150: 9.8330e-05}
+    for epoch, rate in by_hand.items():
+        assert found[epoch - 1] == pytest.approx(rate, rel=1e-4), epoch
+    decays = [weight_decay("paper", epoch) for epoch in (1, 15, 16, 150)]
+    assert decays == [1e-4, 1e-4, 0, 0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_modern_schedule():
+    """Five epochs of warm-up from a hundredth, then half a cosine."""
+    found = rates("modern", 105, 0.1)
+    by_hand = {1: 0.001, 2: 0.0208, 3: 0.0406, 4: 0.0604, 5: 0.0802, 6: 0.1}
+    by_hand |= {56: 0.05, 31: 0.1 * (1 + math.cos(math.pi / 4)) / 2, 105: 2.467e-05}
+    for epoch, rate in by_hand.items():
+        assert found[epoch - 1] == pytest.approx(rate, rel=1e-3), epoch
+    assert weight_decay("modern", 1) == weight_decay("modern", 100) == 0.05
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_the_modern_schedule_of_a_short_run(epochs):
+    assert all(0 < rate <= 0.1 for rate in rates("modern", epochs, 0.1))
+
+
+def test_the_average_looks_back_over_a_fiftieth_of_the_run():
+    model = nn.Linear(1, 1, bias=False)
+    for steps, share in ((36, 1 / 10), (5_000, 1 / 100), (5_000_000, 1 / 10_000)):
+        model.weight.data.fill_(0.0)
+        averaged = average_of(model, steps)
+        averaged.update_parameters(model)
+        model.weight.data.fill_(1.0)
+        averaged.update_parameters(model)
+        assert averaged.module.weight.item() == pytest.approx(share, rel=1e-3)
+
+
+def options_of_a_run(script, shapes, monkeypatch, *options):
+    """Run one epoch; returns what the epoch was trained with."""
+    seen, real = {}, utils.engine.train_one_epoch
+
+    def train_one_epoch(model, loader, **options):
+        seen.update(options, loader=loader)
+        seen["weight_decay"] = options["optimizer"].param_groups[0]["weight_decay"]
+        return real(model, loader, **options)
+
+    monkeypatch.setattr(utils.engine, "train_one_epoch", train_one_epoch)
+    result = script(NAME, "--datadir", shapes, *PRETRAIN_QUICK, "--savedir", "a", *options)
+    assert result.status == 0, result.err
+    return seen
+
+
+def test_the_published_recipe_is_the_default(script, shapes, monkeypatch):
+    seen = options_of_a_run(script, shapes, monkeypatch)
+    group = seen["optimizer"].param_groups[0]
+    assert type(seen["optimizer"]) is torch.optim.SGD
+    assert (group["initial_lr"], group["momentum"], seen["weight_decay"]) == (0.1, 0.9, 1e-4)
+    assert seen["loss_function"].label_smoothing == 0 and seen["averaged"] is None
+    steps = seen["loader"].dataset.dataset.transform.transforms
+    assert "RandAugment" not in [type(step).__name__ for step in steps]
+
+
+def test_the_modern_recipe(script, shapes, monkeypatch, tmp_path):
+    options = ("--recipe", "modern", "--amp", "bf16", "--device", "cpu")
+    seen = options_of_a_run(script, shapes, monkeypatch, *options)
+    assert type(seen["optimizer"]) is torch.optim.AdamW
+    assert seen["optimizer"].param_groups[0]["initial_lr"] == 1e-3
+    assert seen["loss_function"].label_smoothing == 0.1
+    assert seen["amp_dtype"] == torch.bfloat16
+    steps = seen["loader"].dataset.dataset.transform.transforms
+    assert "RandAugment" in [type(step).__name__ for step in steps]
+    # What is scored and kept is the average.
+    averaged = seen["averaged"].module.state_dict()
+    assert same_weights(load_checkpoint(tmp_path / "save/a/best.pth")["model"], averaged)
+    last = load_checkpoint(tmp_path / "save/a/last.pth")
+    assert same_weights(last["model"], averaged)
+    assert last["trained"].keys() == averaged.keys()
+    assert not same_weights(last["trained"], averaged)
+
+
+def scripted_scores(monkeypatch, *shares):
+    """Make every validation find the next of some top-1 shares."""
+    scores = iter(shares)
+
+    def evaluate(*args, **kwargs):
+        return {"val_loss": 1.0, "val_top1": next(scores), "val_top5": 1.0}
+
+    monkeypatch.setattr(utils.engine, "evaluate_classifier", evaluate)
+
+
+def test_the_encoder_of_the_best_epoch_is_kept(script, shapes, tmp_path, monkeypatch):
+    scripted_scores(monkeypatch, 0.4, 0.8, 0.6)
+    argv = (NAME, "--datadir", shapes, *PRETRAIN_QUICK, "--epochs", 3, "--savedir", "a")
+    result = script(*argv)
+    assert "best on val after epoch 2: top-1 80.00 %" in result.out
+    folder = tmp_path / "save/a"
+    encoder, best, last = (
+        load_checkpoint(folder / name) for name in ("encoder.pth", "best.pth", "last.pth")
+    )
+    assert encoder["epoch"] == best["epoch"] == 2 and last["epoch"] == 3
+    assert last["best"] == {"epoch": 2, "val_top1": 0.8, "val_top5": 1.0}
+    inside = {k: w for k, w in best["model"].items() if k.startswith("encoder.")}
+    assert same_weights(encoder["model"], inside)
+
+
+# Evaluating
+
+
+def test_evaluate_finds_what_training_logged(pretrained, script, tmp_path):
+    (row,) = read_log(pretrained)
+    expected = [f"{100 * float(row[name]):.2f} %" for name in ("val_top1", "val_top5")]
+    for argv in (("--evaluate", "--savedir", pretrained), ("--evaluate", pretrained / "best.pth")):
+        result = script(NAME, *argv)
+        assert result.status == 0
+        assert f"top-1 {expected[0]}, top-5 {expected[1]}" in result.out
+        assert f"loss {float(row['val_loss']):.4f}" in result.out
+        assert "on the 6 images of" in result.out and "at 32x32" in result.out
+    assert not (tmp_path / "save").exists()
+
+
+def test_evaluate_needs_no_training_images(pretrained, script, shapes_copy):
+    shutil.rmtree(shapes_copy / "train")
+    shutil.rmtree(shapes_copy / "val/rings")
+    result = script(NAME, "--evaluate", "--savedir", pretrained, "--datadir", shapes_copy)
+    assert result.status == 0 and "on the 5 images of" in result.out
+
+
+def test_what_cannot_be_evaluated(pretrained, fails, trained, shapes_copy, tmp_path):
+    assert "--evaluate needs a checkpoint" in fails(NAME, "--evaluate")
+    assert "best.pth does not exist" in fails(NAME, "--evaluate", "--savedir", tmp_path / "none")
+    assert "no image classifier" in fails(NAME, "--evaluate", trained / "best.pth")
+    assert "no image classifier" in fails(NAME, "--evaluate", pretrained / "encoder.pth")
+    (shapes_copy / "val/rings").rename(shapes_copy / "val/circles")
+    line = fails(NAME, "--evaluate", "--savedir", pretrained, "--datadir", shapes_copy)
+    assert "not trained on (circles)" in line
+
+
+# Resuming
+
+
+@pytest.fixture(scope="module", params=["paper", "modern"])
+def whole(request, shapes, tmp_path_factory):
+    """The recipe and folder of a run of three epochs that was never stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert run_script(NAME, *resumable(request.param, shapes, folder)) == 0
+    return request.param, folder
+
+
+def resumable(recipe: str, shapes, folder) -> tuple:
+    argv = ("--datadir", shapes, "--size", 32, "--batch-size", 4, "--lr", 0.01, "--workers", 1)
+    return (*argv, "--recipe", recipe, "--epochs", 3, "--savedir", folder)
+
+
+@pytest.mark.parametrize(("epoch", "saved"), [(1, True), (2, True), (1, False), (3, False)])
+def test_a_resumed_run_ends_as_the_one_that_never_stopped(
+    whole, script, shapes, tmp_path, monkeypatch, epoch, saved
+):
+    """Stopped after last.pth of an epoch, or before it, when the log has its row already."""
+
+    class Stop(Exception):
+        pass
+
+    def save_and_stop(checkpoint, path):
+        here = path.name == "last.pth" and checkpoint["epoch"] == epoch
+        if saved or not here:
+            save_checkpoint(checkpoint, path)
+        if here:
+            raise Stop
+
+    recipe, unbroken = whole
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(utils.checkpoint, "save_checkpoint", save_and_stop)
+        script(NAME, *resumable(recipe, shapes, stopped))
+    result = script(NAME, "--savedir", stopped, "--resume")
+    assert result.status == 0
+    done = epoch if saved else epoch - 1
+    assert f"resuming after epoch {done}" in result.out or (done == 0 and "from the" in result.out)
+
+    for name in ("last.pth", "best.pth", "encoder.pth"):
+        ours, theirs = load_checkpoint(stopped / name), load_checkpoint(unbroken / name)
+        assert same_weights(ours["model"], theirs["model"]), name
+        assert ours["epoch"] == theirs["epoch"]
+    ours, theirs = load_checkpoint(stopped / "last.pth"), load_checkpoint(unbroken / "last.pth")
+    assert same_weights(ours["trained"], theirs["trained"])
+    for ours, theirs in zip(read_log(stopped), read_log(unbroken), strict=True):
+        for clock in ("seconds", "images_per_second", "data_wait"):
+            del ours[clock], theirs[clock]
+        assert ours == theirs
+    steps = [e.step for e in EventAccumulator(str(stopped)).Reload().Scalars("loss/train")]
+    assert steps == [1, 2, 3]
+
+
+def test_what_may_not_change_on_resume(pretrained, fails, shapes_copy, tmp_path):
+    folder = shutil.copytree(pretrained, tmp_path / "copy")
+    argv = (NAME, "--savedir", folder, "--resume")
+    assert "has --recipe paper" in fails(*argv, "--recipe", "modern")
+    assert "--resume needs --savedir" in fails(NAME, "--resume")
+    for split in ("train", "val"):
+        (shapes_copy / split / "rings").rename(shapes_copy / split / "circles")
+    line = fails(*argv, "--datadir", shapes_copy)
+    assert "has other names of classes than the run" in line
+    for split in ("train", "val"):
+        shutil.rmtree(shapes_copy / split / "circles")
+    assert "has 5 classes, not the 6 that the run" in fails(*argv, "--datadir", shapes_copy)
+
+
+def test_runs_of_the_two_programs_are_kept_apart(pretrained, trained, fails):
+    assert "run of another program" in fails("main.py", "--savedir", pretrained, "--resume")
+    assert "run of another program" in fails(NAME, "--savedir", trained, "--resume")
+
+
+# Fine-tuning
+
+
+@pytest.fixture
+def square(tmp_path):
+    """A folder with one class of one image of 256x256 noise in val."""
+    path = tmp_path / "square/val/checks/noise.png"
+    path.parent.mkdir(parents=True)
+    noise = torch.randint(256, (256, 256, 3), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(path)
+    return path
+
+
+def test_features_of_an_image_are_the_same_in_both_programs(pretrained, square, tmp_path):
+    """Through each program's own way from the file to the encoder's output."""
+    features = {}
+
+    def keep(encoder, _inputs, output):
+        features["pretraining"] = output
+
+    model, checkpoint = load_classifier(pretrained / "best.pth")
+    model.encoder.register_forward_hook(keep)
+    val = validation_images(square.parents[2], 224, checkpoint["class_names"])
+    evaluate_classifier(model, DataLoader(val), normalize, "")
+
+    args = main.argparse.Namespace(
+        init=None, pretrained_encoder=str(pretrained / "encoder.pth"), apn_channels=20
+    )
+    args.mean = args.std = None
+    network, mean, std = main.build_network(args, None)
+    network.encoder.register_forward_hook(lambda *seen: features.update(training=seen[2]))
+    # Pretraining shows the central 224 of 256 pixels; here they are the whole image.
+    with Image.open(square) as image:
+        central = image.crop((16, 16, 240, 240))
+    with torch.inference_mode():
+        network.eval()(eval_transforms(224, mean, std)(central)[None])
+    assert features["training"].std() > 0.01
+    assert torch.equal(features["training"], features["pretraining"])
+
+
+def test_fine_tuning_starts_with_the_pretrained_encoder(
+    pretrained, script, cityscapes, monkeypatch, tmp_path
+):
+    started = {}
+
+    def keep_start(model, *args, **kwargs):
+        started.update({k: v.clone() for k, v in model.state_dict().items()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils.engine, "train_one_epoch", keep_start)
+    stored = load_checkpoint(pretrained / "encoder.pth")["model"]
+    for name in ("encoder.pth", "best.pth", "last.pth"):
+        argv = ("--datadir", cityscapes, *QUICK, "--pretrained-encoder", pretrained / name)
+        result = script("main.py", *argv, "--savedir", tmp_path / name.removesuffix(".pth"))
+        assert result.status == 130
+        assert f"{len(stored)} of {len(stored)} tensors of the encoder loaded" in result.out
+        assert "normalised with mean [0.485, 0.456, 0.406]" in result.out
+        assert "0 epochs of stage 1" in result.out
+        assert same_weights({k: w for k, w in started.items() if k in stored}, stored)
+        assert any(k.startswith("decoder.") for k in started)
+
+
+def test_the_normalisation_stays_with_the_network(pretrained, script, cityscapes, tmp_path):
+    argv = ("--datadir", cityscapes, *QUICK, "--D", 4, "--savedir")
+    encoder = ("--pretrained-encoder", pretrained / "encoder.pth")
+    assert script("main.py", *argv, "a", *encoder).status == 0
+    tuned = load_checkpoint(tmp_path / "save/a/best.pth")
+    assert tuned["mean"] == [0.485, 0.456, 0.406] and tuned["std"] == [0.229, 0.224, 0.225]
+    again = script("main.py", *argv, "b", "--init", "save/a/best.pth")
+    assert "normalised with mean [0.485, 0.456, 0.406]" in again.out
+    assert load_checkpoint(tmp_path / "save/b/best.pth")["mean"] == tuned["mean"]
+    assert script("main.py", "--savedir", "b", "--resume").status == 0
+
+
+def test_a_foreign_encoder_is_normalised_as_the_options_say(script, fails, cityscapes, tmp_path):
+    torch.save(Encoder().state_dict(), tmp_path / "foreign.pth")
+    common = ("--datadir", cityscapes, *QUICK, "--D", 4)
+    argv = (*common, "--pretrained-encoder", "foreign.pth")
+    assert "normalised" not in script("main.py", *argv, "--savedir", "a").out
+    assert load_checkpoint(tmp_path / "save/a/best.pth")["std"] == [1, 1, 1]
+    options = ("--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.2, 0.1)
+    result = script("main.py", *argv, *options, "--savedir", "b")
+    assert "normalised with mean [0.5, 0.4, 0.3] and std [0.2, 0.2, 0.1]" in result.out
+    stored = load_checkpoint(tmp_path / "save/b/best.pth")
+    assert stored["mean"] == [0.5, 0.4, 0.3] and stored["std"] == [0.2, 0.2, 0.1]
+    assert script("main.py", "--savedir", "b", "--resume").status == 0
+
+    line = fails("main.py", *common, "--init", "save/a/best.pth", *options, "--savedir", "c")
+    assert "was trained on images normalised with mean [0.0, 0.0, 0.0]" in line
+    line = fails("main.py", *argv, "--mean", 1, 1, 1, "--savedir", "c")
+    assert "--mean and --std belong together" in line
+    line = fails("main.py", *argv, "--mean", 1, 1, 1, "--std", 1, 0, 1, "--savedir", "c")
+    assert "--std: 0 is not a positive number" in line
+
+
+def test_a_classifier_is_not_a_network(pretrained, fails, cityscapes):
+    argv = ("--datadir", cityscapes, *QUICK, "--savedir", "a", "--init", pretrained / "best.pth")
+    assert "holds the encoder alone: give it as --pretrained-encoder" in fails("main.py", *argv)
+    line = fails("eval_cityscapes_server.py", "--checkpoint", pretrained / "best.pth")
+    assert "holds the encoder alone" in line
+
+
+# Bad input: one line, status 2, nothing written
+
+
+@pytest.fixture
+def refused(fails, tmp_path):
+    """Start a run that must be refused before it makes its folder; returns the line."""
+
+    def run(datadir, *options) -> str:
+        line = fails(NAME, "--datadir", datadir, *PRETRAIN_QUICK, *options, "--savedir", "no")
+        assert not (tmp_path / "save").exists()
+        return line
+
+    return run
+
+
+def test_a_datadir_that_is_missing_or_incomplete(refused, shapes_copy, tmp_path):
+    assert "nowhere does not exist" in refused(tmp_path / "nowhere")
+    (shapes_copy / "val").rename(tmp_path / "val")
+    assert "has no folder val" in refused(shapes_copy)
+    (shapes_copy / "train").rename(tmp_path / "train")
+    assert "has no folder train" in refused(shapes_copy)
+
+
+def test_classes_that_cannot_be(refused, shapes_copy):
+    (shapes_copy / "train/empty").mkdir()
+    assert "train/empty holds no images" in refused(shapes_copy)
+    (shapes_copy / "train/empty").rename(shapes_copy / "val/strange")
+    assert "not trained on (strange)" in refused(shapes_copy)
+    (shapes_copy / "val/strange").rmdir()
+    for split in ("train", "val"):
+        for folder in sorted((shapes_copy / split).iterdir())[1:]:
+            shutil.rmtree(folder)
+    assert "one class alone" in refused(shapes_copy)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_broken_image_is_named(fails, shapes_copy, split, workers):
+    path = next((shapes_copy / split / "rings").iterdir())
+    path.write_bytes(path.read_bytes()[:500])
+    argv = (*PRETRAIN_QUICK, "--workers", workers, "--savedir", "a")
+    line = fails(NAME, "--datadir", shapes_copy, *argv)
+    assert f"{split}/rings/{path.name} cannot be read as an image" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--size", 8), "--size 8 is too small"),
+        (("--epochs", 0), "--epochs: 0 is not a positive whole number"),
+        (("--lr", "fast"), "--lr: fast is not a positive number"),
+        (("--recipe", "old"), "invalid choice: 'old'"),
+        (("--amp", "fp16", "--device", "cpu"), "--amp fp16 needs a CUDA GPU"),
+        (("--device", "cuda:99"), "--device cuda:99 cannot be used here"),
+    ],
+)
+def test_options_that_cannot_be(refused, shapes, options, message):
+    assert message in refused(shapes, *options)
+
+
+def test_an_output_folder_in_use(fails, shapes, pretrained):
+    line = fails(NAME, "--datadir", shapes, *PRETRAIN_QUICK, "--savedir", pretrained)
+    assert "holds a run already" in line
+
+
+def test_no_place_for_the_embedded_shapes(fails, tmp_path):
+    (tmp_path / "data").write_text("a file")
+    assert "data/shapes cannot be made" in fails(NAME, "--savedir", "a")
+
+
+def test_images_of_every_kind_are_trained_on(script, tmp_path):
+    for split in ("train", "val"):
+        for number, mode in enumerate(("L", "CMYK", "P", "I;16", "RGBA")):
+            suffix = "jpg" if mode in ("L", "CMYK") else "png"
+            folder = tmp_path / "kinds" / split / "ab"[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new(mode, (30, 50)).save(folder / f"{number}.{suffix}")
+    argv = ("--datadir", tmp_path / "kinds", *PRETRAIN_QUICK, "--savedir", "a")
+    assert script(NAME, *argv).status == 0
