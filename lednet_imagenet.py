@@ -10,7 +10,6 @@ python main.py --datadir CITYSCAPES --pretrained-encoder save/NAME/encoder.pth
 
 import argparse
 import math
-import os
 import shlex
 import time
 from pathlib import Path
@@ -18,19 +17,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import (
-    CosineAnnealingLR,
-    LambdaLR,
-    LinearLR,
-    LRScheduler,
-    SequentialLR,
-)
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from datasets.files import DatasetError
-from datasets.imagenet import MEAN, STD, normalize, training_images, validation_images
+from datasets.drawn import draw_once
+from datasets.files import DatasetError, check_images
+from datasets.imagenet import (
+    MEAN,
+    STD,
+    ImageFolder,
+    normalize,
+    training_images,
+    validation_images,
+)
 from datasets.seeded import loader_options, training_loader
 from datasets.shapes import make_shapes
 from models.lednet import Encoder, ImageClassifier
@@ -83,8 +84,10 @@ QUICK = {"size": 64, "epochs": 18, "batch_size": 16, "lr": 0.005}
 # rate falls by 5 % with each epoch and the decay is off.
 CONSTANT_EPOCHS = 15
 SGD_DECAY = 1e-4
-# The modern one is AdamW.
+# The modern one is AdamW, whose learning rate rises over this part of the run, then falls to 0 as
+# a cosine.
 ADAMW_LR, ADAMW_DECAY = 1e-3, 0.05
+WARMUP = 0.05
 
 PICTURES = 8  # of val that TensorBoard shows
 
@@ -126,7 +129,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument(
         "--evaluate",
         nargs="?",
-        const=BEST,
+        const=True,
         type=file_path,
         metavar="FILE",
         help=f"one pass over val with this checkpoint, by default {BEST} of --savedir, and no "
@@ -137,11 +140,13 @@ def parse_args() -> argparse.Namespace:
 
 def settle(args: argparse.Namespace) -> None:
     """Fill in what the command line leaves open, and refuse what cannot be."""
-    if args.evaluate == BEST:
-        if not args.savedir:
-            raise UsageError("--evaluate needs a checkpoint, or --savedir, the folder of a run")
-        args.evaluate = str(run_folder(args.savedir, "") / BEST)
     if args.evaluate:
+        if args.resume:
+            raise UsageError("--evaluate and --resume exclude each other: give one of them")
+        if args.evaluate is True and not args.savedir:
+            raise UsageError("--evaluate needs a checkpoint, or --savedir, the folder of a run")
+        if args.evaluate is True:
+            args.evaluate = str(run_folder(args.savedir, "") / BEST)
         return  # the checkpoint says the rest
     if args.recipe == "modern" and args.lr is None:
         args.lr = ADAMW_LR
@@ -152,8 +157,12 @@ def settle(args: argparse.Namespace) -> None:
     args.dataset = "shapes" if embedded else "imagenet"
     args.datadir = args.datadir or str(EMBEDDED)
     args.savedir = str(run_folder(args.savedir, args.dataset))
-    if args.size < 16:
-        raise UsageError(f"--size {args.size} is too small: the classifier needs 16x16")
+    check_size(args.size)
+
+
+def check_size(size: int) -> None:
+    if size < 16:
+        raise UsageError(f"--size {size} is too small: the classifier needs 16x16")
 
 
 def main() -> None:
@@ -171,28 +180,17 @@ def main() -> None:
     elif (folder / LAST).exists():
         resumed = load_run(folder / LAST)
 
-    if args.dataset == "shapes" and not Path(args.datadir).exists():
-        print(f"drawing shapes and textures into {args.datadir}, this once", flush=True)
-        try:
-            make_shapes(args.datadir, workers=os.cpu_count() or 1)
-        except OSError as error:
-            raise UsageError(
-                f"{args.datadir} cannot be made ({error.strerror or error}): run in a folder that "
-                "you may write to, or give --datadir"
-            ) from error
+    if args.dataset == "shapes":
+        draw_once(args.datadir, make_shapes, "shapes and textures")
     modern = args.recipe == "modern"
     train = training_images(args.datadir, args.size, augment=modern)
     val = validation_images(args.datadir, args.size, train.classes)
     if len(train.classes) < 2:
         raise UsageError(f"{args.datadir} has one class alone: there is nothing to tell apart")
-    if resumed and resumed["class_names"] != train.classes:
-        raise UsageError(
-            f"{args.datadir} has {len(train.classes)} classes, not the {resumed['num_classes']} "
-            f"that the run in {folder} began with: give the --datadir that it had"
-            if len(train.classes) != resumed["num_classes"]
-            else f"{args.datadir} has other names of classes than the run in {folder} began with: "
-            "give the --datadir that it had"
-        )
+    if resumed:
+        check_same_run(args, resumed, train)
+    else:
+        check_images([path for path, _ in train.samples + val.samples])
 
     torch.manual_seed(args.seed)
     model = ImageClassifier(Encoder(), len(train.classes)).to(device)
@@ -203,19 +201,24 @@ def main() -> None:
 
     loss_function = nn.CrossEntropyLoss(label_smoothing=0.1 if modern else 0.0)
     optimizer = build_optimizer(args.recipe, model, args.lr)
-    scheduler = build_schedule(args.recipe, optimizer, args.epochs)
+    scheduler = build_schedule(args.recipe, optimizer, args.epochs, len(train_loader))
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    averaged = average_of(model, args.epochs * len(train_loader)) if modern else None
-    scored = averaged.module if averaged else model
+    ema = ema_of(model, args.epochs * len(train_loader)) if modern else None
+    network = ema.module if ema else model  # what is scored and kept
     epoch_done, best = 0, {"epoch": 0, "val_top1": math.nan, "val_top5": math.nan}
     if resumed:
         epoch_done, best = resumed["epoch"], resumed["best"]
-        fill(scored, resumed["model"], folder / LAST)
-        if averaged:
-            fill(model, resumed["trained"], folder / LAST)
-            averaged.n_averaged.fill_(epoch_done)  # not 0, which would begin a new average
+        fill(network, resumed["model"], folder / LAST)
+        if ema:
+            fill(model, resumed["training_model"], folder / LAST)
+            ema.n_averaged.fill_(resumed["ema_updates"])
         optimizer.load_state_dict(resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
+        if scheduler.last_epoch != epoch_done * len(train_loader):
+            raise UsageError(
+                f"{args.datadir} holds another number of training images than the run in {folder} "
+                "began with: give the --datadir that it had, or start another run"
+            )
         if resumed["scaler"]:  # empty where the precision needed none
             scaler.load_state_dict(resumed["scaler"])
         restore_rng(resumed["rng"], shuffling, device)
@@ -239,6 +242,7 @@ def main() -> None:
         start_run(folder, vars(args))
     drop_rows_after(folder / LOG, epoch=epoch_done)
     writer = SummaryWriter(folder, purge_step=epoch_done + 1)
+    prepare = normalize(MEAN, STD, device)
     description = {
         "dataset": args.dataset,
         "stage": 0,
@@ -265,15 +269,20 @@ def main() -> None:
             amp_dtype=amp_dtype,
             title=title,
             steps_loss=args.steps_loss,
-            prepare=normalize,
-            averaged=averaged,
+            scheduler=scheduler,
+            prepare=prepare,
+            ema=ema,
             on_batch=accuracy.update,
         )
-        scheduler.step()
+        if not math.isfinite(row["train_loss"]):
+            raise UsageError(
+                f"the training loss is {row['train_loss']} in epoch {epoch}: training has "
+                "diverged, start another run with a smaller --lr"
+            )
         row["train_top1"], row["train_top5"] = accuracy.shares()
         pictures = Pictures(val.classes, len(val))
         row |= evaluate_classifier(
-            scored, val_loader, normalize, f"{title}, validation", amp_dtype, pictures.keep
+            network, val_loader, prepare, f"{title}, validation", amp_dtype, pictures.keep
         )
         improved = best["epoch"] == 0 or row["val_top1"] > best["val_top1"]
         if improved:
@@ -292,17 +301,18 @@ def main() -> None:
             f"top-5 {100 * row['train_top5']:.2f} %; val loss {row['val_loss']:.4f}, "
             f"top-1 {100 * row['val_top1']:.2f} % (best {100 * best['val_top1']:.2f}), "
             f"top-5 {100 * row['val_top5']:.2f} %; {row['images_per_second']:.1f} images/s, "
-            f"{100 * row['data_wait']:.0f} % of it waiting for data, {row['seconds']:.0f} s",
+            f"{100 * row['data_wait']:.0f} % of the time waiting for data, {row['seconds']:.0f} s",
             flush=True,
         )
 
-        checkpoint = description | {"model": on_cpu(scored), "epoch": epoch, "best": best}
+        checkpoint = description | {"model": on_cpu(network), "epoch": epoch, "best": best}
         if improved:
             save_checkpoint(checkpoint, folder / BEST)
-            encoder = {f"encoder.{name}": w for name, w in on_cpu(scored.encoder).items()}
+            encoder = {f"encoder.{name}": w for name, w in on_cpu(network.encoder).items()}
             save_checkpoint(checkpoint | {"model": encoder}, folder / ENCODER)
         state = {
-            "trained": on_cpu(model) if averaged else {},
+            "training_model": on_cpu(model) if ema else {},
+            "ema_updates": ema.n_averaged.item() if ema else 0,
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
             "scaler": scaler.state_dict(),
@@ -327,16 +337,21 @@ def build_optimizer(recipe: str, model: nn.Module, lr: float) -> torch.optim.Opt
     return torch.optim.AdamW(model.parameters(), lr, weight_decay=ADAMW_DECAY)
 
 
-def build_schedule(recipe: str, optimizer: torch.optim.Optimizer, epochs: int) -> LRScheduler:
-    """The learning rate of a recipe; steps once an epoch."""
+def build_schedule(
+    recipe: str, optimizer: torch.optim.Optimizer, epochs: int, steps: int
+) -> LRScheduler:
+    """The learning rate of a recipe; steps with each batch, `steps` of which are an epoch."""
     if recipe == "paper":
-        return LambdaLR(optimizer, lambda done: 0.95 ** max(0, done + 1 - CONSTANT_EPOCHS))
-    warmup = max(1, min(5, epochs // 10))
-    parts = [
-        LinearLR(optimizer, start_factor=0.01, total_iters=warmup),
-        CosineAnnealingLR(optimizer, T_max=max(1, epochs - warmup)),
-    ]
-    return SequentialLR(optimizer, parts, milestones=[warmup])
+        return LambdaLR(optimizer, lambda step: 0.95 ** max(0, step // steps + 1 - CONSTANT_EPOCHS))
+    total = epochs * steps + 1  # with the step after the last batch
+    return OneCycleLR(
+        optimizer,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
+        total_steps=total,
+        pct_start=max(WARMUP, 2 / total),
+        div_factor=100,
+        cycle_momentum=False,
+    )
 
 
 def weight_decay(recipe: str, epoch: int) -> float:
@@ -346,12 +361,29 @@ def weight_decay(recipe: str, epoch: int) -> float:
     return ADAMW_DECAY
 
 
-def average_of(model: nn.Module, steps: int) -> AveragedModel:
+def ema_of(model: nn.Module, steps: int) -> AveragedModel:
     """An exponential average of a model's weights and running statistics, over about the last
     fiftieth of a run of so many steps: over 10 steps at least, 10,000 at most."""
     horizon = min(10_000, max(10, steps // 50))
     average = get_ema_multi_avg_fn(1 - 1 / horizon)
     return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+
+def check_same_run(args: argparse.Namespace, resumed: dict[str, Any], train: ImageFolder) -> None:
+    """See that a checkpoint is of the run that is to be resumed, and of the same classes."""
+    if resumed["stage"] != 0 or resumed.get("args", {}).get("recipe") != args.recipe:
+        raise UsageError(f"{args.savedir}/{LAST} is of another run: put back the file it had")
+    names = resumed.get("class_names", [])
+    if len(names) != len(train.classes):
+        raise UsageError(
+            f"{args.datadir} has {len(train.classes)} classes, not the {len(names)} that the run "
+            f"in {args.savedir} began with: give the --datadir that it had"
+        )
+    if names != train.classes:
+        raise UsageError(
+            f"{args.datadir} has other names of classes than the run in {args.savedir} began with: "
+            "give the --datadir that it had"
+        )
 
 
 class Pictures:
@@ -379,13 +411,16 @@ def evaluate_checkpoint(
 ) -> None:
     """Print the scores of a trained classifier on val; what is not given, the checkpoint says."""
     model, checkpoint = load_classifier(args.evaluate)
-    begun_with = checkpoint["args"]
-    datadir = args.datadir or begun_with["datadir"]
-    size = args.size or checkpoint["height"]
+    begun_with = checkpoint.get("args", {})
+    datadir, size = args.datadir or begun_with.get("datadir"), args.size or checkpoint["height"]
+    if not datadir:
+        raise UsageError(f"{args.evaluate} does not say what it was trained on: give --datadir")
+    check_size(size)
     val = validation_images(datadir, size, checkpoint["class_names"])
-    loading = loader_options(args.batch_size or begun_with["batch_size"], args.workers, device)
+    loading = loader_options(args.batch_size or 64, args.workers, device)
+    prepare = normalize(checkpoint["mean"], checkpoint["std"], device)
     scores = evaluate_classifier(
-        model.to(device), DataLoader(val, **loading), normalize, "val", amp_dtype
+        model.to(device), DataLoader(val, **loading), prepare, "val", amp_dtype
     )
     print(
         f"{args.evaluate} on the {len(val)} images of {datadir}/val at {size}x{size}: "

@@ -10,7 +10,6 @@ python main.py --savedir NAME --resume                go on with an interrupted 
 import argparse
 import json
 import math
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from datasets.cityscapes import (
     check_files,
     training_parts,
 )
+from datasets.drawn import draw_once
 from datasets.files import DatasetError, image_size
 from datasets.seeded import loader_options, training_loader
 from datasets.statistics import count_pixels
@@ -287,15 +287,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     network, mean, std = build_network(args, resumed)
 
-    if args.dataset == "synthetic" and not Path(args.datadir).exists():
-        print(f"drawing street scenes into {args.datadir}, this once", flush=True)
-        try:
-            make_synthetic(args.datadir, workers=os.cpu_count() or 1)
-        except OSError as error:
-            raise UsageError(
-                f"{args.datadir} cannot be made ({error.strerror or error}): run in a folder that "
-                "you may write to, or give --datadir"
-            ) from error
+    if args.dataset == "synthetic":
+        draw_once(args.datadir, make_synthetic, "street scenes")
     parts = training_parts(args.datadir, args.annotations)
     val = Cityscapes(args.datadir, "val", transforms=eval_transforms(args.height, mean, std))
     check_files(*parts)

@@ -1,4 +1,4 @@
-"""A folder of files that are drawn by several processes, and is whole or absent."""
+"""Folders of files that are drawn by several processes: whole or absent."""
 
 import os
 import shutil
@@ -9,6 +9,30 @@ from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
+
+from datasets.files import DatasetError
+
+
+def draw_once(root: str | os.PathLike, make: Callable[..., None], what: str) -> None:
+    """Make an embedded data set, with every core, where it does not exist yet.
+
+    Args:
+        make: is called with the folder to make and the number of workers.
+        what: is drawn, to say so.
+
+    Raises:
+        DatasetError: the folder cannot be written.
+    """
+    if Path(root).exists():
+        return
+    print(f"drawing {what} into {root}, this once", flush=True)
+    try:
+        make(root, workers=os.cpu_count() or 1)
+    except OSError as error:
+        raise DatasetError(
+            f"{root} cannot be made ({error.strerror or error}): run in a folder that you may "
+            "write to, or give --datadir"
+        ) from error
 
 
 def make_folder(

@@ -139,6 +139,19 @@ def check_headers(pairs: list[tuple[str, str | None]]) -> None:
             )
 
 
+def check_images(paths: list[str]) -> None:
+    """Look at the header of every image, without decoding pixels.
+
+    Raises:
+        DatasetError: names the first file that is missing or not an image.
+    """
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for _ in tqdm(
+            pool.map(_read_header, paths), "checking files", len(paths), leave=False, disable=None
+        ):
+            pass
+
+
 def check_label_mode(path: str, mode: str) -> None:
     if mode not in LABEL_MODES:
         raise DatasetError(

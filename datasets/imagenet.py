@@ -8,7 +8,7 @@ decoded at 1/2, 1/4 or 1/8 of its size, never below the size that the crop is re
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,8 @@ class CropLoader:
             Left, upper, right and lower edge of the crop, in pixels of the image as it will be
             decoded, and how many times smaller than stored that is: 1, or for a JPEG 2, 4, 8.
         """
+        if image.format == "TIFF":
+            image.load()  # which turns it upright, and may change its size
         left, top, width, height = self._box(image.size, orientation(image))
         # The size of the whole image at which the crop has just the pixels that are asked for.
         full_width, full_height = image.size
@@ -156,7 +158,8 @@ class CropLoader:
         drafted = image.draft(None, needed)
         smaller = round(full_width / drafted[1][2]) if drafted else 1
         edges = (left, top, left + width, top + height)
-        return tuple(round(edge / smaller) for edge in edges), smaller
+        left, top, right, bottom = (round(edge / smaller) for edge in edges)
+        return (left, top, max(right, left + 1), max(bottom, top + 1)), smaller
 
     def _box(self, size: tuple[int, int], turned: int) -> Box:
         """The crop, drawn on the upright image, where it lies in an image as it is stored."""
@@ -170,10 +173,16 @@ class CropLoader:
         return to_stored(box, (width, height), turned)
 
 
-def normalize(images: Tensor) -> Tensor:
-    """A batch of uint8 images, N x 3 x H x W, as the network takes them: with ImageNet's mean
-    and standard deviation. Images travel as bytes, so this is done on the device."""
-    return _NORMALIZE(images)
+def normalize(
+    mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
+) -> Callable[[Tensor], Tensor]:
+    """What makes of a batch of uint8 images, N x 3 x H x W, the input of the network.
 
+    Images travel as bytes, a quarter of what floats take, so this is done on the device, where
+    mean and std lie already: v2.Normalize would send them, and wait for the GPU, with every batch.
 
-_NORMALIZE = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    Args:
+        mean, std: of each RGB channel, in [0, 1].
+    """
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+    return lambda images: F.to_dtype(images, torch.float32, scale=True).sub_(mean).div_(std)

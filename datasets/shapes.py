@@ -3,8 +3,9 @@
     train/<class>/<number>.jpg
     val/<class>/<number>.jpg
 
-Colours, place, size, turn, light and noise are drawn at random whatever the class is, so that only
-the shapes tell it; they repeat, so that every crop shows some.
+Bright shapes on a dark ground; colours, place, size, turn, light and noise are drawn at random and
+the bright part is about the same whatever the class is, so that the shapes have to tell it. They
+repeat, so that every crop shows some.
 """
 
 import os
@@ -20,14 +21,15 @@ from datasets.drawn import make_folder
 COUNTS = {"train": 100, "val": 20}  # of each class
 SIZE = (128, 128)
 
-# Where a pattern has its second colour, of coordinates that repeat from -1.25 to 1.25.
+# Where a pattern is bright, of coordinates that repeat from -1.25 to 1.25: over about 42 % of its
+# area, whichever it is.
 PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "checks": lambda u, v: u * v > 0,
-    "crosses": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 1),
-    "discs": lambda u, v: np.hypot(u, v) < 1,
-    "rings": lambda u, v: abs(np.hypot(u, v) - 0.75) < 0.25,
-    "stripes": lambda u, v: u > 0,
-    "triangles": lambda u, v: (v < 0.5) & (abs(u) * 3**0.5 < v + 1),
+    "checks": lambda u, v: (u > 0.5) != (v > 0.5),
+    "crosses": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.4) & (np.maximum(abs(u), abs(v)) < 1),
+    "discs": lambda u, v: np.hypot(u, v) < 0.92,
+    "rings": lambda u, v: abs(np.hypot(u, v) - 0.7) < 0.3,
+    "stripes": lambda u, v: u > 0.2,
+    "triangles": lambda u, v: (v < 0.85) & (abs(u) * 3**0.5 < v + 1.25),
 }
 CLASSES = sorted(PATTERNS)
 

@@ -5,6 +5,7 @@ import os
 import runpy
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,12 @@ def pretrained(shapes, tmp_path_factory) -> Path:
     argv = ("--datadir", shapes, *PRETRAIN_QUICK, "--lr", 0.01, "--savedir", folder)
     assert run_script("lednet_imagenet.py", *argv) == 0
     return folder
+
+
+def wait_for_the_next_second() -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the second they
+    were opened in; those of one second, and one process, can change places."""
+    time.sleep(1 - time.time() % 1)
 
 
 def read_log(folder: Path) -> list[dict[str, str]]:

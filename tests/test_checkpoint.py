@@ -226,7 +226,9 @@ def test_an_encoder_of_the_original_code_loads_and_computes_the_same(
         "module.decoder.layers.0.conv.weight": torch.ones(3),
         "module.classifier.linear.weight": torch.ones(1000, 128),
     }
-    torch.save({"epoch": 7, "state_dict": weights | rest}, tmp_path / "model_best.pth.tar")
+    # In any order: the decoder's names begin alike.
+    weights_in_order = dict(sorted((weights | rest).items()))
+    torch.save({"epoch": 7, "state_dict": weights_in_order}, tmp_path / "model_best.pth.tar")
     encoder = Encoder()
     rest, loaded = load_encoder(encoder, tmp_path / "model_best.pth.tar")
     assert loaded == len(encoder.state_dict()) == len(weights)
@@ -279,6 +281,7 @@ def test_an_original_file_of_other_widths_is_refused(trained_encoder, tmp_path):
         "checkpoint",
         "state_dict",
         "data parallel",
+        "compiled",
         "encoder.pth",
         "bare encoder",
         "stage 1",
@@ -295,6 +298,7 @@ def test_an_encoder_loads_from_any_wrapper(network, tmp_path, form):
             "checkpoint": description,
             "state_dict": {"state_dict": weights},
             "data parallel": {f"module.{k}": v for k, v in weights.items()},
+            "compiled": {f"_orig_mod.{k}": v for k, v in weights.items()},
             "encoder.pth": description | {"model": inside, "stage": 0},
             "bare encoder": encoder.state_dict(),
             "stage 1": description | {"model": EncoderClassifier(encoder).state_dict(), "stage": 1},
@@ -323,7 +327,7 @@ def test_an_incomplete_encoder_is_refused_and_nothing_copied(network, tmp_path):
 
 def test_another_network_is_no_encoder(tmp_path):
     torch.save({"layer1.0.conv1.weight": torch.ones(3)}, tmp_path / "resnet.pth")
-    with pytest.raises(CheckpointError, match=r"resnet\.pth does not fit the Encoder"):
+    with pytest.raises(CheckpointError, match=r"resnet\.pth does not fill the encoder"):
         load_encoder(Encoder(), tmp_path / "resnet.pth")
 
 
@@ -340,7 +344,7 @@ def test_normalisation_is_what_the_file_says():
 
 def test_a_classifier_is_rebuilt_from_its_checkpoint(tmp_path):
     model = ImageClassifier(Encoder(), 7).eval()
-    checkpoint = {"model": model.state_dict(), "stage": 0, "num_classes": 7}
+    checkpoint = describe(LEDNet(7, 4), 7) | {"model": model.state_dict(), "stage": 0}
     save_checkpoint(checkpoint, tmp_path / "seven.pth")
     rebuilt, _ = load_classifier(tmp_path / "seven.pth")
     image = torch.rand(1, 3, 32, 32)
@@ -348,9 +352,20 @@ def test_a_classifier_is_rebuilt_from_its_checkpoint(tmp_path):
         assert torch.equal(rebuilt(image), model(image))
 
 
-def test_a_segmentation_network_is_no_classifier(path):
+def test_what_is_no_classifier(path, tmp_path):
     with pytest.raises(CheckpointError, match="holds no image classifier"):
         load_classifier(path)
+    good = {"model": ImageClassifier(Encoder(), 2).state_dict(), "stage": 0, "height": 32}
+    good |= {"class_names": ["a", "b"], "mean": [0.0] * 3, "std": [1.0] * 3}
+    torch.save(good, tmp_path / "good")
+    load_classifier(tmp_path / "good")
+    for odd in ({"class_names": ["a"]}, {"class_names": [["a"], "b"]}, {"height": None}):
+        torch.save(good | odd, tmp_path / "odd")
+        with pytest.raises(CheckpointError, match="holds no image classifier"):
+            load_classifier(tmp_path / "odd")
+    torch.save(good | {"std": [0.0] * 3}, tmp_path / "odd")
+    with pytest.raises(CheckpointError, match="says a std of 0"):
+        load_classifier(tmp_path / "odd")
 
 
 def test_init_keeps_the_classifier_of_the_same_classes(network, path):

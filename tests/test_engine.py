@@ -200,7 +200,7 @@ def test_training_prepares_images_and_averages_weights():
     data, prepare = linear_classifier()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 3))
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     weights, prepared = [], []
@@ -219,12 +219,12 @@ def test_training_prepares_images_and_averages_weights():
         "",
         0,
         prepare=keep,
-        averaged=averaged,
+        ema=ema,
         on_batch=lambda logits, labels: weights.append(model[1].weight.detach().clone()),
     )
     assert [images.dtype for images in prepared] == [torch.float32] * 2
     assert not torch.equal(*weights)
-    assert torch.allclose(averaged.module[1].weight, (weights[0] + weights[1]) / 2)
+    assert torch.allclose(ema.module[1].weight, (weights[0] + weights[1]) / 2)
 
 
 def test_waiting_is_the_time_until_each_batch():
@@ -249,3 +249,37 @@ def test_waiting_is_a_share_of_the_epoch(model):
 
     figures, _ = train(model, Slow(4, (16, 24)))
     assert 0.5 < figures["data_wait"] <= 1
+
+
+def test_on_a_gpu_its_own_clock_tells_the_waiting(monkeypatch):
+    """As a program sees it that runs ahead: the GPU works from 0 to 5 and from 7 to 9 seconds."""
+    times = iter([0.0, 0.0, 5.0, 7.0, 9.0])  # before and after each of two batches, and at the end
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = next(times)
+
+        def elapsed_time(self, later):
+            return 1000 * (later.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    waiting = Waiting(torch.device("cuda"))
+    assert list(waiting.through("ab")) == ["a", "b"]
+    assert waiting.seconds() == 2
+
+
+def test_the_loss_is_summed_in_full_precision(model):
+    seen = []
+
+    def loss(logits, labels):
+        seen.append(logits.dtype)
+        return logits.mean()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loader = DataLoader(Pixels(2, (16, 24)), batch_size=2)
+    train_one_epoch(model, loader, loss, optimizer, scaler, torch.bfloat16, "", 0)
+    assert seen == [torch.float32]

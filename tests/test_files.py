@@ -5,6 +5,7 @@ from PIL import ExifTags, Image, ImageOps
 from datasets.files import (
     DatasetError,
     check_headers,
+    check_images,
     image_size,
     orientation,
     read_image,
@@ -159,3 +160,12 @@ def test_an_absurd_size_is_refused_before_it_is_decoded(pair, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(DatasetError, match=pair[0]):
         read_image(pair[0])
+
+
+def test_headers_of_images_are_checked(pair, tmp_path):
+    text = tmp_path / "text.jpg"
+    check_images([pair[0], pair[1]])
+    text.write_text("no picture")
+    for path in (str(text), str(tmp_path / "none.jpg")):
+        with pytest.raises(DatasetError, match=path):
+            check_images([pair[0], path, pair[1]])

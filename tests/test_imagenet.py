@@ -7,6 +7,8 @@ from torchvision.transforms import v2
 
 from datasets.files import DatasetError, to_stored, upright
 from datasets.imagenet import (
+    MEAN,
+    STD,
     CropLoader,
     ImageFolder,
     normalize,
@@ -163,8 +165,21 @@ def test_images_of_any_mode_load_as_rgb(tmp_path, mode, suffix):
         assert image.shape == (3, 24, 24) and image.dtype == torch.uint8
 
 
-def test_an_image_smaller_than_the_crop_is_enlarged(tmp_path):
-    Image.new("RGB", (1, 1), (7, 8, 9)).save(tmp_path / "dot.png")
+@pytest.mark.parametrize("turned", [3, 6])
+def test_a_turned_tiff_is_upright(tmp_path, turned):
+    """PIL turns it by itself when it decodes it."""
+    image, exif = Image.new("RGB", (60, 80), "blue"), Image.Exif()
+    image.paste("red", (0, 0, 60, 40))
+    exif[ExifTags.Base.Orientation] = turned
+    back = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[turned]
+    image.transpose(back).save(tmp_path / "turned.tiff", exif=exif)
+    seen = as_array(CropLoader(32, random=False)(str(tmp_path / "turned.tiff")))
+    assert (seen[:14, :, 0] > 200).all() and (seen[18:, :, 2] > 200).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (1, 4), (3, 1), (4, 1), (900, 1), (5, 700)])
+def test_an_image_smaller_than_the_crop_is_enlarged(tmp_path, size):
+    Image.new("RGB", size, (7, 8, 9)).save(tmp_path / "dot.png")
     for random in (True, False):
         image = CropLoader(24, random)(str(tmp_path / "dot.png"))
         assert image.shape == (3, 24, 24) and image.unique().tolist() == [7, 8, 9]
@@ -192,7 +207,7 @@ def test_augmentation_follows_the_recipe(folder):
 
 def test_images_are_normalised_with_the_figures_of_imagenet():
     images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
-    normalised = normalize(images)
+    normalised = normalize(MEAN, STD)(images)
     expected = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
     assert normalised.dtype == torch.float32 and normalised.shape == (2, 3, 4, 4)
     for channel, value in enumerate(expected):

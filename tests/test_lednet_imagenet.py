@@ -1,10 +1,16 @@
 import json
-import math
 import shutil
 
 import pytest
 import torch
-from conftest import PRETRAIN_QUICK, QUICK, read_log, run_script, same_weights
+from conftest import (
+    PRETRAIN_QUICK,
+    QUICK,
+    read_log,
+    run_script,
+    same_weights,
+    wait_for_the_next_second,
+)
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -16,7 +22,7 @@ import utils.checkpoint
 import utils.engine
 from datasets.imagenet import normalize, validation_images
 from datasets.transforms import eval_transforms
-from lednet_imagenet import average_of, build_schedule, weight_decay
+from lednet_imagenet import build_schedule, ema_of, weight_decay
 from models.lednet import Encoder
 from utils.checkpoint import load_checkpoint, load_classifier, save_checkpoint
 from utils.engine import evaluate_classifier
@@ -110,11 +116,12 @@ def test_help_shows_defaults(script):
 # The recipes
 
 
-def rates(recipe: str, epochs: int, lr: float) -> list[float]:
+def rates(recipe: str, epochs: int, steps: int, lr: float) -> list[float]:
+    """The learning rate of each step."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr)
-    scheduler = build_schedule(recipe, optimizer, epochs)
+    scheduler = build_schedule(recipe, optimizer, epochs, steps)
     found = []
-    for _ in range(epochs):
+    for _ in range(epochs * steps):
         found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
@@ -123,40 +130,63 @@ def rates(recipe: str, epochs: int, lr: float) -> list[float]:
 
 def test_the_published_schedule():
     """0.1 to epoch 15, then 5 % less with each epoch, and no weight decay any more."""
-    found = rates("paper", 150, 0.1)
-    assert found[:15] == [0.1] * 15
+    found = rates("paper", 150, 3, 0.1)
+    assert found[: 15 * 3] == [0.1] * 15 * 3
     by_hand = {16: 0.095, 17: 0.09025, 18: 0.0857375, 25: 0.0598737, 150: 9.8330e-05}
     for epoch, rate in by_hand.items():
-        assert found[epoch - 1] == pytest.approx(rate, rel=1e-4), epoch
+        assert found[3 * (epoch - 1) : 3 * epoch] == pytest.approx([rate] * 3, rel=1e-4), epoch
     decays = [weight_decay("paper", epoch) for epoch in (1, 15, 16, 150)]
     assert decays == [1e-4, 1e-4, 0, 0]
 
 
 @pytest.mark.filterwarnings("error")
 def test_the_modern_schedule():
-    """Five epochs of warm-up from a hundredth, then half a cosine."""
-    found = rates("modern", 105, 0.1)
-    by_hand = {1: 0.001, 2: 0.0208, 3: 0.0406, 4: 0.0604, 5: 0.0802, 6: 0.1}
-    by_hand |= {56: 0.05, 31: 0.1 * (1 + math.cos(math.pi / 4)) / 2, 105: 2.467e-05}
-    for epoch, rate in by_hand.items():
-        assert found[epoch - 1] == pytest.approx(rate, rel=1e-3), epoch
+    """From a hundredth up over the first twentieth, and down to nothing, each half a cosine."""
+    found = rates("modern", 17, 7, 0.1)
+    by_hand = {0: 0.001, 1: 0.0104537, 2: 0.0352037, 3: 0.0657963, 4: 0.0905463, 5: 0.1}
+    by_hand |= {43: 0.075, 62: 0.05, 81: 0.025, 118: 1.9085e-5}
+    for step, rate in by_hand.items():
+        assert found[step] == pytest.approx(rate, rel=1e-3), step
     assert weight_decay("modern", 1) == weight_decay("modern", 100) == 0.05
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 3])
-def test_the_modern_schedule_of_a_short_run(epochs):
-    assert all(0 < rate <= 0.1 for rate in rates("modern", epochs, 0.1))
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 1), (1, 2), (2, 3), (1, 20), (2, 10), (1, 40)])
+def test_the_modern_schedule_of_a_short_run(epochs, steps):
+    found = rates("modern", epochs, steps, 0.1)
+    assert all(0 < rate <= 0.1 for rate in found)
+    assert epochs * steps == 1 or max(found) == pytest.approx(0.1, rel=0.01)
+
+
+def test_the_recipe_is_followed_epoch_by_epoch(script, shapes, monkeypatch, tmp_path):
+    """Without training: what each of 17 epochs would be trained with, of three batches."""
+    seen = []
+
+    def train_one_epoch(model, loader, **options):
+        group = options["optimizer"].param_groups[0]
+        seen.append((group["lr"], group["weight_decay"]))
+        for _ in range(len(loader)):
+            options["optimizer"].step()
+            options["scheduler"].step()
+        return {"train_loss": 1.0, "images_per_second": 1.0, "data_wait": 0.0}
+
+    monkeypatch.setattr(utils.engine, "train_one_epoch", train_one_epoch)
+    scripted_scores(monkeypatch, *[0.5] * 17)
+    argv = (NAME, "--datadir", shapes, *PRETRAIN_QUICK, "--epochs", 17, "--savedir", "a")
+    assert script(*argv).status == 0
+    assert seen == [(0.1, 1e-4)] * 15 + [(pytest.approx(0.095), 0), (pytest.approx(0.09025), 0)]
+    logged = [float(row["lr"]) for row in read_log(tmp_path / "save/a")]
+    assert logged == pytest.approx([rate for rate, _ in seen])
 
 
 def test_the_average_looks_back_over_a_fiftieth_of_the_run():
     model = nn.Linear(1, 1, bias=False)
     for steps, share in ((36, 1 / 10), (5_000, 1 / 100), (5_000_000, 1 / 10_000)):
         model.weight.data.fill_(0.0)
-        averaged = average_of(model, steps)
-        averaged.update_parameters(model)
+        ema = ema_of(model, steps)
+        ema.update_parameters(model)
         model.weight.data.fill_(1.0)
-        averaged.update_parameters(model)
-        assert averaged.module.weight.item() == pytest.approx(share, rel=1e-3)
+        ema.update_parameters(model)
+        assert ema.module.weight.item() == pytest.approx(share, rel=1e-3)
 
 
 def options_of_a_run(script, shapes, monkeypatch, *options):
@@ -179,7 +209,10 @@ def test_the_published_recipe_is_the_default(script, shapes, monkeypatch):
     group = seen["optimizer"].param_groups[0]
     assert type(seen["optimizer"]) is torch.optim.SGD
     assert (group["initial_lr"], group["momentum"], seen["weight_decay"]) == (0.1, 0.9, 1e-4)
-    assert seen["loss_function"].label_smoothing == 0 and seen["averaged"] is None
+    assert seen["loss_function"].label_smoothing == 0 and seen["ema"] is None
+    # Images are trained on as the checkpoint says.
+    grey = seen["prepare"](torch.full((1, 3, 1, 1), 51, dtype=torch.uint8)).flatten()
+    assert torch.allclose(grey, torch.tensor([-1.244541, -1.142857, -0.915556]))
     steps = seen["loader"].dataset.dataset.transform.transforms
     assert "RandAugment" not in [type(step).__name__ for step in steps]
 
@@ -188,18 +221,18 @@ def test_the_modern_recipe(script, shapes, monkeypatch, tmp_path):
     options = ("--recipe", "modern", "--amp", "bf16", "--device", "cpu")
     seen = options_of_a_run(script, shapes, monkeypatch, *options)
     assert type(seen["optimizer"]) is torch.optim.AdamW
-    assert seen["optimizer"].param_groups[0]["initial_lr"] == 1e-3
+    assert seen["optimizer"].param_groups[0]["max_lr"] == 1e-3
     assert seen["loss_function"].label_smoothing == 0.1
     assert seen["amp_dtype"] == torch.bfloat16
     steps = seen["loader"].dataset.dataset.transform.transforms
     assert "RandAugment" in [type(step).__name__ for step in steps]
     # What is scored and kept is the average.
-    averaged = seen["averaged"].module.state_dict()
+    averaged = seen["ema"].module.state_dict()
     assert same_weights(load_checkpoint(tmp_path / "save/a/best.pth")["model"], averaged)
     last = load_checkpoint(tmp_path / "save/a/last.pth")
     assert same_weights(last["model"], averaged)
-    assert last["trained"].keys() == averaged.keys()
-    assert not same_weights(last["trained"], averaged)
+    assert last["training_model"].keys() == averaged.keys()
+    assert not same_weights(last["training_model"], averaged)
 
 
 def scripted_scores(monkeypatch, *shares):
@@ -242,6 +275,14 @@ def test_evaluate_finds_what_training_logged(pretrained, script, tmp_path):
     assert not (tmp_path / "save").exists()
 
 
+def test_evaluate_normalises_as_the_checkpoint_says(pretrained, script, tmp_path):
+    checkpoint = load_checkpoint(pretrained / "best.pth") | {"mean": [0.0] * 3, "std": [9.0] * 3}
+    save_checkpoint(checkpoint, tmp_path / "other.pth")
+    (row,) = read_log(pretrained)
+    result = script(NAME, "--evaluate", "other.pth")
+    assert result.status == 0 and f"loss {float(row['val_loss']):.4f}" not in result.out
+
+
 def test_evaluate_needs_no_training_images(pretrained, script, shapes_copy):
     shutil.rmtree(shapes_copy / "train")
     shutil.rmtree(shapes_copy / "val/rings")
@@ -257,6 +298,16 @@ def test_what_cannot_be_evaluated(pretrained, fails, trained, shapes_copy, tmp_p
     (shapes_copy / "val/rings").rename(shapes_copy / "val/circles")
     line = fails(NAME, "--evaluate", "--savedir", pretrained, "--datadir", shapes_copy)
     assert "not trained on (circles)" in line
+    line = fails(NAME, "--evaluate", "--savedir", pretrained, "--resume")
+    assert "--evaluate and --resume exclude each other" in line
+    assert "--size 8 is too small" in fails(
+        NAME, "--evaluate", pretrained / "best.pth", "--size", 8
+    )
+    nowhere = load_checkpoint(pretrained / "best.pth") | {"args": {}}
+    save_checkpoint(nowhere, tmp_path / "best.pth")
+    # The file that is named, not the one of --savedir.
+    line = fails(NAME, "--evaluate", "best.pth", "--savedir", pretrained)
+    assert "best.pth does not say what it was trained on: give --datadir" in line
 
 
 # Resuming
@@ -296,6 +347,7 @@ def test_a_resumed_run_ends_as_the_one_that_never_stopped(
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(utils.checkpoint, "save_checkpoint", save_and_stop)
         script(NAME, *resumable(recipe, shapes, stopped))
+    wait_for_the_next_second()
     result = script(NAME, "--savedir", stopped, "--resume")
     assert result.status == 0
     done = epoch if saved else epoch - 1
@@ -306,7 +358,7 @@ def test_a_resumed_run_ends_as_the_one_that_never_stopped(
         assert same_weights(ours["model"], theirs["model"]), name
         assert ours["epoch"] == theirs["epoch"]
     ours, theirs = load_checkpoint(stopped / "last.pth"), load_checkpoint(unbroken / "last.pth")
-    assert same_weights(ours["trained"], theirs["trained"])
+    assert same_weights(ours["training_model"], theirs["training_model"])
     for ours, theirs in zip(read_log(stopped), read_log(unbroken), strict=True):
         for clock in ("seconds", "images_per_second", "data_wait"):
             del ours[clock], theirs[clock]
@@ -327,6 +379,24 @@ def test_what_may_not_change_on_resume(pretrained, fails, shapes_copy, tmp_path)
     for split in ("train", "val"):
         shutil.rmtree(shapes_copy / split / "circles")
     assert "has 5 classes, not the 6 that the run" in fails(*argv, "--datadir", shapes_copy)
+
+
+def test_another_number_of_images_is_refused_on_resume(pretrained, fails, shapes_copy, tmp_path):
+    folder = shutil.copytree(pretrained, tmp_path / "copy")
+    for path in list((shapes_copy / "train").rglob("*0.jpg"))[:4]:
+        path.unlink()
+    line = fails(NAME, "--savedir", folder, "--resume", "--datadir", shapes_copy)
+    assert "another number of training images" in line
+
+
+def test_a_checkpoint_of_another_run_is_refused_on_resume(pretrained, trained, fails, tmp_path):
+    folder = shutil.copytree(pretrained, tmp_path / "copy")
+    shutil.copy(trained / "last.pth", folder / "last.pth")
+    assert "last.pth is of another run" in fails(NAME, "--savedir", folder, "--resume")
+    other = load_checkpoint(pretrained / "last.pth")
+    other["args"]["recipe"] = "modern"
+    save_checkpoint(other, folder / "last.pth")
+    assert "last.pth is of another run" in fails(NAME, "--savedir", folder, "--resume")
 
 
 def test_runs_of_the_two_programs_are_kept_apart(pretrained, trained, fails):
@@ -357,7 +427,8 @@ def test_features_of_an_image_are_the_same_in_both_programs(pretrained, square, 
     model, checkpoint = load_classifier(pretrained / "best.pth")
     model.encoder.register_forward_hook(keep)
     val = validation_images(square.parents[2], 224, checkpoint["class_names"])
-    evaluate_classifier(model, DataLoader(val), normalize, "")
+    prepare = normalize(checkpoint["mean"], checkpoint["std"])
+    evaluate_classifier(model, DataLoader(val), prepare, "")
 
     args = main.argparse.Namespace(
         init=None, pretrained_encoder=str(pretrained / "encoder.pth"), apn_channels=20
@@ -479,6 +550,19 @@ def test_a_broken_image_is_named(fails, shapes_copy, split, workers):
     argv = (*PRETRAIN_QUICK, "--workers", workers, "--savedir", "a")
     line = fails(NAME, "--datadir", shapes_copy, *argv)
     assert f"{split}/rings/{path.name} cannot be read as an image" in line
+
+
+def test_a_file_that_is_no_image_is_found_before_training(refused, shapes_copy):
+    (shapes_copy / "val/rings/._00000.jpg").write_bytes(b"no picture")
+    assert "._00000.jpg cannot be read as an image" in refused(shapes_copy)
+
+
+def test_a_run_that_diverges_is_no_success(fails, shapes, tmp_path):
+    argv = (NAME, "--datadir", shapes, *PRETRAIN_QUICK, "--epochs", 3, "--lr", 1e30)
+    assert "training has diverged" in fails(*argv, "--savedir", "a")
+    for path in (tmp_path / "save/a").glob("*.pth"):
+        for name, weight in load_checkpoint(path)["model"].items():
+            assert weight.isfinite().all(), (path, name)
 
 
 @pytest.mark.parametrize(

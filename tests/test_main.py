@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, read_log, run_script, same_weights
+from conftest import QUICK, read_log, run_script, same_weights, wait_for_the_next_second
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -167,6 +167,7 @@ def test_a_resumed_run_ends_as_the_one_that_never_stopped(
         patch.setattr(utils.checkpoint, "save_checkpoint", save_and_stop)
         argv = ("--datadir", cityscapes, "--height", 64, *RECIPE, "--savedir", "stopped")
         script("main.py", *argv)
+    wait_for_the_next_second()
     result = script("main.py", "--savedir", "stopped", "--resume")
     assert result.status == 0
     done = (stage, epoch)

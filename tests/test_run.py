@@ -81,3 +81,11 @@ def test_an_empty_log_is_begun_anew(tmp_path):
 def test_no_log_yet(tmp_path):
     drop_rows_after(tmp_path / "log.csv", epoch=0)
     assert not (tmp_path / "log.csv").exists()
+
+
+def test_a_log_keeps_the_columns_it_was_begun_with(tmp_path):
+    """A run is resumed with a version that logs more, or in another order."""
+    log = tmp_path / "log.csv"
+    append_row(log, {"epoch": 1, "loss": 0.5, "old": 7})
+    append_row(log, {"new": 9, "loss": 0.25, "epoch": 2})
+    assert log.read_text().splitlines() == ["epoch,loss,old", "1,0.5,7", "2,0.25,nan"]

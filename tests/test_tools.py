@@ -35,3 +35,15 @@ def test_strips_are_drawn(script, fails, trained, cityscapes, tmp_path):
     assert "strips.png exists" in line
     argv = (*argv, 3, "--output", "more.png")
     assert "val holds the images 0 to 2" in fails("tools/draw_strips.py", *argv)
+
+
+def test_loaders_are_compared(script, shapes):
+    argv = ("--datadir", shapes, "--size", 32, "--images", 4, "--turns", 1)
+    result = script("tools/loader_speed.py", *argv)
+    assert result.status == 0
+    assert "4 images of train: plain" in result.out
+    assert "0 wide images and 4 enlarged ones: plain" in result.out
+    ratios = [float(ratio) for ratio in re.findall(r"([\d.]+) times as many", result.out)]
+    assert len(ratios) == 2 and min(ratios) > 0
+    differences = [float(x) for x in re.findall(r"([\d.]+) of 255", result.out)]
+    assert len(differences) == 4 and max(differences) < 30 and differences[0] < 2

@@ -11,15 +11,16 @@ A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts:
     args            options of the training run
     epoch, best     epochs done in this stage; the best one so far and its scores
 
-and in last.pth, to resume from: optimizer, scheduler, scaler, rng; and under "trained" the weights
-that training goes on with, where `model` is their average.
+and in last.pth, to resume from: optimizer, scheduler, scaler, rng; and where `model` is an average
+(EMA), `training_model`, the weights that training goes on with, and `ema_updates`.
 """
 
 import math
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from models.lednet import Encoder, ImageClassifier, LEDNet
-from utils.original_names import original_names, original_prefix
+from utils.original_names import original_names
 
 # What a checkpoint must say of its network to rebuild it and its preprocessing.
 DESCRIPTION = {
@@ -114,7 +115,7 @@ def load_run(path: str | os.PathLike) -> dict[str, Any]:
         if key not in checkpoint:
             raise CheckpointError(
                 f"{path} does not hold the {key} of a run: put back the file that the run wrote, "
-                "or start another run with --init"
+                "or start another run"
             )
     return checkpoint
 
@@ -155,11 +156,20 @@ def load_classifier(path: str | os.PathLike) -> tuple[ImageClassifier, dict[str,
         CheckpointError: the file is not a checkpoint of a classifier by lednet_imagenet.py.
     """
     checkpoint = load_checkpoint(path)
-    if checkpoint.get("stage") != 0 or "head.weight" not in checkpoint["model"]:
+    head, names = checkpoint["model"].get("head.weight"), checkpoint.get("class_names")
+    if (
+        checkpoint.get("stage") != 0
+        or not isinstance(names, list)
+        or not all(isinstance(name, str) for name in names)
+        or head is None
+        or len(head) != len(names)
+        or not isinstance(checkpoint.get("height"), int)
+        or normalisation(checkpoint, path) is None
+    ):
         raise CheckpointError(
             f"{path} holds no image classifier: give the best.pth of a run of lednet_imagenet.py"
         )
-    model = ImageClassifier(Encoder(), checkpoint["num_classes"])
+    model = ImageClassifier(Encoder(), len(names))
     fill(model, checkpoint.pop("model"), path)
     return model.eval(), checkpoint
 
@@ -178,36 +188,23 @@ def load_encoder(encoder: Encoder, path: str | os.PathLike) -> tuple[dict[str, A
     """
     checkpoint = load_checkpoint(path)
     weights = checkpoint.pop("model")
-    prefix = original_prefix(weights)
-    if prefix is not None:
-        inside = _from_original(encoder, weights, prefix, path)
-    else:
-        inside = {
-            name.removeprefix("encoder."): weight
-            for name, weight in weights.items()
-            if name.startswith("encoder.")
-        }
-    inside = inside or weights
+    ours = {name: name for name in encoder.state_dict()}
+    prefix, names = max(
+        ((_prefix(weights, names.values()), names) for names in (ours, original_names(encoder))),
+        key=lambda found: sum(found[0] + name in weights for name in found[1].values()),
+    )
+    inside = {
+        name: weights[prefix + theirs]
+        for name, theirs in names.items()
+        if prefix + theirs in weights
+    }
     # PyTorch before 0.4.1 did not count batches, and nothing reads the count.
     counters = {
         name: torch.zeros_like(count)
         for name, count in encoder.state_dict().items()
         if name.endswith(".num_batches_tracked") and name not in inside
     }
-    fill(encoder, inside | counters, path)
-    return checkpoint, len(inside)
-
-
-def _from_original(
-    encoder: Encoder, weights: Mapping[str, Tensor], prefix: str, path: str | os.PathLike
-) -> dict[str, Tensor]:
-    """The encoder's weights under our names, from a file that has the original code's names."""
-    names = {ours: prefix + original for ours, original in original_names(encoder).items()}
-    missing = [
-        name
-        for name in names.values()
-        if name not in weights and not name.endswith(".num_batches_tracked")
-    ]
+    missing = [prefix + names[name] for name in names if name not in inside | counters]
     if missing:
         raise CheckpointError(
             f"{path} does not fill the encoder: {', '.join(missing[:3])}"
@@ -215,7 +212,19 @@ def _from_original(
             + (" are" if len(missing) > 1 else " is")
             + " missing: give a file that holds the whole encoder"
         )
-    return {ours: weights[name] for ours, name in names.items() if name in weights}
+    fill(encoder, inside | counters, path)
+    return checkpoint, len(inside)
+
+
+def _prefix(weights: Mapping[str, Tensor], names: Iterable[str]) -> str:
+    """What stands before most of these names in a file, such as "encoder."."""
+    wanted, prefixes = set(names), Counter({"": 0})
+    for key in weights:
+        parts = key.split(".")
+        for cut in range(len(parts)):
+            if ".".join(parts[cut:]) in wanted:
+                prefixes["".join(f"{part}." for part in parts[:cut])] += 1
+    return prefixes.most_common(1)[0][0]
 
 
 def normalisation(

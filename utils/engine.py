@@ -32,7 +32,7 @@ def train_one_epoch(
     steps_loss: int,
     scheduler: LRScheduler | None = None,
     prepare: Callable[[Tensor], Tensor] | None = None,
-    averaged: AveragedModel | None = None,
+    ema: AveragedModel | None = None,
     on_batch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, float]:
     """Train on every batch once.
@@ -44,7 +44,7 @@ def train_one_epoch(
         steps_loss: steps between lines of progress where there is no terminal for a bar; 0: none.
         scheduler: steps with each batch.
         prepare: makes of a batch of images, on the device, what the model takes.
-        averaged: the average of the model's weights; takes part of them after each batch.
+        ema: the average of the model's weights, which takes in part of them after each batch.
         on_batch: is called with the logits and labels of each batch.
 
     Returns:
@@ -65,15 +65,15 @@ def train_one_epoch(
                 images = prepare(images)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits = model(images)
-            loss = loss_function(logits, labels)
+            loss = loss_function(logits.float(), labels)  # sums of half precision are coarse
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             if scheduler is not None:
                 scheduler.step()
-            if averaged is not None:
-                averaged.update_parameters(model)
+            if ema is not None:
+                ema.update_parameters(model)
 
             total_loss += loss.detach() * len(images)
             seen += len(images)

@@ -27,13 +27,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     """Weighted mean cross entropy over the labelled pixels; 0 where there are none.
 
     Args:
-        logits: N x C x H x W.
+        logits: N x C x H x W, float32.
         labels: N x H x W, int64, 0 to C - 1 or 255 = ignore.
         weight: of each class.
     """
-    total = F.cross_entropy(
-        logits.float(), labels, weight, ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    total = F.cross_entropy(logits, labels, weight, ignore_index=IGNORE_INDEX, reduction="sum")
     return total / _pixel_weights(labels, weight).sum().clamp_min(1e-12)
 
 
@@ -50,9 +48,7 @@ def ohem_cross_entropy(
     share `min_kept` of the labelled ones, the hardest first (Shrivastava et al., CVPR 2016).
     Arguments as in `cross_entropy`.
     """
-    losses = F.cross_entropy(
-        logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none"
-    ).flatten()
+    losses = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none").flatten()
     weights = _pixel_weights(labels, weight).flatten()
     kept = losses > -torch.log(losses.new_tensor(threshold))
     fewest = max(1, int((labels != IGNORE_INDEX).sum() * min_kept))

@@ -5,24 +5,11 @@ branches of an ss-nbt block are named alike, `_l` and `_r` at the end, although 
 each 1x3 convolution before the 3x1.
 """
 
-import re
-from collections.abc import Iterable
-
 from models.lednet import Downsampler, Encoder
 
 # The layers of a branch that have weights, in the order in which they run.
 LEFT = ("conv3x1_1_l", "conv1x3_1_l", "bn1_l", "conv3x1_2_l", "conv1x3_2_l", "bn2_l")
 RIGHT = ("conv1x3_1_r", "conv3x1_1_r", "bn1_r", "conv1x3_2_r", "conv3x1_2_r", "bn2_r")
-
-
-def original_prefix(names: Iterable[str]) -> str | None:
-    """What stands before the encoder's names in a file of the original code, such as
-    "features.encoder."; None where the names are not the original's."""
-    for name in names:
-        match = re.match(r"(.*?)(?:initial_block|layers\.\d+)\.", name)
-        if match:
-            return match[1]
-    return None
 
 
 def original_names(encoder: Encoder) -> dict[str, str]:

@@ -181,11 +181,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a line to a CSV file; the first also writes the header."""
-    new = not path.exists()
+    """Add a line to a CSV file; the first also writes the header, which the others follow."""
+    names = list(row)
+    if path.exists():
+        with path.open(newline="") as file:
+            names = next(csv.reader(file), names)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
+        writer = csv.DictWriter(file, names, restval=math.nan, extrasaction="ignore")
+        if file.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
 
@@ -217,7 +220,7 @@ def drop_rows_after(path: Path, **done: int) -> None:
     kept = [
         row
         for row in rows
-        if None not in row.values()
+        if None not in row.values()  # fewer values than the header has names
         and tuple(int(row[column]) for column in done) <= tuple(done.values())
     ]
     unfinished = path.with_name(f".{path.name}")
