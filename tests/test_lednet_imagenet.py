@@ -229,6 +229,8 @@ def test_the_modern_recipe(script, shapes, monkeypatch, tmp_path):
     # What is scored and kept is the average.
     averaged = seen["ema"].module.state_dict()
     assert same_weights(load_checkpoint(tmp_path / "save/a/best.pth")["model"], averaged)
+    encoder = load_checkpoint(tmp_path / "save/a/encoder.pth")["model"]
+    assert same_weights(encoder, {k: w for k, w in averaged.items() if k in encoder})
     last = load_checkpoint(tmp_path / "save/a/last.pth")
     assert same_weights(last["model"], averaged)
     assert last["training_model"].keys() == averaged.keys()

@@ -188,14 +188,12 @@ def load_encoder(encoder: Encoder, path: str | os.PathLike) -> tuple[dict[str, A
     """
     checkpoint = load_checkpoint(path)
     weights = checkpoint.pop("model")
-    ours = {name: name for name in encoder.state_dict()}
-    prefix, names = max(
-        ((_prefix(weights, names.values()), names) for names in (ours, original_names(encoder))),
-        key=lambda found: sum(found[0] + name in weights for name in found[1].values()),
-    )
+    own = {name: name for name in encoder.state_dict()}
+    found = [(*_prefix(weights, names.values()), names) for names in (own, original_names(encoder))]
+    prefix, _, names = max(found, key=lambda way: way[1])
     inside = {
-        name: weights[prefix + theirs]
-        for name, theirs in names.items()
+        ours: weights[prefix + theirs]
+        for ours, theirs in names.items()
         if prefix + theirs in weights
     }
     # PyTorch before 0.4.1 did not count batches, and nothing reads the count.
@@ -204,7 +202,8 @@ def load_encoder(encoder: Encoder, path: str | os.PathLike) -> tuple[dict[str, A
         for name, count in encoder.state_dict().items()
         if name.endswith(".num_batches_tracked") and name not in inside
     }
-    missing = [prefix + names[name] for name in names if name not in inside | counters]
+    filling = inside | counters
+    missing = [prefix + theirs for ours, theirs in names.items() if ours not in filling]
     if missing:
         raise CheckpointError(
             f"{path} does not fill the encoder: {', '.join(missing[:3])}"
@@ -212,19 +211,19 @@ def load_encoder(encoder: Encoder, path: str | os.PathLike) -> tuple[dict[str, A
             + (" are" if len(missing) > 1 else " is")
             + " missing: give a file that holds the whole encoder"
         )
-    fill(encoder, inside | counters, path)
+    fill(encoder, filling, path)
     return checkpoint, len(inside)
 
 
-def _prefix(weights: Mapping[str, Tensor], names: Iterable[str]) -> str:
-    """What stands before most of these names in a file, such as "encoder."."""
+def _prefix(weights: Mapping[str, Tensor], names: Iterable[str]) -> tuple[str, int]:
+    """What stands before most of these names in a file, such as "encoder.", and before how many."""
     wanted, prefixes = set(names), Counter({"": 0})
     for key in weights:
         parts = key.split(".")
         for cut in range(len(parts)):
             if ".".join(parts[cut:]) in wanted:
                 prefixes["".join(f"{part}." for part in parts[:cut])] += 1
-    return prefixes.most_common(1)[0][0]
+    return prefixes.most_common(1)[0]
 
 
 def normalisation(
