@@ -2,6 +2,7 @@
 
 python main.py                                        on drawn street scenes, made once
 python main.py --datadir DIR                          on Cityscapes, as published
+python main.py --datadir DIR --pretrained-encoder save/imagenet/encoder.pth
 python main.py --datadir DIR --annotations coarse --savedir coarse
 python main.py --datadir DIR --init save/coarse/best.pth --savedir fine
 python main.py --savedir NAME --resume                go on with an interrupted run
@@ -154,6 +155,7 @@ def parse_args() -> argparse.Namespace:
         default="paper",
         help="paper: flip and shift; strong: scale, crop, flip, colour; default paper",
     )
+
     start = parser.add_argument_group("network and where it starts")
     start.add_argument(
         "--apn-channels", "--D", type=positive_int, help="width of the decoder; default 20"
@@ -163,7 +165,8 @@ def parse_args() -> argparse.Namespace:
         "--pretrainedEncoder",
         metavar="FILE",
         type=file_path,
-        help="take the encoder from this file and skip stage 1",
+        help="take the encoder from this file and skip stage 1: encoder.pth or another checkpoint "
+        "of lednet_imagenet.py or main.py, or a state_dict of the original code",
     )
     for name in ("mean", "std"):
         start.add_argument(
