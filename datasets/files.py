@@ -1,6 +1,5 @@
 """Reading image and label files, and the errors that a user can mend."""
 
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,8 +55,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey, of which PIL would clip all above 255 to white
         high_bytes = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
         return Image.fromarray(high_bytes).convert("RGB")
-    if "transparency" in image.info:  # of a palette: PIL warns of the direct way
-        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
@@ -65,13 +62,11 @@ def orientation(image: Image.Image) -> int:
     """The EXIF orientation of an opened image, 1 (upright) to 8; 1 where none can be read."""
     if "exif" not in image.info:
         return 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # broken EXIF data is common, and says nothing of pixels
-        try:
-            value = image.getexif().get(ExifTags.Base.Orientation, 1)
-        except Exception:  # what PIL raises on it is not documented
-            return 1
-    return value if value in range(1, 9) else 1
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # what PIL raises on broken EXIF data is not documented
+        return 1
+    return value if value in TO_UPRIGHT else 1
 
 
 def upright(image: Image.Image, turned: int) -> Image.Image:
