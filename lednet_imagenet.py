@@ -273,6 +273,7 @@ def main() -> None:
             prepare=prepare,
             ema=ema,
             on_batch=accuracy.update,
+            figures=accuracy.figures,
         )
         if not math.isfinite(row["train_loss"]):
             raise UsageError(

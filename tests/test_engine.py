@@ -1,4 +1,5 @@
 import math
+import re
 import time
 
 import pytest
@@ -161,6 +162,7 @@ def test_progress_in_a_log_is_lines(model, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("epoch: step 1/3, loss ") and "images/s" in lines[0]
+    assert re.search(r", waiting for data \d+ %, ", lines[0])
 
 
 def test_without_a_schedule_the_rate_stays(model):
@@ -268,7 +270,7 @@ def test_on_a_gpu_its_own_clock_tells_the_waiting(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     waiting = Waiting(torch.device("cuda"))
     assert list(waiting.through("ab")) == ["a", "b"]
-    assert waiting.seconds() == 2
+    assert waiting.seconds() == 2 and waiting.seconds() == 2
 
 
 def test_the_loss_is_summed_in_full_precision(model):

@@ -99,4 +99,5 @@ def test_top_5_of_fewer_classes_hits_all():
     accuracy = TopKAccuracy()
     accuracy.update(torch.tensor([[1.0, 2, 3], [3, 2, 1]]), torch.tensor([0, 0]))
     assert accuracy.shares() == [0.5, 1.0]
+    assert accuracy.figures() == {"top-1": "50.00 %", "top-5": "100.00 %"}
     assert all(math.isnan(share) for share in TopKAccuracy().shares())

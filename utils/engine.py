@@ -34,6 +34,7 @@ def train_one_epoch(
     prepare: Callable[[Tensor], Tensor] | None = None,
     ema: AveragedModel | None = None,
     on_batch: Callable[[Tensor, Tensor], None] | None = None,
+    figures: Callable[[], dict[str, str]] | None = None,
 ) -> dict[str, float]:
     """Train on every batch once.
 
@@ -46,6 +47,7 @@ def train_one_epoch(
         prepare: makes of a batch of images, on the device, what the model takes.
         ema: the average of the model's weights, which takes in part of them after each batch.
         on_batch: is called with the logits and labels of each batch.
+        figures: what the progress shows beside the loss.
 
     Returns:
         "train_loss", the mean over images; "images_per_second"; and "data_wait", the share of
@@ -57,6 +59,13 @@ def train_one_epoch(
     waiting = Waiting(device)
     seen, started = 0, time.perf_counter()
     updated = started
+
+    def shown() -> dict[str, str]:
+        loss = {"loss": f"{total_loss.item() / seen:.4f}"}  # waits for the GPU
+        more = figures() if figures is not None else {}
+        share = waiting.seconds() / (time.perf_counter() - started)
+        return loss | more | {"waiting for data": f"{100 * share:.0f} %"}
+
     with _progress_bar(title, len(loader.dataset)) as bar:
         for step, (images, labels) in enumerate(waiting.through(loader), 1):
             images = images.to(device, non_blocking=True)
@@ -84,12 +93,13 @@ def train_one_epoch(
             if bar.disable and steps_loss and step % steps_loss == 0:
                 left = (len(loader) - step) * (now - started) / step
                 print(
-                    f"{title}: step {step}/{len(loader)}, loss {total_loss.item() / seen:.4f}, "
-                    f"{seen / (now - started):.1f} images/s, {left:.0f} s left",
+                    f"{title}: step {step}/{len(loader)}, "
+                    + ", ".join(f"{name} {value}" for name, value in shown().items())
+                    + f", {seen / (now - started):.1f} images/s, {left:.0f} s left",
                     flush=True,
                 )
             elif not bar.disable and now - updated > SECONDS_BETWEEN_UPDATES:
-                bar.set_postfix(loss=f"{total_loss.item() / seen:.4f}")
+                bar.set_postfix(shown())
                 updated = now
     mean_loss = total_loss.item() / seen  # waits for the GPU to finish
     seconds = time.perf_counter() - started
@@ -109,7 +119,8 @@ class Waiting:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.gaps: list[tuple] = []
+        self.total = 0.0
+        self.gaps: list[tuple] = []  # beginning and end of those that are not in the total yet
 
     def through(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches, with the time until each one measured."""
@@ -123,10 +134,13 @@ class Waiting:
             yield batch
 
     def seconds(self) -> float:
-        """All waiting so far; on a GPU, once it has finished."""
+        """All waiting so far; on a GPU, to be asked when it has finished its work."""
         if self.device.type == "cuda":
-            return sum(before.elapsed_time(after) for before, after in self.gaps) / 1000
-        return sum(after - before for before, after in self.gaps)
+            self.total += sum(before.elapsed_time(after) for before, after in self.gaps) / 1000
+        else:
+            self.total += sum(after - before for before, after in self.gaps)
+        self.gaps.clear()
+        return self.total
 
     def _now(self) -> "float | torch.cuda.Event":
         if self.device.type != "cuda":

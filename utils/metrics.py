@@ -86,6 +86,11 @@ class TopKAccuracy:
         """The share of the images that each k hits, in [0, 1]; NaN without any image."""
         return (self.hits.double() / self.seen).tolist()
 
+    def figures(self) -> dict[str, str]:
+        """The shares as they are shown: {"top-1": "12.34 %", ...}."""
+        pairs = zip(self.ks, self.shares(), strict=True)
+        return {f"top-{k}": f"{100 * share:.2f} %" for k, share in pairs}
+
 
 def mean_score(scores: Sequence[float] | Tensor) -> float:
     """The mean of the scores that are not NaN, as the official evaluation averages."""
