@@ -67,6 +67,7 @@ from utils.run import (
     check_free,
     drop_rows_after,
     parse_run_args,
+    read_args,
     run_folder,
     start_run,
     write_scalars,
@@ -187,9 +188,14 @@ def main() -> None:
     val = validation_images(args.datadir, args.size, train.classes)
     if len(train.classes) < 2:
         raise UsageError(f"{args.datadir} has one class alone: there is nothing to tell apart")
+    same_data = args.resume and read_args(folder)["datadir"] == args.datadir
     if resumed:
         check_same_run(args, resumed, train)
-    else:
+    elif args.resume and not same_data:
+        raise UsageError(
+            f"no epoch of the run in {folder} was finished: start another run for other data"
+        )
+    if not same_data:
         check_images([path for path, _ in train.samples + val.samples])
 
     torch.manual_seed(args.seed)
@@ -214,11 +220,6 @@ def main() -> None:
             ema.n_averaged.fill_(resumed["ema_updates"])
         optimizer.load_state_dict(resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
-        if scheduler.last_epoch != epoch_done * len(train_loader):
-            raise UsageError(
-                f"{args.datadir} holds another number of training images than the run in {folder} "
-                "began with: give the --datadir that it had, or start another run"
-            )
         if resumed["scaler"]:  # empty where the precision needed none
             scaler.load_state_dict(resumed["scaler"])
         restore_rng(resumed["rng"], shuffling, device)
@@ -248,6 +249,7 @@ def main() -> None:
         "stage": 0,
         "num_classes": len(train.classes),
         "class_names": train.classes,
+        "train_images": len(train),
         "mean": list(MEAN),
         "std": list(STD),
         "height": args.size,
@@ -385,6 +387,11 @@ def check_same_run(args: argparse.Namespace, resumed: dict[str, Any], train: Ima
             f"{args.datadir} has other names of classes than the run in {args.savedir} began with: "
             "give the --datadir that it had"
         )
+    if resumed.get("train_images") != len(train):
+        raise UsageError(
+            f"{args.datadir} holds another number of training images than the run in "
+            f"{args.savedir} began with: give the --datadir that it had, or start another run"
+        )
 
 
 class Pictures:
@@ -412,9 +419,10 @@ def evaluate_checkpoint(
 ) -> None:
     """Print the scores of a trained classifier on val; what is not given, the checkpoint says."""
     model, checkpoint = load_classifier(args.evaluate)
-    begun_with = checkpoint.get("args", {})
-    datadir, size = args.datadir or begun_with.get("datadir"), args.size or checkpoint["height"]
-    if not datadir:
+    begun_with = checkpoint.get("args")
+    datadir = args.datadir or (begun_with.get("datadir") if isinstance(begun_with, dict) else None)
+    size = args.size or checkpoint["height"]
+    if not isinstance(datadir, str):
         raise UsageError(f"{args.evaluate} does not say what it was trained on: give --datadir")
     check_size(size)
     val = validation_images(datadir, size, checkpoint["class_names"])

@@ -241,6 +241,14 @@ def test_an_encoder_of_the_original_code_loads_and_computes_the_same(
         assert torch.allclose(encoder.eval()(image), expected, atol=1e-5)
 
 
+def test_what_a_file_says_beside_its_state_dict_is_kept(trained_encoder, tmp_path):
+    stated = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    weights = original(trained_encoder, "module.encoder.")
+    torch.save({"state_dict": weights, **stated}, tmp_path / "stated.pth")
+    rest, _ = load_encoder(Encoder(), tmp_path / "stated.pth")
+    assert normalisation(rest, "") == (stated["mean"], stated["std"])
+
+
 def test_an_old_file_without_counts_of_batches_loads(trained_encoder, tmp_path):
     weights = original(trained_encoder, "module.encoder.")
     weights = {k: w for k, w in weights.items() if not k.endswith("num_batches_tracked")}
@@ -359,7 +367,12 @@ def test_what_is_no_classifier(path, tmp_path):
     good |= {"class_names": ["a", "b"], "mean": [0.0] * 3, "std": [1.0] * 3}
     torch.save(good, tmp_path / "good")
     load_classifier(tmp_path / "good")
-    for odd in ({"class_names": ["a"]}, {"class_names": [["a"], "b"]}, {"height": None}):
+    for odd in (
+        {"class_names": ["a"]},
+        {"class_names": [["a"], "b"]},
+        {"height": None},
+        {"class_names": []},
+    ):
         torch.save(good | odd, tmp_path / "odd")
         with pytest.raises(CheckpointError, match="holds no image classifier"):
             load_classifier(tmp_path / "odd")

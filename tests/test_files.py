@@ -171,3 +171,14 @@ def test_headers_of_images_are_checked(pair, tmp_path):
     for path in (str(text), str(tmp_path / "none.jpg")):
         with pytest.raises(DatasetError, match=path):
             check_images([pair[0], path, pair[1]])
+
+
+def test_a_jpeg_may_have_more_after_its_end(tmp_path):
+    path = tmp_path / "long.jpg"
+    Image.new("RGB", (40, 30)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(5000))
+    check_images([str(path)])
+    path.write_bytes(whole[: len(whole) - 60])
+    with pytest.raises(DatasetError, match="cannot be read"):
+        check_images([str(path)])

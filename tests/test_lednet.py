@@ -1,8 +1,17 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
-from models.lednet import APN, Downsampler, Encoder, EncoderClassifier, LEDNet, SSnbt
+from models.lednet import (
+    APN,
+    Downsampler,
+    Encoder,
+    EncoderClassifier,
+    ImageClassifier,
+    LEDNet,
+    SSnbt,
+)
 from utils.speed import count_parameters
 
 
@@ -121,3 +130,13 @@ def test_attention_multiplies_and_context_is_added():
         expected = decoder.classifier(attention * parts["reduce"] + parts["context"])
     assert [parts[f"lateral{n}"].shape[-1] for n in (1, 2, 3)] == [8, 4, 2]
     assert torch.allclose(logits, expected)
+
+
+def test_image_classifier_pools_and_averages_the_encoders_output():
+    model = ImageClassifier(Encoder(), 5).eval()
+    images = torch.rand(2, 3, 64, 48)
+    with torch.inference_mode():
+        largest = F.max_pool2d(model.encoder(images), 2)  # 2 x 128 x 4 x 3
+        assert largest.shape == (2, 128, 4, 3)
+        expected = largest.flatten(2).mean(2) @ model.head.weight.T + model.head.bias
+        assert torch.allclose(model(images), expected, atol=1e-5)

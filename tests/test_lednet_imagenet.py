@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import datasets.shapes
+import lednet_imagenet
 import main
 import utils.checkpoint
 import utils.engine
@@ -386,10 +387,35 @@ def test_what_may_not_change_on_resume(pretrained, fails, shapes_copy, tmp_path)
 
 def test_another_number_of_images_is_refused_on_resume(pretrained, fails, shapes_copy, tmp_path):
     folder = shutil.copytree(pretrained, tmp_path / "copy")
-    for path in list((shapes_copy / "train").rglob("*0.jpg"))[:4]:
-        path.unlink()
+    next((shapes_copy / "train").rglob("*0.jpg")).unlink()  # the batches are as many as before
     line = fails(NAME, "--savedir", folder, "--resume", "--datadir", shapes_copy)
     assert "another number of training images" in line
+
+
+def test_other_data_before_an_epoch_is_finished(pretrained, fails, shapes_copy, tmp_path):
+    folder = shutil.copytree(pretrained, tmp_path / "copy")
+    (folder / "last.pth").unlink()
+    line = fails(NAME, "--savedir", folder, "--resume", "--datadir", shapes_copy)
+    assert "no epoch of the run in" in line and "start another run" in line
+
+
+def test_data_that_moved_are_checked_on_resume(pretrained, fails, shapes_copy, tmp_path):
+    folder = shutil.copytree(pretrained, tmp_path / "copy")
+    path = next((shapes_copy / "train").rglob("*.jpg"))
+    path.write_text("no picture")
+    line = fails(NAME, "--savedir", folder, "--resume", "--datadir", shapes_copy)
+    assert f"{path.name} cannot be read as an image" in line
+
+
+def test_pictures_say_what_was_taken_for_what(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        lednet_imagenet, "captioned", lambda image, caption, right: said.append((caption, right))
+    )
+    pictures = lednet_imagenet.Pictures(["cat", "dog"], 3)
+    logits = torch.tensor([[2.0, 1], [1, 2], [2, 1]])
+    pictures.keep(torch.zeros(3, 3, 4, 4), logits, torch.tensor([0, 1, 1]))
+    assert said == [("cat", True), ("dog", True), ("cat, not dog", False)]
 
 
 def test_a_checkpoint_of_another_run_is_refused_on_resume(pretrained, trained, fails, tmp_path):
@@ -545,14 +571,35 @@ def test_classes_that_cannot_be(refused, shapes_copy):
     assert "one class alone" in refused(shapes_copy)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_broken_image_is_named(fails, shapes_copy, split, workers):
+def test_a_truncated_image_is_named(refused, shapes_copy, split):
     path = next((shapes_copy / split / "rings").iterdir())
-    path.write_bytes(path.read_bytes()[:500])
-    argv = (*PRETRAIN_QUICK, "--workers", workers, "--savedir", "a")
-    line = fails(NAME, "--datadir", shapes_copy, *argv)
-    assert f"{split}/rings/{path.name} cannot be read as an image" in line
+    path.write_bytes(path.read_bytes()[:-300])
+    assert f"{split}/rings/{path.name} cannot be read as an image" in refused(shapes_copy)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_in_training_is_named(
+    script, shapes_copy, tmp_path, monkeypatch, workers
+):
+    """After the check: it is found when it is read, and the checkpoint is kept."""
+    path = next((shapes_copy / "train/rings").iterdir())
+    good = path.read_bytes()
+
+    def save_and_break(checkpoint, to):
+        save_checkpoint(checkpoint, to)
+        if to.name == "last.pth":
+            path.write_bytes(good[:-300])
+
+    argv = ("--datadir", shapes_copy, *PRETRAIN_QUICK, "--epochs", 2, "--lr", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.checkpoint, "save_checkpoint", save_and_break)
+        result = script(NAME, *argv, "--workers", workers, "--savedir", "a")
+    assert result.status == 2 and result.err.count("\n") == 1
+    assert f"train/rings/{path.name} cannot be read as an image" in result.err
+    path.write_bytes(good)
+    assert script(NAME, "--savedir", "a", "--resume").status == 0
+    assert len(read_log(tmp_path / "save/a")) == 2
 
 
 def test_a_file_that_is_no_image_is_found_before_training(refused, shapes_copy):

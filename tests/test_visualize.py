@@ -1,8 +1,9 @@
 import math
 
+import pytest
 import torch
 
-from utils.visualize import colorize, score_table, strip
+from utils.visualize import captioned, colorize, score_table, strip
 
 COLORS = [(128, 64, 128), (0, 0, 142)]
 
@@ -30,3 +31,15 @@ def test_strip_shows_image_prediction_and_truth():
 def test_score_table_reads_downwards():
     table = score_table(["road", "sky", "car"], [0.5, math.nan, 1.0])
     assert table.splitlines() == ["road   50.0    car   100.0", "sky       -"]
+
+
+@pytest.mark.parametrize(("right", "color"), [(True, (0, 128, 0)), (False, (255, 0, 0))])
+def test_a_caption_stands_below_its_picture(right, color):
+    image = torch.randint(256, (3, 20, 60), dtype=torch.uint8)
+    page = captioned(image, "a bird", right)
+    assert page.shape == (3, 36, 60) and torch.equal(page[:, :20], image)
+    below = page[:, 20:].flatten(1).int()
+    assert (below == 255).all(0).any()  # white
+    # The text, whose edges may be mixed with the white around it.
+    nearest = (below - torch.tensor(color)[:, None]).abs().sum(0).min()
+    assert nearest < 60

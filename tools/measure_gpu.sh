@@ -16,9 +16,10 @@ done
 "$python" eval_cityscapes_server.py --device cuda --checkpoint "$out/run/best.pth" \
     --datadir data/synthetic --json "$out/score.json"
 
-# Pretraining: images per second and the share of time waiting for data, in each row of log.csv
-# (the first epoch starts the workers), over drawn JPEGs of ImageNet's usual size.
+# Pretraining: images per second and the share of time waiting for data, in each row of log.csv, over
+# 9,000 drawn JPEGs of ImageNet's usual size. Epochs are 36 steps short, so that the wait for the first
+# batch, and in the first epoch the start of the workers, weighs more than it does on ImageNet.
 test -d data/jpegs || "$python" -c "from datasets.shapes import make_shapes
-make_shapes('data/jpegs', {'train': 700, 'val': 50}, size=(375, 500), workers=$(nproc))"
+make_shapes('data/jpegs', {'train': 1500, 'val': 50}, size=(375, 500), workers=$(nproc))"
 "$python" lednet_imagenet.py --device cuda --datadir data/jpegs --epochs 3 --workers "$(nproc)" \
     --savedir "$out/pretraining" | tee "$out/pretraining.log"

@@ -93,7 +93,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no weights but a {type(content).__name__}")
     if "model" not in content:
-        content = {"model": content.get("state_dict", content)}
+        wrapped = "state_dict" in content
+        content = {**content, "model": content["state_dict"]} if wrapped else {"model": content}
     weights = content["model"]
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()
@@ -162,7 +163,7 @@ def load_classifier(path: str | os.PathLike) -> tuple[ImageClassifier, dict[str,
         or not isinstance(names, list)
         or not all(isinstance(name, str) for name in names)
         or head is None
-        or len(head) != len(names)
+        or head.shape[:1] != (len(names),)
         or not isinstance(checkpoint.get("height"), int)
         or normalisation(checkpoint, path) is None
     ):

@@ -124,14 +124,12 @@ class Waiting:
 
     def through(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches, with the time until each one measured."""
-        iterator, end = iter(batches), object()
-        while True:
-            before = self._now()
-            batch = next(iterator, end)
-            if batch is end:
-                return
+        before, end = self._now(), object()
+        iterator = iter(batches)  # which may start workers
+        while (batch := next(iterator, end)) is not end:
             self.gaps.append((before, self._now()))
             yield batch
+            before = self._now()
 
     def seconds(self) -> float:
         """All waiting so far; on a GPU, to be asked when it has finished its work."""
