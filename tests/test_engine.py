@@ -243,6 +243,17 @@ def test_waiting_is_the_time_until_each_batch():
     assert 0.15 <= waiting.seconds() <= time.perf_counter() - started - 0.3
 
 
+def test_the_start_of_a_loader_is_waiting_too():
+    class Loader:
+        def __iter__(self):
+            time.sleep(0.1)
+            return iter([1])
+
+    waiting = Waiting(torch.device("cpu"))
+    assert list(waiting.through(Loader())) == [1]
+    assert waiting.seconds() >= 0.1
+
+
 def test_waiting_is_a_share_of_the_epoch(model):
     class Slow(Pixels):
         def __getitem__(self, index):

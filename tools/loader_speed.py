@@ -109,7 +109,6 @@ def compare(title: str, paths: list[str], size: int, turns: int) -> None:
                 pass
             seconds[name] = min(seconds[name], time.perf_counter() - started)
 
-    torch.manual_seed(0)
     same = np.mean([difference(crop, path, seed) for seed, path in enumerate(paths)])
     pairs = zip(Files(paths, crop), Files(paths, plain), strict=True)
     own = np.mean([(a.float() - 255 * b).abs().mean().item() for a, b in pairs])
