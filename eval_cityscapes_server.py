@@ -1,12 +1,13 @@
-"""Score a trained LEDNet on Cityscapes, time it, and write label files for the server.
+"""Score a trained LEDNet on its data set, time it, and write label files for the server.
 
     python eval_cityscapes_server.py --checkpoint FILE --datadir DIR
     python eval_cityscapes_server.py --checkpoint FILE --datadir DIR --subset test \\
         --save-results results/test        # the PNGs that the benchmark server takes
     python eval_cityscapes_server.py --apn-channels 128    # speed and size alone
 
-IoU is measured at the full resolution of the labels, over all of their pixels that are not
-ignored, and averaged as the official evaluation does.
+The checkpoint says which data set and classes it is of: Cityscapes, CamVid or your own. IoU is
+measured at the full resolution of the labels, over all of their pixels that are not ignored, and
+averaged as the official evaluation of Cityscapes does.
 """
 
 import argparse
@@ -14,24 +15,20 @@ import json
 import math
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets.cityscapes import (
-    CATEGORIES,
-    CLASS_NAMES,
-    TRAIN_ID_TO_LABEL_ID,
-    Cityscapes,
-    check_files,
-)
-from datasets.files import DatasetError, image_size
-from datasets.transforms import eval_transforms, resized_size
+from datasets import DATASETS
+from datasets.files import DatasetError, check_headers
+from datasets.seeded import as_lists
+from datasets.segmentation import Classes, Segmentation, resized_size, write_label
+from datasets.transforms import to_floats
 from models.lednet import LEDNet
 from utils.checkpoint import CheckpointError, load_network
 from utils.cli import (
@@ -57,10 +54,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--datadir",
         type=file_path,
-        help="folder with leftImg8bit and gtFine; without it: speed and size alone",
+        help="folder of the data set that it was trained on; without it: speed and size alone",
     )
     parser.add_argument(
-        "--subset", choices=("train", "val", "test"), default="val", help="default val"
+        "--subset", default="val", help="train, val, test or another split; default val"
     )
     parser.add_argument(
         "--height",
@@ -77,7 +74,7 @@ def parse_args() -> argparse.Namespace:
         "--save-results",
         type=file_path,
         metavar="DIR",
-        help="write labelIds PNGs of full size into this new folder",
+        help="write the data set's own label ids as PNGs of full size into this new folder",
     )
     parser.add_argument(
         "--json", type=file_path, metavar="FILE", help="write every figure into this file"
@@ -125,10 +122,10 @@ def main() -> None:
     size = (height, 2 * height)
 
     if args.datadir:
-        transforms = eval_transforms(height, checkpoint["mean"], checkpoint["std"])
-        dataset = Cityscapes(args.datadir, args.subset, transforms=transforms)
-        check_files(dataset)
-        size = resized_size(*image_size(dataset.images[0]), height)
+        kind = DATASETS[checkpoint["dataset"]]
+        classes = Classes.from_checkpoint(checkpoint)
+        dataset = kind(args.datadir, args.subset, classes, height, resize_labels=False)
+        size = resized_size(*check_headers(dataset.pairs)[0], height)
     if min(size) < 64:
         raise UsageError(
             f"--height {height} makes images of {size[1]}x{size[0]}: LEDNet needs 64x64"
@@ -138,11 +135,12 @@ def main() -> None:
 
     if args.datadir:
         figures |= {"datadir": args.datadir, "subset": args.subset, "images": len(dataset)}
-        figures |= score(network, dataset, args)
+        floats = to_floats(checkpoint["mean"], checkpoint["std"], device)
+        figures |= score(network, dataset, floats, args)
     figures |= measure(network, size)
     print_size_and_speed(figures)
     if args.save_results:
-        print(f"\n{len(dataset)} label PNGs for the server written into {args.save_results}")
+        print(f"\n{len(dataset)} label PNGs written into {args.save_results}")
     if args.json:
         write_json(Path(args.json), figures)
 
@@ -155,68 +153,68 @@ def check_fit(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
             f"{args.checkpoint} was trained with --apn-channels {width}, not {args.apn_channels}: "
             "leave the option out"
         )
-    if checkpoint["class_names"] != CLASS_NAMES:
+    kind = DATASETS.get(checkpoint["dataset"])
+    if kind is None:
         raise UsageError(
-            f"{args.checkpoint} was trained on {checkpoint['num_classes']} classes of "
-            f"{checkpoint['dataset']}, not on the 19 of Cityscapes: use another checkpoint, or "
-            f"train from this one with main.py --init {args.checkpoint}"
+            f"{args.checkpoint} was trained on {checkpoint['dataset']}, which is none of "
+            f"{', '.join(DATASETS)}: use another checkpoint, or add the data set to datasets/"
         )
+    if args.subset not in kind.SPLITS:
+        raise UsageError(f"--subset {args.subset}: {checkpoint['dataset']} has {kind.SPLITS}")
 
 
-def score(network: LEDNet, dataset: Cityscapes, args: argparse.Namespace) -> dict[str, Any]:
+def score(
+    network: LEDNet,
+    dataset: Segmentation,
+    floats: Callable[[Tensor], Tensor],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
     """Run the network over a subset, write its label PNGs if asked, and print the scores."""
     loader = DataLoader(
         dataset,
         batch_size=args.batch_size,
         num_workers=args.workers,
+        collate_fn=as_lists,
         pin_memory=next(network.parameters()).device.type == "cuda",
     )
-    paths = iter(dataset.images)
+    names = map(dataset.result_name, range(len(dataset)))
 
     def save(_image: Tensor, prediction: Tensor, _label: Tensor) -> None:
         if args.save_results:
-            save_label_ids(Path(args.save_results), next(paths), prediction)
+            path = Path(args.save_results) / next(names)
+            path.parent.mkdir(exist_ok=True)
+            write_label(path, prediction, dataset.classes)
 
     print(f"scoring {len(dataset)} images of {args.subset}", flush=True)
     _, confusion = evaluate(
-        network, loader, len(CLASS_NAMES), f"scoring {args.subset}", on_image=save
+        network, loader, floats, len(dataset.classes), f"scoring {args.subset}", on_image=save
     )
-    if args.subset == "test":
-        print("test: the labels are not public, so there are no scores here")
+    if not confusion.counts.any():
+        print(f"{args.subset}: there are no labels, and so no scores")
         return {}
-    return print_scores(confusion)
+    return print_scores(confusion, dataset.classes)
 
 
-def print_scores(confusion: ConfusionMatrix) -> dict[str, Any]:
-    """Print class and category IoU; return every score, None where there is none."""
+def print_scores(confusion: ConfusionMatrix, classes: Classes) -> dict[str, Any]:
+    """Print the IoU of classes, and of categories where there are some; return every score."""
     class_iou = confusion.class_iou().tolist()
-    category_iou = confusion.category_iou(CATEGORIES)
-    scores = {
-        "class_miou": mean_score(class_iou),
-        "category_miou": mean_score(list(category_iou.values())),
-        "pixel_accuracy": confusion.pixel_accuracy(),
-        "mean_accuracy": confusion.mean_accuracy(),
-    }
-    print("IoU of the 19 classes in %")
-    print(score_table(CLASS_NAMES, class_iou))
-    print("\nIoU of the 7 categories in %")
-    print(score_table(list(category_iou), list(category_iou.values())))
-    print(f"\nclass mIoU      {100 * scores['class_miou']:6.2f} %")
-    print(f"category mIoU   {100 * scores['category_miou']:6.2f} %")
-    print(f"pixel accuracy  {100 * scores['pixel_accuracy']:6.2f} %")
-    print(f"mean accuracy   {100 * scores['mean_accuracy']:6.2f} %\n")
-    by_name = dict(zip(CLASS_NAMES, class_iou, strict=True))
-    scores |= {"class_iou": by_name, "category_iou": category_iou}
-    return scores
-
-
-def save_label_ids(folder: Path, image_path: str, prediction: Tensor) -> None:
-    """Write a prediction, H x W of trainIds, as a labelIds PNG that the official script finds."""
-    name = Path(image_path).name.replace("_leftImg8bit.png", "_pred_labelIds.png")
-    path = folder / Path(image_path).parent.name / name
-    path.parent.mkdir(exist_ok=True)
-    label_ids = TRAIN_ID_TO_LABEL_ID[prediction.to("cpu", torch.uint8).numpy()]
-    Image.fromarray(label_ids).save(path)
+    scores = {"class_miou": mean_score(class_iou)}
+    print(f"IoU of the {len(classes)} classes in %")
+    print(score_table(classes.names, class_iou))
+    by_name: dict[str, Any] = {"class_iou": dict(zip(classes.names, class_iou, strict=True))}
+    if classes.categories:
+        category_iou = confusion.category_iou(classes.categories)
+        scores["category_miou"] = mean_score(list(category_iou.values()))
+        print(f"\nIoU of the {len(category_iou)} categories in %")
+        print(score_table(list(category_iou), list(category_iou.values())))
+        by_name["category_iou"] = category_iou
+    scores["pixel_accuracy"] = confusion.pixel_accuracy()
+    scores["mean_accuracy"] = confusion.mean_accuracy()
+    print()
+    for name, value in scores.items():
+        print(f"{name.replace('miou', 'mIoU').replace('_', ' '):15} {100 * value:6.2f} %")
+    print()
+    return scores | by_name
 
 
 def measure(network: LEDNet, size: tuple[int, int]) -> dict[str, Any]:

@@ -17,23 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from datasets.drawn import draw_once
 from datasets.files import DatasetError, check_images
-from datasets.imagenet import (
-    MEAN,
-    STD,
-    ImageFolder,
-    normalize,
-    training_images,
-    validation_images,
-)
-from datasets.seeded import loader_options, training_loader
+from datasets.imagenet import MEAN, STD, ImageFolder, training_images, validation_images
+from datasets.seeded import Seeded, loader_options, training_loader
 from datasets.shapes import make_shapes
+from datasets.transforms import to_floats
 from models.lednet import Encoder, ImageClassifier
 from utils.checkpoint import (
     CheckpointError,
@@ -57,6 +50,7 @@ from utils.cli import (
 )
 from utils.engine import evaluate_classifier, train_one_epoch
 from utils.metrics import TopKAccuracy
+from utils.recipe import ema_of, one_cycle
 from utils.run import (
     BEST,
     ENCODER,
@@ -85,10 +79,8 @@ QUICK = {"size": 64, "epochs": 18, "batch_size": 16, "lr": 0.005}
 # rate falls by 5 % with each epoch and the decay is off.
 CONSTANT_EPOCHS = 15
 SGD_DECAY = 1e-4
-# The modern one is AdamW, whose learning rate rises over this part of the run, then falls to 0 as
-# a cosine.
+# The modern one is AdamW in one cycle.
 ADAMW_LR, ADAMW_DECAY = 1e-3, 0.05
-WARMUP = 0.05
 
 PICTURES = 8  # of val that TensorBoard shows
 
@@ -199,10 +191,11 @@ def main() -> None:
         check_images([path for path, _ in train.samples + val.samples])
 
     torch.manual_seed(args.seed)
-    model = ImageClassifier(Encoder(), len(train.classes)).to(device)
+    model = ImageClassifier(Encoder(), len(train.classes))
+    model.to(device, memory_format=torch.channels_last)
     shuffling = torch.Generator().manual_seed(args.seed)
     loading = loader_options(args.batch_size, args.workers, device)
-    train_loader = training_loader(train, shuffling, **loading)
+    train_loader = training_loader(Seeded(train), shuffling, **loading)
     val_loader = DataLoader(val, **loading)
 
     loss_function = nn.CrossEntropyLoss(label_smoothing=0.1 if modern else 0.0)
@@ -243,7 +236,11 @@ def main() -> None:
         start_run(folder, vars(args))
     drop_rows_after(folder / LOG, epoch=epoch_done)
     writer = SummaryWriter(folder, purge_step=epoch_done + 1)
-    prepare = normalize(MEAN, STD, device)
+    floats = to_floats(MEAN, STD, device)
+
+    def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return floats(images), labels.to(device, non_blocking=True)
+
     description = {
         "dataset": args.dataset,
         "stage": 0,
@@ -265,15 +262,16 @@ def main() -> None:
         row |= train_one_epoch(
             model,
             train_loader,
-            loss_function=loss_function,
+            prepare=prepare,
+            # Sums of half precision are coarse.
+            loss_function=lambda logits, labels: loss_function(logits.float(), labels),
             optimizer=optimizer,
             scaler=scaler,
             amp_dtype=amp_dtype,
             title=title,
             steps_loss=args.steps_loss,
             scheduler=scheduler,
-            prepare=prepare,
-            ema=ema,
+            on_step=(lambda: ema.update_parameters(model)) if ema else None,
             on_batch=accuracy.update,
             figures=accuracy.figures,
         )
@@ -285,7 +283,7 @@ def main() -> None:
         row["train_top1"], row["train_top5"] = accuracy.shares()
         pictures = Pictures(val.classes, len(val))
         row |= evaluate_classifier(
-            network, val_loader, prepare, f"{title}, validation", amp_dtype, pictures.keep
+            network, val_loader, floats, f"{title}, validation", amp_dtype, pictures.keep
         )
         improved = best["epoch"] == 0 or row["val_top1"] > best["val_top1"]
         if improved:
@@ -346,15 +344,7 @@ def build_schedule(
     """The learning rate of a recipe; steps with each batch, `steps` of which are an epoch."""
     if recipe == "paper":
         return LambdaLR(optimizer, lambda step: 0.95 ** max(0, step // steps + 1 - CONSTANT_EPOCHS))
-    total = epochs * steps + 1  # with the step after the last batch
-    return OneCycleLR(
-        optimizer,
-        max_lr=[group["lr"] for group in optimizer.param_groups],
-        total_steps=total,
-        pct_start=max(WARMUP, 2 / total),
-        div_factor=100,
-        cycle_momentum=False,
-    )
+    return one_cycle(optimizer, epochs * steps)
 
 
 def weight_decay(recipe: str, epoch: int) -> float:
@@ -362,14 +352,6 @@ def weight_decay(recipe: str, epoch: int) -> float:
     if recipe == "paper":
         return SGD_DECAY if epoch <= CONSTANT_EPOCHS else 0.0
     return ADAMW_DECAY
-
-
-def ema_of(model: nn.Module, steps: int) -> AveragedModel:
-    """An exponential average of a model's weights and running statistics, over about the last
-    fiftieth of a run of so many steps: over 10 steps at least, 10,000 at most."""
-    horizon = min(10_000, max(10, steps // 50))
-    average = get_ema_multi_avg_fn(1 - 1 / horizon)
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
 def check_same_run(args: argparse.Namespace, resumed: dict[str, Any], train: ImageFolder) -> None:
@@ -427,9 +409,9 @@ def evaluate_checkpoint(
     check_size(size)
     val = validation_images(datadir, size, checkpoint["class_names"])
     loading = loader_options(args.batch_size or 64, args.workers, device)
-    prepare = normalize(checkpoint["mean"], checkpoint["std"], device)
+    floats = to_floats(checkpoint["mean"], checkpoint["std"], device)
     scores = evaluate_classifier(
-        model.to(device), DataLoader(val, **loading), prepare, "val", amp_dtype
+        model.to(device), DataLoader(val, **loading), floats, "val", amp_dtype
     )
     print(
         f"{args.evaluate} on the {len(val)} images of {datadir}/val at {size}x{size}: "

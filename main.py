@@ -1,10 +1,14 @@
-"""Train LEDNet on Cityscapes: stage 1 the encoder, stage 2 the whole network.
+"""Train LEDNet: stage 1 the encoder, stage 2 the whole network; or both in one stage.
 
 python main.py                                        on drawn street scenes, made once
 python main.py --datadir DIR                          on Cityscapes, as published
+python main.py --datadir DIR --preset cityscapes      on Cityscapes, by a stronger recipe
 python main.py --datadir DIR --pretrained-encoder save/imagenet/encoder.pth
-python main.py --datadir DIR --annotations coarse --savedir coarse
+python main.py --datadir DIR --train-on coarse --savedir coarse
 python main.py --datadir DIR --init save/coarse/best.pth --savedir fine
+python main.py --dataset camvid --datadir DIR --preset camvid
+python main.py --dataset folder --classes FILE --datadir DIR --preset camvid \\
+    --init weights/lednet_d20_camvid.pth              on your own classes
 python main.py --savedir NAME --resume                go on with an interrupted run
 """
 
@@ -13,33 +17,27 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import PolynomialLR
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 
-from datasets.cityscapes import (
-    ANNOTATIONS,
-    CATEGORIES,
-    CLASS_NAMES,
-    COLORS,
-    Cityscapes,
-    check_files,
-    training_parts,
-)
+from datasets import DATASETS
 from datasets.drawn import draw_once
-from datasets.files import DatasetError, image_size
-from datasets.seeded import loader_options, training_loader
+from datasets.files import DatasetError, check_headers
+from datasets.folder import read_classes
+from datasets.memory import InMemory
+from datasets.seeded import WithSeed, as_lists, loader_options, training_loader
+from datasets.segmentation import Classes, resized_size
 from datasets.statistics import count_pixels
 from datasets.synthetic import make_synthetic
-from datasets.transforms import eval_transforms, resized_size, train_transforms
-from models.lednet import EncoderClassifier, LEDNet
+from datasets.transforms import Augment, Paper, Strong, to_floats
+from models.lednet import AuxiliaryHead, EncoderClassifier, LEDNet
 from utils.checkpoint import (
     CheckpointError,
     apn_channels_of,
@@ -60,16 +58,19 @@ from utils.cli import (
     UsageError,
     file_path,
     finite_float,
+    natural_float,
     natural_int,
     pick_amp_dtype,
     pick_device,
     positive_float,
     positive_int,
+    probability,
     run,
 )
 from utils.engine import evaluate, train_one_epoch
-from utils.losses import LOSSES, build_loss, class_weights
+from utils.losses import LOSSES, build_loss, class_weights, with_auxiliary
 from utils.metrics import ConfusionMatrix, mean_score
+from utils.recipe import OPTIMIZERS, SCHEDULES, ema_of
 from utils.run import (
     BEST,
     COUNTS,
@@ -92,22 +93,73 @@ from utils.visualize import score_table, strip
 
 EMBEDDED = Path("data/synthetic")
 
-# What an option is when the command line does not say, as published and on the embedded scenes.
-PUBLISHED = {
+# What an option is when the command line does not say: the recipes, by name.
+PAPER = {
     "height": 512,
+    "augment": "paper",
+    "crop": None,
+    "scale": [0.5, 2.0],
+    "jitter": 0.4,
+    "cache": "off",
     "encoder_epochs": 300,
     "epochs": 300,
     "batch_size": 5,
+    "optimizer": "adam",
     "lr": 5e-4,
+    "weight_decay": 1e-4,
+    "schedule": "poly",
+    "loss": "ce",
+    "class_weights": "paper",
+    "aux_weight": 0.0,
+    "dropout": 0.3,
+    "ema": False,
     "val_every": 1,
 }
-QUICK = {
-    "height": 160,
-    "encoder_epochs": 3,
-    "epochs": 13,
-    "batch_size": 4,
-    "lr": 2e-3,
-    "val_every": 5,
+# In one stage, with a loss on the encoder beside that on the whole network.
+ONE_STAGE = {
+    "encoder_epochs": 0,
+    "augment": "strong",
+    "cache": "ram",
+    "optimizer": "adamw",
+    "weight_decay": 0.01,
+    "schedule": "onecycle",
+    "aux_weight": 0.4,
+    "ema": True,
+}
+PRESETS = {
+    "paper": PAPER,
+    "quick": PAPER
+    | {
+        "height": 160,
+        "encoder_epochs": 3,
+        "epochs": 13,
+        "batch_size": 4,
+        "lr": 2e-3,
+        "val_every": 5,
+    },
+    "cityscapes": PAPER
+    | ONE_STAGE
+    | {
+        "height": 1024,
+        "crop": [1024, 1024],
+        "epochs": 800,
+        "batch_size": 12,
+        "lr": 1e-3,
+        "loss": "ohem",
+        "val_every": 5,
+    },
+    "camvid": PAPER
+    | ONE_STAGE
+    | {
+        "height": 360,
+        "crop": [240, 320],
+        "scale": [0.67, 1.5],
+        "epochs": 100,
+        "batch_size": 8,
+        "lr": 2e-3,
+        "dropout": 0.1,
+        "val_every": 5,
+    },
 }
 
 # Mean and std of images that are trained on as they are, in [0, 1].
@@ -117,12 +169,6 @@ NOT_NORMALISED = ([0.0] * 3, [1.0] * 3)
 WEIGHT_C = {1: 1.20, 2: 1.10}
 # Labels of stage 1 have the encoder's resolution.
 LABEL_STRIDE = {1: 8, 2: 1}
-
-# The columns of the log that validation fills.
-NOT_VALIDATED = dict.fromkeys(
-    ("val_loss", "val_miou", "val_pixel_accuracy", *(f"iou {name}" for name in CLASS_NAMES)),
-    math.nan,
-)
 
 
 class BothStages(argparse.Action):
@@ -135,30 +181,95 @@ class BothStages(argparse.Action):
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
 
-    def quick(name: str) -> str:
-        return f"default {PUBLISHED[name]}, without --datadir {QUICK[name]}"
+    def by_preset(name: str) -> str:
+        """The default of an option, which its preset says."""
 
+        def shown(value: Any) -> str:
+            if isinstance(value, list):
+                return "x".join(map(str, value))
+            return {None: "none", True: "on", False: "off"}.get(value, str(value))
+
+        values = {preset: shown(values[name]) for preset, values in PRESETS.items()}
+        if len(set(values.values())) == 1:
+            return f"default {values['paper']}"
+        others = [f"{preset} {value}" for preset, value in values.items() if preset != "paper"]
+        return f"default {values['paper']}; by preset: {', '.join(others)}"
+
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="recipe that the other options change; paper: as published; cityscapes, camvid: "
+        "stronger ones; quick: for the drawn scenes; default paper, without --datadir quick",
+    )
     data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        help="kind of data set; folder: your own, as --classes says; default cityscapes, and "
+        f"synthetic for {EMBEDDED}",
+    )
     data.add_argument(
         "--datadir",
         type=file_path,
-        help="folder with leftImg8bit and gtFine or gtCoarse; "
-        f"without it, street scenes are drawn into {EMBEDDED}",
+        help=f"folder of the data set; without it, street scenes are drawn into {EMBEDDED}",
     )
-    data.add_argument("--annotations", choices=ANNOTATIONS, default="fine", help="default fine")
     data.add_argument(
-        "--height", type=positive_int, help=f"images are resized to this; {quick('height')}"
+        "--classes",
+        metavar="FILE",
+        type=file_path,
+        help="names and colours of the classes of --dataset folder: a text file with a line for "
+        "each value of the labels (`road 128 64 128`), or JSON",
+    )
+    data.add_argument(
+        "--train-on",
+        "--annotations",
+        metavar="PART",
+        help="; ".join(f"{name}: {', '.join(kind.TRAIN_ON)}" for name, kind in DATASETS.items())
+        + "; default: the first",
+    )
+    data.add_argument(
+        "--height", type=positive_int, help=f"images are resized to this; {by_preset('height')}"
+    )
+    data.add_argument(
+        "--cache",
+        choices=("off", "ram"),
+        help="ram: read and resize each image once and keep its bytes in memory, on the GPU where "
+        f"there is room; {by_preset('cache')}",
     )
     data.add_argument(
         "--augment",
         choices=("paper", "strong"),
-        default="paper",
-        help="paper: flip and shift; strong: scale, crop, flip, colour; default paper",
+        help=f"paper: flip and shift; strong: scale, crop, flip, colour; {by_preset('augment')}",
+    )
+    data.add_argument(
+        "--crop",
+        type=positive_int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of the parts that --augment strong trains on, none: that of the images; "
+        f"{by_preset('crop')}",
+    )
+    data.add_argument(
+        "--scale",
+        type=positive_float,
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        help=f"of --augment strong; {by_preset('scale')}",
+    )
+    data.add_argument(
+        "--jitter",
+        type=probability,
+        help="of brightness, contrast and saturation in --augment strong; " + by_preset("jitter"),
     )
 
     start = parser.add_argument_group("network and where it starts")
     start.add_argument(
         "--apn-channels", "--D", type=positive_int, help="width of the decoder; default 20"
+    )
+    start.add_argument(
+        "--dropout",
+        type=probability,
+        help=f"of the encoder's last stage; {by_preset('dropout')}",
     )
     start.add_argument(
         "--pretrained-encoder",
@@ -189,23 +300,50 @@ def parse_args() -> argparse.Namespace:
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
-        "--encoder-epochs", type=natural_int, help=f"of stage 1; {quick('encoder_epochs')}"
+        "--encoder-epochs", type=natural_int, help=f"of stage 1; {by_preset('encoder_epochs')}"
     )
-    recipe.add_argument("--epochs", type=positive_int, help=f"of stage 2; {quick('epochs')}")
+    recipe.add_argument("--epochs", type=positive_int, help=f"of stage 2; {by_preset('epochs')}")
     recipe.add_argument(
         "--num-epochs", type=positive_int, action=BothStages, help="of each stage, in one option"
     )
-    recipe.add_argument("--batch-size", type=positive_int, help=quick("batch_size"))
-    recipe.add_argument("--lr", type=positive_float, help=f"learning rate; {quick('lr')}")
+    recipe.add_argument("--batch-size", type=positive_int, help=by_preset("batch_size"))
+    recipe.add_argument("--optimizer", choices=OPTIMIZERS, help=by_preset("optimizer"))
+    recipe.add_argument(
+        "--lr", type=positive_float, help=f"learning rate, at its highest; {by_preset('lr')}"
+    )
+    recipe.add_argument("--weight-decay", type=natural_float, help=by_preset("weight_decay"))
+    recipe.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help=f"of the learning rate, by steps; {by_preset('schedule')}",
+    )
     recipe.add_argument(
         "--loss",
         choices=LOSSES,
-        default="ce",
-        help="weighted cross entropy, over all pixels or the hard ones; default ce",
+        help=f"cross entropy, over all pixels or the hard ones; {by_preset('loss')}",
+    )
+    recipe.add_argument(
+        "--class-weights",
+        choices=("paper", "off"),
+        help="paper: rare classes weigh more, by 1 / ln(c + share of pixels); "
+        + by_preset("class_weights"),
+    )
+    recipe.add_argument(
+        "--aux-weight",
+        type=natural_float,
+        help="of the loss of a second head on the encoder in stage 2, 0: none; "
+        + by_preset("aux_weight"),
+    )
+    recipe.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="score and keep an exponential average of the weights in stage 2; " + by_preset("ema"),
     )
     output = add_run_options(parser)
     output.add_argument(
-        "--val-every", type=positive_int, help=f"epochs between validations; {quick('val_every')}"
+        "--val-every",
+        type=positive_int,
+        help=f"epochs between validations; {by_preset('val_every')}",
     )
     output.add_argument(
         "--iouTrain", action="store_true", help="measure the mIoU on the training images too"
@@ -234,14 +372,34 @@ def parse_args() -> argparse.Namespace:
 def settle(args: argparse.Namespace) -> None:
     """Fill in what the command line leaves open, and refuse what cannot be."""
     embedded = args.datadir is None or Path(args.datadir).resolve() == EMBEDDED.resolve()
-    args.dataset = "synthetic" if embedded else "cityscapes"
-    for name, value in (QUICK if args.datadir is None else PUBLISHED).items():
+    if args.datadir is None and args.dataset not in (None, "synthetic"):
+        raise UsageError(f"--dataset {args.dataset} needs --datadir, the folder of the data set")
+    args.preset = args.preset or ("quick" if args.datadir is None else "paper")
+    args.dataset = args.dataset or ("synthetic" if embedded else "cityscapes")
+    args.datadir = args.datadir or str(EMBEDDED)
+    for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.datadir = args.datadir or str(EMBEDDED)
     args.savedir = str(run_folder(args.savedir, args.dataset))
+    kind = DATASETS[args.dataset]
+    if (kind.CLASSES is None) != (args.classes is not None):
+        raise UsageError(
+            f"--dataset {args.dataset} has classes of its own: leave --classes out"
+            if args.classes
+            else f"--dataset {args.dataset} needs --classes FILE, which names its classes"
+        )
+    args.train_on = args.train_on or next(iter(kind.TRAIN_ON))
+    if args.train_on not in kind.TRAIN_ON:
+        raise UsageError(
+            f"--train-on {args.train_on} is no part of {args.dataset}: give "
+            + " or ".join(kind.TRAIN_ON)
+        )
     if args.height < 64:
         raise UsageError(f"--height {args.height} is too small: LEDNet needs 64x64")
+    if args.crop and min(args.crop) < 64:
+        raise UsageError(f"--crop {args.crop[0]} {args.crop[1]} is too small: LEDNet needs 64x64")
+    if args.scale[0] > args.scale[1]:
+        raise UsageError(f"--scale {args.scale[0]} {args.scale[1]}: give the smaller one first")
     if args.batch_size == 1:
         raise UsageError(
             "--batch-size 1 cannot train: batch norm on the pooled 1x1 plane needs 2 images"
@@ -262,11 +420,12 @@ class Run:
     folder: Path
     device: torch.device
     amp_dtype: torch.dtype | None
-    parts: list[Cityscapes]
-    val: Cityscapes
-    size: tuple[int, int]  # height and width that the network is trained on
-    mean: Sequence[float]
-    std: Sequence[float]
+    classes: Classes
+    train: Dataset
+    val: Dataset
+    loading: dict[str, Any]  # options of both loaders
+    augment: Paper | Strong
+    floats: Callable[[Tensor], Tensor]
     counts: Tensor  # training pixels of each class, then of the ignored ones
     shuffling: torch.Generator
     writer: SummaryWriter
@@ -287,34 +446,36 @@ def main() -> None:
         resumed = load_run(folder / LAST)
     stage_done, epoch_done = (resumed["stage"], resumed["epoch"]) if resumed else (0, 0)
 
+    kind = DATASETS[args.dataset]
+    classes = read_classes(args.classes) if args.classes else kind.CLASSES
     torch.manual_seed(args.seed)
-    network, mean, std = build_network(args, resumed)
+    network, mean, std = build_network(args, classes, resumed)
 
     if args.dataset == "synthetic":
         draw_once(args.datadir, make_synthetic, "street scenes")
-    parts = training_parts(args.datadir, args.annotations)
-    val = Cityscapes(args.datadir, "val", transforms=eval_transforms(args.height, mean, std))
-    check_files(*parts)
-    check_files(val)
-    size = resized_size(*image_size(parts[0].images[0]), args.height)
-    if size[1] < 64:
-        raise UsageError(
-            f"--height {args.height} makes images of {size[1]}x{size[0]}: LEDNet needs 64x64"
-        )
+    parts = [
+        kind(args.datadir, split, classes, args.height) for split in kind.TRAIN_ON[args.train_on]
+    ]
+    val = kind(args.datadir, "val", classes, args.height, resize_labels=False)
+    sizes = {part: check_headers(part.pairs) for part in (*parts, val)}
+    size, augment = pick_augment(args, [size for part in parts for size in sizes[part]])
     if sum(map(len, parts)) < 2:
         raise UsageError(f"{args.datadir} has one training image: training needs 2")
-    sources = " + ".join(f"{len(part)} {part.mode}/{part.split}" for part in parts)
+    sources = " + ".join(f"{len(part)} of {part.split}" for part in parts)
     print(
         f"LEDNet, D = {args.apn_channels}: {count_parameters(network):,} parameters, on {device} "
         f"in {amp_dtype or 'full precision'}\n"
-        f"data: {args.datadir}: {sources} images to train on, {len(val)} to validate\n"
+        f"data: {args.datadir}: {sources} to train on, {len(val)} of val to validate, "
+        f"{len(classes)} classes\n"
         f"images: {size[1]}x{size[0]}, in batches of {args.batch_size}, by {args.workers} workers; "
-        f"{args.encoder_epochs} epochs of stage 1, {args.epochs} of stage 2\n"
+        f"{args.encoder_epochs} epochs of stage 1, {args.epochs} of stage 2, preset {args.preset}\n"
         f"output: {folder}",
         flush=True,
     )
     if (mean, std) != NOT_NORMALISED:
         print(f"images are normalised with mean {mean} and std {std}")
+    if {pair for part in parts for pair in part.pairs} & set(val.pairs):
+        print("val is trained on: its scores say nothing of images that are new to the network")
     if args.resume:
         print(
             f"resuming after epoch {epoch_done} of stage {stage_done}"
@@ -326,9 +487,16 @@ def main() -> None:
     named = read_json(folder / COUNTS) if same_data else None
     if named is None:
         print("class weights: counting the pixels of the labels", flush=True)
-        counts = count_pixels(parts, len(CLASS_NAMES), args.workers)
-        count_pixels([val], len(CLASS_NAMES), args.workers)  # finds unknown ids before training
-        named = dict(zip([*CLASS_NAMES, "ignored"], counts.tolist(), strict=True))
+        counts = count_pixels(parts, len(classes), args.workers)
+        count_pixels([val], len(classes), args.workers)  # finds unknown ids before training
+        named = dict(zip([*classes.names, "ignored"], counts.tolist(), strict=True))
+    workers = args.workers
+    if args.cache == "ram":
+        parts, (val,) = (
+            [InMemory(part, sizes[part], args.workers, device) for part in group]
+            for group in (parts, [val])
+        )
+        workers = 0  # there is nothing left to read
 
     # Nothing was written so far: a mistake found above leaves no folder behind.
     if not args.resume:
@@ -341,20 +509,19 @@ def main() -> None:
         folder=folder,
         device=device,
         amp_dtype=amp_dtype,
-        parts=parts,
+        classes=classes,
+        train=ConcatDataset(parts),
         val=val,
-        size=size,
-        mean=mean,
-        std=std,
+        loading=loader_options(args.batch_size, workers, device) | {"collate_fn": as_lists},
+        augment=augment,
+        floats=to_floats(mean, std, device),
         counts=torch.tensor(list(named.values())),
         shuffling=torch.Generator().manual_seed(args.seed),
         writer=SummaryWriter(folder, purge_step=steps_done + 1),
         description={
             "dataset": args.dataset,
-            "num_classes": len(CLASS_NAMES),
-            "class_names": CLASS_NAMES,
-            "colors": [list(color) for color in COLORS],
-            "categories": CATEGORIES,
+            **classes.to_checkpoint(),
+            "train_images": sum(map(len, parts)),
             "apn_channels": args.apn_channels,
             "mean": list(mean),
             "std": list(std),
@@ -363,26 +530,56 @@ def main() -> None:
         },
         resumed=resumed,
     )
+    if args.cache == "ram":
+        this.loading["pin_memory"] = False  # nothing to gain, and not possible on the GPU
     if args.encoder_epochs and stage_done < 2:
-        train_stage(this, 1, EncoderClassifier(network.encoder, len(CLASS_NAMES)))
-        encoder = {f"encoder.{name}": w for name, w in on_cpu(network.encoder).items()}
-        save_checkpoint(this.description | {"model": encoder, "stage": 1}, folder / ENCODER)
-    best = train_stage(this, 2, network)
+        encoder = EncoderClassifier(network.encoder, len(classes))
+        train_stage(this, 1, encoder, encoder)
+        weights = {f"encoder.{name}": w for name, w in on_cpu(network.encoder).items()}
+        save_checkpoint(this.description | {"model": weights, "stage": 1}, folder / ENCODER)
+    training = AuxiliaryHead(network, len(classes)) if args.aux_weight else network
+    best = train_stage(this, 2, training, network)
     this.writer.close()
 
     print(f"\nclass IoU in % on val after epoch {best['epoch']}, the best:")
-    print(score_table(CLASS_NAMES, best["class_iou"]))
+    print(score_table(classes.names, best["class_iou"]))
     print(
         f"mIoU {100 * best['miou']:.2f}\n\n"
         "next:\n"
         f"  python eval_cityscapes_server.py --checkpoint {shlex.quote(str(folder / BEST))} "
         f"--datadir {shlex.quote(args.datadir)}\n"
+        f"  python predict.py --checkpoint {shlex.quote(str(folder / BEST))} --input PICTURES\n"
         f"  tensorboard --logdir {shlex.quote(str(folder))} --host localhost"
     )
 
 
+def pick_augment(
+    args: argparse.Namespace, files: list[tuple[int, int]]
+) -> tuple[tuple[int, int], Paper | Strong]:
+    """The size that is trained on, and what makes images of it.
+
+    Args:
+        files: height and width of each image to train on, as it is stored.
+    """
+    resized = sorted({resized_size(*size, args.height) for size in set(files)})
+    cropped = args.augment == "strong" and args.crop
+    if len(resized) > 1 and not cropped:
+        widths = f"{resized[0][1]} to {resized[-1][1]}"
+        raise UsageError(
+            f"at a height of {args.height}, the images of {args.datadir} are {widths} wide: give "
+            f"--augment strong and --crop {args.height} {resized[0][1]}, which make them of one "
+            "size"
+        )
+    size = tuple(args.crop) if cropped else resized[0]
+    if size[1] < 64:
+        raise UsageError(
+            f"--height {args.height} makes images of {size[1]}x{size[0]}: LEDNet needs 64x64"
+        )
+    return size, Strong(size, tuple(args.scale)) if args.augment == "strong" else Paper()
+
+
 def build_network(
-    args: argparse.Namespace, resumed: dict[str, Any] | None
+    args: argparse.Namespace, classes: Classes, resumed: dict[str, Any] | None
 ) -> tuple[LEDNet, Sequence[float], Sequence[float]]:
     """The network as it starts, and the mean and std that its images are normalised with.
 
@@ -394,9 +591,9 @@ def build_network(
         start = load_checkpoint(args.init)
     if args.apn_channels is None:
         args.apn_channels = apn_channels_of(start.get("model", {})) or 20
-    network = LEDNet(len(CLASS_NAMES), args.apn_channels)
+    network = LEDNet(len(classes), args.apn_channels, args.dropout)
     if args.init and not resumed:
-        fresh = init_network(network, start, args.init, CLASS_NAMES)
+        fresh = init_network(network, start, args.init, list(classes.names))
         total = len(network.state_dict())
         print(f"{args.init}: {total - len(fresh)} of {total} tensors loaded")
         if fresh:
@@ -425,38 +622,55 @@ def pick_normalisation(
     return stated or ((args.mean, args.std) if args.mean else NOT_NORMALISED)
 
 
-def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]:
+def train_stage(
+    this: Run, stage: int, model: torch.nn.Module, network: torch.nn.Module
+) -> dict[str, Any]:
     """Train one stage to its end, from where it stopped if it was begun before.
+
+    Args:
+        model: what is trained.
+        network: the part of it, or all, that is scored and kept.
 
     Returns:
         "epoch", "miou" and "class_iou" of the epoch with the best mIoU on val.
     """
     args, folder = this.args, this.folder
     epochs = args.encoder_epochs if stage == 1 else args.epochs
-    model.to(this.device)
-    for part in this.parts:
-        part.transforms = train_transforms(
-            args.augment, this.size, LABEL_STRIDE[stage], this.mean, this.std
-        )
-    train = ConcatDataset(this.parts)
-    loading = loader_options(args.batch_size, args.workers, this.device)
+    names = this.classes.names
+    model.to(this.device, memory_format=torch.channels_last)
     # A last batch of one image cannot train the batch norm on the pooled plane.
-    drop_last = len(train) % args.batch_size == 1
-    train_loader = training_loader(train, this.shuffling, drop_last=drop_last, **loading)
-    val_loader = DataLoader(this.val, **loading)
-
-    weights = class_weights(this.counts, WEIGHT_C[stage]).to(this.device)
-    loss_function = build_loss(args.loss, weights)
-    optimizer = torch.optim.Adam(
-        model.parameters(), args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4
+    drop_last = len(this.train) % args.batch_size == 1
+    train_loader = training_loader(
+        WithSeed(this.train), this.shuffling, drop_last=drop_last, **this.loading
     )
-    scheduler = PolynomialLR(optimizer, total_iters=epochs * len(train_loader), power=0.9)
+    val_loader = DataLoader(this.val, **this.loading)
+    jitter = args.jitter if args.augment == "strong" else 0.0
+    prepare = Augment(this.augment, this.floats, this.device, jitter, LABEL_STRIDE[stage])
+
+    weights = torch.ones(len(names))
+    if args.class_weights == "paper":
+        weights = class_weights(this.counts, WEIGHT_C[stage])
+    weights = weights.to(this.device)
+    loss_function: Callable = build_loss(args.loss, weights)
+    if model is not network and stage == 2:
+        loss_function = with_auxiliary(loss_function, args.aux_weight)
+    # Both optimizers' betas, 0.9 and 0.999, and eps, 1e-8, are the published ones.
+    optimizer = OPTIMIZERS[args.optimizer](
+        model.parameters(), args.lr, weight_decay=args.weight_decay
+    )
+    steps = epochs * len(train_loader)
+    scheduler = SCHEDULES[args.schedule](optimizer, steps)
+    ema = ema_of(network, steps) if args.ema and stage == 2 else None
+    scored = ema.module if ema else network
     scaler = torch.amp.GradScaler(this.device.type, enabled=this.amp_dtype == torch.float16)
     epoch_done, best = 0, {"epoch": 0, "miou": math.nan, "class_iou": []}
     if this.resumed and this.resumed["stage"] == stage:
-        fill(model, this.resumed["model"], folder / LAST)
+        fill(model, this.resumed["training_model"], folder / LAST)
+        if ema:
+            fill(scored, this.resumed["model"], folder / LAST)
+            ema.n_averaged.fill_(this.resumed["ema_updates"])
         optimizer.load_state_dict(this.resumed["optimizer"])
-        if this.resumed["scheduler"]["total_iters"] != scheduler.total_iters:
+        if this.resumed.get("train_images") != len(this.train):
             raise UsageError(
                 f"{args.datadir} holds another number of training images than the run in "
                 f"{folder} began with: give the --datadir that it had, or start another run"
@@ -471,11 +685,17 @@ def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]
     for epoch in range(epoch_done + 1, epochs + 1):
         title = f"stage {stage} epoch {epoch}/{epochs}"
         started, lr = time.perf_counter(), scheduler.get_last_lr()[0]
-        confusion = ConfusionMatrix(len(CLASS_NAMES), this.device) if args.iouTrain else None
+        confusion = ConfusionMatrix(len(names), this.device) if args.iouTrain else None
+
+        def count(outputs: Any, labels: Tensor, confusion: Any = confusion) -> None:
+            logits = outputs[0] if isinstance(outputs, tuple) else outputs
+            confusion.update_from_logits(logits.detach(), labels)
+
         row = {"stage": stage, "epoch": epoch, "lr": lr}
         row |= train_one_epoch(
             model,
             train_loader,
+            prepare=prepare,
             loss_function=loss_function,
             optimizer=optimizer,
             scheduler=scheduler,
@@ -483,17 +703,20 @@ def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]
             amp_dtype=this.amp_dtype,
             title=title,
             steps_loss=args.steps_loss,
-            on_batch=confusion.update_from_logits if confusion else None,
+            on_step=(lambda: ema.update_parameters(network)) if ema else None,
+            on_batch=count if confusion else None,
         )
         row["train_miou"] = mean_score(confusion.class_iou()) if confusion else math.nan
         validated = epoch % args.val_every == 0 or epoch == epochs
         scores, strips = (
-            validate(this, model, val_loader, weights, title) if validated else (NOT_VALIDATED, [])
+            validate(this, scored, val_loader, weights, title)
+            if validated
+            else (dict.fromkeys(val_columns(names), math.nan), [])
         )
         row |= scores
         improved = validated and (best["epoch"] == 0 or row["val_miou"] > best["miou"])
         if improved:
-            class_iou = [row[f"iou {name}"] for name in CLASS_NAMES]
+            class_iou = [row[f"iou {name}"] for name in names]
             best = {"epoch": epoch, "miou": row["val_miou"], "class_iou": class_iou}
         row["seconds"] = time.perf_counter() - started
 
@@ -516,7 +739,7 @@ def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]
         )
 
         checkpoint = this.description | {
-            "model": on_cpu(model),
+            "model": on_cpu(scored),
             "stage": stage,
             "epoch": epoch,
             "best": best,
@@ -526,6 +749,8 @@ def train_stage(this: Run, stage: int, model: torch.nn.Module) -> dict[str, Any]
         if args.epochs_save and epoch % args.epochs_save == 0:
             save_checkpoint(checkpoint, folder / f"stage{stage}-epoch{epoch:03d}.pth")
         state = {
+            "training_model": on_cpu(model),
+            "ema_updates": ema.n_averaged.item() if ema else 0,
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
             "scaler": scaler.state_dict(),
@@ -540,25 +765,30 @@ def validate(
 ) -> tuple[dict[str, float], list[Tensor]]:
     """Score the network on val; returns the columns of the log and the first few pictures."""
     strips: list[Tensor] = []
+    names = this.classes.names
 
     def keep_strip(image: Tensor, prediction: Tensor, label: Tensor) -> None:
         if len(strips) < 3:
-            strips.append(strip(image, prediction, label, COLORS, this.mean, this.std))
+            strips.append(strip(image, prediction, label, this.classes.colors))
 
     loss, confusion = evaluate(
         model,
         loader,
-        len(CLASS_NAMES),
+        this.floats,
+        len(names),
         f"{title}, validation",
         class_weights=weights,
         amp_dtype=this.amp_dtype,
         on_image=keep_strip,
     )
     class_iou = confusion.class_iou().tolist()
-    scores = {"val_loss": loss, "val_miou": mean_score(class_iou)}
-    scores["val_pixel_accuracy"] = confusion.pixel_accuracy()
-    scores |= {f"iou {name}": iou for name, iou in zip(CLASS_NAMES, class_iou, strict=True)}
-    return scores, strips
+    scores = [loss, mean_score(class_iou), confusion.pixel_accuracy(), *class_iou]
+    return dict(zip(val_columns(names), scores, strict=True)), strips
+
+
+def val_columns(names: Sequence[str]) -> list[str]:
+    """The columns of the log that validation fills."""
+    return ["val_loss", "val_miou", "val_pixel_accuracy", *(f"iou {name}" for name in names)]
 
 
 if __name__ == "__main__":

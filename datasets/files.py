@@ -112,26 +112,23 @@ def image_size(path: str) -> tuple[int, int]:
     return height, width
 
 
-def check_headers(pairs: list[tuple[str, str | None]]) -> None:
+def check_headers(pairs: list[tuple[str, str | None]]) -> list[tuple[int, int]]:
     """Look at the header and the end of every file of a data set, without decoding pixels.
 
     Args:
         pairs: paths of each image and its label, None where there is no label.
 
+    Returns:
+        Height and width of each image.
+
     Raises:
-        DatasetError: names the first file that is missing, not an image or cut short, a label
-            of another size than its image or of a wrong mode, or an image of another size
-            than the first.
+        DatasetError: names the first file that is missing, not an image or cut short, or a label
+            of another size than its image or of a wrong mode.
     """
     with ThreadPoolExecutor(max_workers=8) as pool:
         checked = pool.map(_check_pair, pairs)
         sizes = list(tqdm(checked, "checking files", len(pairs), leave=False, disable=None))
-    for (path, _), size in zip(pairs, sizes, strict=True):
-        if size != sizes[0]:
-            raise DatasetError(
-                f"{path} is {size[0]}x{size[1]} but {pairs[0][0]} is {sizes[0][0]}x{sizes[0][1]}:"
-                " all images of a data set must have one size"
-            )
+    return [(height, width) for width, height in sizes]
 
 
 def check_images(paths: list[str]) -> None:

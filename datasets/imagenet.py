@@ -8,7 +8,7 @@ decoded at 1/2, 1/4 or 1/8 of its size, never below the size that the crop is re
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,18 +171,3 @@ class CropLoader:
             crop = self.random_crop.make_params([torch.empty(3, height, width, device="meta")])
             box = tuple(crop[name] for name in ("left", "top", "width", "height"))
         return to_stored(box, (width, height), turned)
-
-
-def normalize(
-    mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
-) -> Callable[[Tensor], Tensor]:
-    """What makes of a batch of uint8 images, N x 3 x H x W, the input of the network.
-
-    Images travel as bytes, a quarter of what floats take, so this is done on the device, where
-    mean and std lie already: v2.Normalize would send them, and wait for the GPU, with every batch.
-
-    Args:
-        mean, std: of each RGB channel, in [0, 1].
-    """
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
-    return lambda images: F.to_dtype(images, torch.float32, scale=True).sub_(mean).div_(std)

@@ -46,15 +46,35 @@ class Seeded(Dataset):
             return self.dataset[index]
 
 
-def training_loader(dataset: Dataset, shuffling: torch.Generator, **options: Any) -> DataLoader:
+class WithSeed(Dataset):
+    """A data set that hands each item on with its seed, for transforms that come later."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: Item) -> tuple:
+        index, seed = item
+        return *self.dataset[index], seed
+
+
+def as_lists(items: list[tuple]) -> tuple[list, ...]:
+    """Collate items as lists, so that their tensors may differ in size."""
+    return tuple(map(list, zip(*items, strict=True)))
+
+
+def training_loader(
+    dataset: WithSeed | Seeded, shuffling: torch.Generator, **options: Any
+) -> DataLoader:
     """Batches of a shuffled data set whose random transforms follow `shuffling` alone.
 
     Args:
         shuffling: its state before an epoch decides the epoch: order, crops, flips, all.
         options: of the DataLoader, such as `loader_options` returns.
     """
-    seeded = Seeded(dataset)
-    return DataLoader(seeded, sampler=ShuffledSeeds(len(seeded), shuffling), **options)
+    return DataLoader(dataset, sampler=ShuffledSeeds(len(dataset), shuffling), **options)
 
 
 def loader_options(batch_size: int, workers: int, device: torch.device) -> dict[str, Any]:

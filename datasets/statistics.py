@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 
-from datasets.cityscapes import Cityscapes
 from datasets.files import IGNORE_INDEX
+from datasets.segmentation import Segmentation
 
 
 class _Histograms(Dataset):
     """The number of pixels of each class in one label map, ignored pixels last."""
 
-    def __init__(self, dataset: Cityscapes, num_classes: int) -> None:
+    def __init__(self, dataset: Segmentation, num_classes: int) -> None:
         self.dataset, self.num_classes = dataset, num_classes
 
     def __len__(self) -> int:
@@ -26,7 +26,7 @@ class _Histograms(Dataset):
         return torch.from_numpy(np.append(counts[: self.num_classes], counts[IGNORE_INDEX]))
 
 
-def count_pixels(parts: Sequence[Cityscapes], num_classes: int, workers: int = 0) -> Tensor:
+def count_pixels(parts: Sequence[Segmentation], num_classes: int, workers: int = 0) -> Tensor:
     """Count the pixels of each class over all labels of some data sets, at full size.
 
     Returns:

@@ -1,127 +1,164 @@
-"""Image and label from file to tensors: resizing, and the two recipes of augmentation."""
+"""From bytes to what the network takes: normalising, and the two recipes of augmentation.
 
-from collections.abc import Sequence
-from typing import Any
+Images and labels come from their data set as uint8, on whatever device they are kept, and are
+augmented there, each image from a seed of its own: where it is done changes nothing of the result.
+"""
+
+import math
+from collections.abc import Callable, Sequence
 
 import torch
-from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from datasets.files import IGNORE_INDEX
+from datasets.segmentation import resize_label
+
+# A batch as loaders make it: images, labels, and in training the seed of each.
+Batch = tuple[list[Tensor], list[Tensor], list[int]]
+Pair = tuple[Tensor, Tensor]
 
 
-def train_transforms(
-    augment: str,
-    size: tuple[int, int],
-    label_stride: int = 1,
-    mean: Sequence[float] = (0, 0, 0),
-    std: Sequence[float] = (1, 1, 1),
-) -> v2.Compose:
-    """Augment a pair of PIL image and `tv_tensors.Mask` at random and make tensors of it.
+def to_floats(
+    mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """What makes of uint8 images, N x 3 x H x W, what the network takes.
 
     Args:
-        augment: "paper", the published recipe (resize, flip, shift by up to 2 pixels), or
-            "strong" (random scale 0.5 to 2, random crop, flip, colour jitter).
-        size: height and width of the images that come out.
-        label_stride: labels come out this many times smaller, 8 for the encoder's resolution.
         mean, std: of each RGB channel, in [0, 1], to normalise with; 0 and 1 as published.
 
     Returns:
-        A transform whose results are the image, 3 x H x W, float32, and the label, int64, of
-        H x W or the fraction of it, rounded up; 255 = ignore.
+        A function that returns float32 on the device, in the memory format of convolutions.
     """
-    height, _ = size
-    fill = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORE_INDEX}
-    if augment == "paper":
-        steps = [
-            ResizeToHeight(height),
-            v2.ToImage(),
-            v2.RandomHorizontalFlip(),
-            v2.RandomCrop(size, padding=2, fill=fill),  # a shift by up to 2 pixels each way
-        ]
-    elif augment == "strong":
-        steps = [
-            ResizeToHeight(height, scale=(0.5, 2.0)),
-            v2.ToImage(),
-            v2.RandomCrop(size, pad_if_needed=True, fill=fill),
-            v2.RandomHorizontalFlip(),
-            v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
-        ]
-    else:
-        raise ValueError(f"augment is {augment!r}, not 'paper' or 'strong'")
-    if label_stride > 1:
-        steps.append(ShrinkLabel(label_stride))
-    return v2.Compose([*steps, *_to_tensors(mean, std)])
+    # Made once: a copy to the GPU in every step would wait for it.
+    scale = 1 / (255 * torch.tensor(std, device=device).view(1, 3, 1, 1))
+    shift = (torch.tensor(mean, device=device) / torch.tensor(std, device=device)).view(1, 3, 1, 1)
+
+    def convert(images: Tensor) -> Tensor:
+        images = images.to(device, non_blocking=True)
+        images = images.contiguous(memory_format=torch.channels_last)
+        return images * scale - shift
+
+    return convert
 
 
-def eval_transforms(
-    height: int, mean: Sequence[float] = (0, 0, 0), std: Sequence[float] = (1, 1, 1)
-) -> v2.Compose:
-    """Resize a PIL image to `height` and make tensors; its label keeps its own full size.
+class Augment:
+    """Turn a batch from the data set into what training takes.
 
-    The results are those of `train_transforms`.
-    """
-    resize = ResizeToHeight(height, labels=False)
-    return v2.Compose([resize, v2.ToImage(), *_to_tensors(mean, std)])
-
-
-def _to_tensors(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
-    dtypes = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64}
-    steps = [v2.ToDtype(dtypes, scale=True)]
-    if any(m != 0 for m in mean) or any(s != 1 for s in std):
-        steps.append(v2.Normalize(list(mean), list(std)))
-    return [*steps, v2.ToPureTensor()]
-
-
-class ResizeToHeight(v2.Transform):
-    """Resize to a height, times a factor drawn from `scale`; the width keeps the proportions.
-
-    Images are resized bilinearly with antialiasing. Labels take the nearest pixel to each
-    centre: v2.Resize would take the top-left one of each block and shift them against the image.
+    Args:
+        pair: the recipe: makes of an image, a label and a generator those of `size`.
+        jitter: brightness, contrast and saturation change by up to this share.
+        label_stride: labels come out this many times smaller, 8 for the encoder's resolution.
+        floats: `to_floats`, of the network's normalisation.
+        device: that training runs on.
     """
 
     def __init__(
-        self, height: int, scale: tuple[float, float] = (1.0, 1.0), labels: bool = True
+        self,
+        pair: Callable[[Tensor, Tensor, torch.Generator], Pair],
+        floats: Callable[[Tensor], Tensor],
+        device: torch.device,
+        jitter: float = 0.0,
+        label_stride: int = 1,
     ) -> None:
-        super().__init__()
-        self.height, self.scale, self.labels = height, scale, labels
+        self.pair, self.floats, self.device = pair, floats, device
+        self.jitter, self.label_stride = jitter, label_stride
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = F.get_size(flat_inputs[0])
-        low, high = self.scale
-        new_height = self.height
-        if low != high:
-            new_height = round(self.height * torch.empty(()).uniform_(low, high).item())
-        return {"size": resized_size(height, width, new_height)}
+    def __call__(self, images: list[Tensor], labels: list[Tensor], seeds: list[int]) -> Pair:
+        """Augment N pairs, each from its seed.
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if isinstance(inpt, tv_tensors.Mask):
-            return resize_label(inpt, params["size"]) if self.labels else inpt
-        return F.resize(inpt, list(params["size"]))
+        Args:
+            images: 3 x H x W, uint8, each of any size that the recipe takes.
+            labels: H x W, uint8, trainIds, 255 = ignore.
 
-
-class ShrinkLabel(v2.Transform):
-    """Make the label `stride` times smaller, rounded up as strided convolutions do."""
-
-    _transformed_types = (tv_tensors.Mask,)
-
-    def __init__(self, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return resize_label(inpt, tuple(-(-length // self.stride) for length in inpt.shape[-2:]))
-
-
-def resized_size(height: int, width: int, new_height: int) -> tuple[int, int]:
-    """Height and width of an image after its height was changed in proportion."""
-    new_height = max(1, new_height)
-    return new_height, max(1, round(width * new_height / height))
+        Returns:
+            Images, N x 3 x h x w, float32, and labels, N x h x w or the fraction of it that
+            label_stride says, rounded up, int64; on the device.
+        """
+        pairs, factors = [], []
+        for image, label, seed in zip(images, labels, seeds, strict=True):
+            random = torch.Generator().manual_seed(seed)
+            image = image.to(self.device, non_blocking=True)
+            label = label.to(self.device, non_blocking=True)
+            pairs.append(self.pair(image, label, random))
+            factors.append(uniform(1 - self.jitter, 1 + self.jitter, random, 3))
+        batch = torch.stack([image for image, _ in pairs])
+        if self.jitter:
+            batch = jittered(batch, torch.tensor(factors))
+        truth = torch.stack([label for _, label in pairs])
+        if self.label_stride > 1:
+            smaller = [-(-length // self.label_stride) for length in truth.shape[-2:]]
+            truth = resize_label(truth, smaller)
+        return self.floats(batch), truth.long()
 
 
-def resize_label(label: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize labels, ... x H x W, to the nearest pixel of each centre; no new value appears."""
-    planes = label.as_subclass(torch.Tensor).unsqueeze(-3)
-    resized = F.resize_image(planes, list(size), interpolation=v2.InterpolationMode.NEAREST_EXACT)
-    return tv_tensors.wrap(resized.squeeze(-3), like=label)
+class Paper:
+    """The published recipe: a random flip, and a shift by up to 2 pixels each way."""
+
+    reach = 2
+
+    def __call__(self, image: Tensor, label: Tensor, random: torch.Generator) -> Pair:
+        if uniform(0, 1, random)[0] < 0.5:
+            image, label = image.flip(-1), label.flip(-1)
+        down, right = torch.randint(-self.reach, self.reach + 1, (2,), generator=random).tolist()
+        height, width = label.shape
+        # F.crop fills what lies beyond an image with 0.
+        image = F.crop_image(image, -down, -right, height, width)
+        return image, crop_label(label, -down, -right, height, width)
+
+
+class Strong:
+    """A random scale, a random part of that, a random flip.
+
+    Args:
+        size: height and width of what comes out.
+        scale: the least and the largest scale, drawn evenly by their logarithm.
+    """
+
+    def __init__(self, size: tuple[int, int], scale: tuple[float, float] = (0.5, 2.0)) -> None:
+        self.size, self.scale = size, scale
+
+    def __call__(self, image: Tensor, label: Tensor, random: torch.Generator) -> Pair:
+        low, high = (math.log(factor) for factor in self.scale)
+        factor = math.exp(uniform(low, high, random)[0])
+        # What is cut out first and resized then: far fewer pixels than the other way around.
+        cut = [max(1, round(length / factor)) for length in self.size]
+        places = uniform(0, 1, random, 2)
+        top, left = (
+            round((length - part) * place)
+            for length, part, place in zip(label.shape, cut, places, strict=True)
+        )
+        image = F.crop_image(image, top, left, *cut)
+        label = crop_label(label, top, left, *cut)
+        if uniform(0, 1, random)[0] < 0.5:
+            image, label = image.flip(-1), label.flip(-1)
+        image = F.resize_image(image, list(self.size), antialias=True)
+        return image, resize_label(label, self.size)
+
+
+def crop_label(label: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+    """Cut a part out of a label; what lies beyond it is ignored."""
+    # Cropping fills with 0, which is a class: so ignore is made 0 for a moment.
+    shifted = F.crop_image(label[None] - IGNORE_INDEX, top, left, height, width)[0]
+    return shifted + IGNORE_INDEX
+
+
+def jittered(images: Tensor, factors: Tensor) -> Tensor:
+    """Change brightness, contrast and saturation of images, each by factors of its own.
+
+    Args:
+        images: N x 3 x H x W, uint8.
+        factors: N x 3, of brightness, contrast and saturation; 1 changes nothing.
+
+    Returns:
+        N x 3 x H x W, float32, 0 to 255.
+    """
+    brightness, contrast, saturation = factors.to(images.device).view(-1, 3, 1, 1, 1).unbind(1)
+    images = (images * brightness).clamp_(max=255)
+    mean = F.rgb_to_grayscale_image(images).mean((1, 2, 3), keepdim=True)
+    images = torch.lerp(mean, images, contrast).clamp_(0, 255)
+    return torch.lerp(F.rgb_to_grayscale_image(images), images, saturation).clamp_(0, 255)
+
+
+def uniform(low: float, high: float, random: torch.Generator, count: int = 1) -> list[float]:
+    return torch.empty(count).uniform_(low, high, generator=random).tolist()

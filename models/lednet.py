@@ -19,11 +19,12 @@ class LEDNet(nn.Module):
         num_classes: classes to tell apart, C.
         apn_channels: width of the decoder, D in the letter; 20 is the light version,
             128 the heavy one.
+        dropout: of the encoder's last stage, 0.3 as published.
     """
 
-    def __init__(self, num_classes: int = 19, apn_channels: int = 20) -> None:
+    def __init__(self, num_classes: int = 19, apn_channels: int = 20, dropout: float = 0.3) -> None:
         super().__init__()
-        self.encoder = Encoder()
+        self.encoder = Encoder(dropout)
         self.decoder = APN(self.encoder.out_channels, apn_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -53,6 +54,26 @@ class EncoderClassifier(nn.Module):
         return self.head(self.encoder(images))
 
 
+class AuxiliaryHead(nn.Module):
+    """LEDNet with a second classifier on its encoder while it trains, a head that is no part of it.
+
+    So the encoder learns from labels at its own resolution in the same run, not in one before.
+    """
+
+    def __init__(self, network: LEDNet, num_classes: int = 19) -> None:
+        super().__init__()
+        self.network = network
+        self.head = nn.Conv2d(network.encoder.out_channels, num_classes, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+        """Turn N x 3 x H x W images into logits, N x C x H x W, and in training those of the
+        encoder as well, N x C x H/8 x W/8."""
+        if not self.training:
+            return self.network(images)
+        features = self.network.encoder(images)
+        return upsample(self.network.decoder(features), images), self.head(features)
+
+
 class ImageClassifier(nn.Module):
     """The encoder under a linear head, as it is pretrained on ImageNet."""
 
@@ -73,7 +94,7 @@ class Encoder(nn.Sequential):
 
     out_channels = 128
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.3) -> None:
         super().__init__(
             # 1/2
             Downsampler(3, 32),
@@ -84,7 +105,7 @@ class Encoder(nn.Sequential):
             # 1/8
             Downsampler(64, self.out_channels),
             *(
-                SSnbt(self.out_channels, dilation, dropout=0.3)
+                SSnbt(self.out_channels, dilation, dropout)
                 for dilation in (1, 2, 5, 9, 2, 5, 9, 17)
             ),
         )

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from datasets.cityscapes import CLASS_NAMES, Cityscapes
+from datasets.cityscapes import Cityscapes
 from datasets.files import DatasetError
 from utils.cli import ArgumentParser, file_path, run
 from utils.metrics import ConfusionMatrix, mean_score
@@ -31,11 +31,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     train, val = Cityscapes(args.datadir, "train"), Cityscapes(args.datadir, "val")
+    count = len(train.classes)
     for bits in BITS:
         classes = most_frequent_classes(train, bits)
-        confusion = ConfusionMatrix(len(CLASS_NAMES))
+        confusion = ConfusionMatrix(count)
         for image, label in tqdm(val, f"val, {bits} bits", leave=False, disable=None):
-            predictions = torch.from_numpy(classes[color_index(np.asarray(image), bits)])
+            predictions = torch.from_numpy(classes[color_index(image.numpy(), bits)])
             confusion.update(predictions.long(), label.long())
         iou = confusion.class_iou()
         print(
@@ -46,8 +47,8 @@ def main() -> None:
 
 
 def color_index(image: np.ndarray, bits: int) -> np.ndarray:
-    """H x W x 3 colours as one number each, H x W, from `bits` of every channel."""
-    r, g, b = np.moveaxis(image.astype(np.int64) >> (8 - bits), -1, 0)
+    """3 x H x W colours as one number each, H x W, from `bits` of every channel."""
+    r, g, b = image.astype(np.int64) >> (8 - bits)
     return (r << 2 * bits) | (g << bits) | b
 
 
@@ -56,8 +57,8 @@ def most_frequent_classes(dataset: Cityscapes, bits: int) -> np.ndarray:
     pairs = []  # colour and class of each labelled pixel, as one number
     for image, label in tqdm(dataset, f"train, {bits} bits", leave=False, disable=None):
         train_ids = label.numpy()
-        valid = train_ids < len(CLASS_NAMES)
-        pairs.append(color_index(np.asarray(image), bits)[valid] * 32 + train_ids[valid])
+        valid = train_ids < len(dataset.classes)
+        pairs.append(color_index(image.numpy(), bits)[valid] * 32 + train_ids[valid])
     pairs, counts = np.unique(np.concatenate(pairs), return_counts=True)
     frequent = np.bincount(pairs % 32, counts).argmax()
     classes = np.full(2 ** (3 * bits), frequent, np.uint8)

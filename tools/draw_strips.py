@@ -8,15 +8,19 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from datasets.cityscapes import Cityscapes
+from datasets import DATASETS
 from datasets.files import DatasetError
-from datasets.transforms import eval_transforms
+from datasets.seeded import as_lists
+from datasets.segmentation import Classes
+from datasets.transforms import to_floats
 from utils.checkpoint import CheckpointError, load_network
 from utils.cli import ArgumentParser, UsageError, file_path, natural_int, run
+from utils.engine import evaluate
 from utils.visualize import strip
 
 
@@ -24,7 +28,7 @@ def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", type=file_path, metavar="FILE", required=True)
     parser.add_argument(
-        "--datadir", type=file_path, required=True, help="folder with leftImg8bit and gtFine"
+        "--datadir", type=file_path, required=True, help="folder of the data set it is of"
     )
     parser.add_argument("--subset", choices=("train", "val"), default="val", help="default val")
     parser.add_argument(
@@ -38,17 +42,21 @@ def main() -> None:
         raise UsageError(f"--output {args.output} exists: give a new file, or move it away")
 
     network, checkpoint = load_network(args.checkpoint)
-    mean, std, colors = (checkpoint[name] for name in ("mean", "std", "colors"))
-    transforms = eval_transforms(checkpoint["height"], mean, std)
-    dataset = Cityscapes(args.datadir, args.subset, transforms=transforms)
+    kind, classes = DATASETS[checkpoint["dataset"]], Classes.from_checkpoint(checkpoint)
+    dataset = kind(args.datadir, args.subset, classes, checkpoint["height"])
     if max(args.images) >= len(dataset):
         raise UsageError(f"--images: {args.subset} holds the images 0 to {len(dataset) - 1}")
-    strips = []
-    for index in args.images:
-        image, label = dataset[index]
-        with torch.inference_mode():
-            prediction = network(image[None]).argmax(1)[0]
-        strips.append(strip(image, prediction, label, colors, mean, std))
+    floats = to_floats(checkpoint["mean"], checkpoint["std"], torch.device("cpu"))
+    loader = DataLoader(Subset(dataset, args.images), collate_fn=as_lists)
+    strips: list[torch.Tensor] = []
+    evaluate(
+        network,
+        loader,
+        floats,
+        len(classes),
+        "drawing",
+        on_image=lambda *panels: strips.append(strip(*panels, classes.colors)),
+    )
     try:
         to_pil_image(torch.cat(strips, dim=1)).save(args.output, quality=90)
     except (OSError, ValueError) as error:

@@ -4,15 +4,18 @@ A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts:
 
     model           state_dict of LEDNet; before stage 2 of the encoder under its training head
     stage           that wrote it: 0 is pretraining by lednet_imagenet.py, 1 and 2 are main.py's
-    num_classes, class_names, colors (RGB 0-255), categories, dataset
+    dataset, num_classes, class_names, colors (RGB 0-255), categories
+    label_ids       value of each class in the label files of the data set
+    ignored_ids     values in them that are ignored
+    train_images    that it was trained on
     apn_channels    width D of the decoder, where there is one
     mean, std       that inputs in [0, 1] are normalised with, by RGB channel
     height          of the images that the network was trained on
     args            options of the training run
     epoch, best     epochs done in this stage; the best one so far and its scores
 
-and in last.pth, to resume from: optimizer, scheduler, scaler, rng; and where `model` is an average
-(EMA), `training_model`, the weights that training goes on with, and `ema_updates`.
+and in last.pth, to resume from: optimizer, scheduler, scaler, rng; `training_model`, the weights
+that training goes on with, where `model` may be an average (EMA) of `ema_updates` steps.
 """
 
 import math
@@ -36,6 +39,7 @@ DESCRIPTION = {
     "num_classes": int,
     "class_names": list,
     "colors": list,
+    "label_ids": list,
     "apn_channels": int,
     "mean": list,
     "std": list,

@@ -78,6 +78,15 @@ def positive_float(text: str) -> float:
     return _number(float, text, "a positive number", lambda value: 0 < value < float("inf"))
 
 
+def natural_float(text: str) -> float:
+    what = "a number from 0 on"
+    return _number(float, text, what, lambda value: 0 <= value < float("inf"))
+
+
+def probability(text: str) -> float:
+    return _number(float, text, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+
+
 def finite_float(text: str) -> float:
     return _number(float, text, "a number", math.isfinite)
 

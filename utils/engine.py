@@ -3,13 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from itertools import groupby
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -24,29 +24,29 @@ Batch = TypeVar("Batch")
 def train_one_epoch(
     model: nn.Module,
     loader: DataLoader,
-    loss_function: Callable[[Tensor, Tensor], Tensor],
+    prepare: Callable[..., tuple[Tensor, Tensor]],
+    loss_function: Callable[[Any, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     amp_dtype: torch.dtype | None,
     title: str,
     steps_loss: int,
     scheduler: LRScheduler | None = None,
-    prepare: Callable[[Tensor], Tensor] | None = None,
-    ema: AveragedModel | None = None,
-    on_batch: Callable[[Tensor, Tensor], None] | None = None,
+    on_step: Callable[[], None] | None = None,
+    on_batch: Callable[[Any, Tensor], None] | None = None,
     figures: Callable[[], dict[str, str]] | None = None,
 ) -> dict[str, float]:
     """Train on every batch once.
 
     Args:
-        loss_function: of logits and labels, a scalar.
+        prepare: makes of what the loader gives images and labels on the model's device.
+        loss_function: of what the model returns and the labels, a scalar.
         amp_dtype: of mixed precision, None for full precision.
         title: of the progress bar.
         steps_loss: steps between lines of progress where there is no terminal for a bar; 0: none.
         scheduler: steps with each batch.
-        prepare: makes of a batch of images, on the device, what the model takes.
-        ema: the average of the model's weights, which takes in part of them after each batch.
-        on_batch: is called with the logits and labels of each batch.
+        on_step: is called after each step, to average the weights.
+        on_batch: is called with what the model returned and the labels of each batch.
         figures: what the progress shows beside the loss.
 
     Returns:
@@ -67,27 +67,24 @@ def train_one_epoch(
         return loss | more | {"waiting for data": f"{100 * share:.0f} %"}
 
     with _progress_bar(title, len(loader.dataset)) as bar:
-        for step, (images, labels) in enumerate(waiting.through(loader), 1):
-            images = images.to(device, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
-            if prepare is not None:
-                images = prepare(images)
+        for step, batch in enumerate(waiting.through(loader), 1):
+            images, labels = prepare(*batch)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                logits = model(images)
-            loss = loss_function(logits.float(), labels)  # sums of half precision are coarse
+                outputs = model(images)
+            loss = loss_function(outputs, labels)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             if scheduler is not None:
                 scheduler.step()
-            if ema is not None:
-                ema.update_parameters(model)
+            if on_step is not None:
+                on_step()
 
             total_loss += loss.detach() * len(images)
             seen += len(images)
             if on_batch is not None:
-                on_batch(logits.detach(), labels)
+                on_batch(outputs, labels)
             bar.update(len(images))
             now = time.perf_counter()
             if bar.disable and steps_loss and step % steps_loss == 0:
@@ -152,6 +149,7 @@ class Waiting:
 def evaluate(
     model: nn.Module,
     loader: DataLoader,
+    prepare: Callable[[Tensor], Tensor],
     num_classes: int,
     title: str,
     class_weights: Tensor | None = None,
@@ -161,11 +159,13 @@ def evaluate(
     """Score a network at the labels' own resolution: its logits are upsampled, then argmax.
 
     Args:
-        loader: batches of images, N x 3 x h x w, and labels of any size, N x H x W, int64.
+        loader: batches of images, a list of 3 x h x w, and of labels, H x W, integers; each of
+            any size.
+        prepare: makes of images of one size, N x 3 x h x w, what the model takes.
         title: of the progress bar.
         class_weights: of the cross entropy, one weight a class; None: it is not computed.
-        on_image: is called for each image, in order, with the image (3 x h x w), its predicted
-            classes and its label (H x W).
+        on_image: is called for each image, in order, with the image as it was loaded, its
+            predicted classes and its label (H x W).
 
     Returns:
         The weighted cross entropy over all labelled pixels, NaN where it was not asked for, and
@@ -177,12 +177,10 @@ def evaluate(
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     with _progress_bar(title, len(loader.dataset)) as bar:
         for images, labels in loader:
-            images = images.to(device, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                batch = model(images)
             # One image at a time: a batch of 19 planes at full resolution need not fit.
-            for image, logits, label in zip(images, batch.float().split(1), labels, strict=True):
+            logits_of_each = _logits(model, images, prepare, amp_dtype)
+            for image, logits, label in zip(images, logits_of_each, labels, strict=True):
+                label = label.to(device, torch.int64, non_blocking=True)
                 logits = F.interpolate(logits, label.shape, mode="bilinear", align_corners=True)
                 prediction = logits.argmax(1)[0]
                 confusion.update(prediction, label)
@@ -203,6 +201,20 @@ def evaluate(
     return (total_loss / weights).item(), confusion
 
 
+def _logits(
+    model: nn.Module,
+    images: list[Tensor],
+    prepare: Callable[[Tensor], Tensor],
+    amp_dtype: torch.dtype | None,
+) -> Iterator[Tensor]:
+    """The logits of each image, 1 x C x h x w, float32; neighbours of one size run together."""
+    for _, same_size in groupby(images, lambda image: image.shape):
+        batch = prepare(torch.stack(list(same_size)))
+        with torch.autocast(batch.device.type, amp_dtype, enabled=amp_dtype is not None):
+            logits = model(batch)
+        yield from logits.float().split(1)
+
+
 @torch.inference_mode()
 def evaluate_classifier(
     model: nn.Module,
@@ -216,7 +228,7 @@ def evaluate_classifier(
 
     Args:
         loader: batches of images and labels, N, int64.
-        prepare: makes of a batch of images, on the device, what the model takes.
+        prepare: makes of a batch of images what the model takes.
         title: of the progress bar.
         on_batch: is called with the images as they were loaded, their logits (N x C) and labels.
 
@@ -231,7 +243,7 @@ def evaluate_classifier(
         for loaded, labels in loader:
             labels = labels.to(device, non_blocking=True)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                logits = model(prepare(loaded.to(device, non_blocking=True))).float()
+                logits = model(prepare(loaded)).float()
             total_loss += F.cross_entropy(logits, labels, reduction="sum")
             accuracy.update(logits, labels)
             if on_batch is not None:

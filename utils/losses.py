@@ -1,5 +1,6 @@
 """Class weights and the losses of training."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORE_INDEX = 255
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # of logits and labels
 
 
 def class_weights(counts: Tensor, c: float) -> Tensor:
@@ -27,11 +30,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     """Weighted mean cross entropy over the labelled pixels; 0 where there are none.
 
     Args:
-        logits: N x C x H x W, float32.
+        logits: N x C x H x W, of any precision; the loss is float32.
         labels: N x H x W, int64, 0 to C - 1 or 255 = ignore.
         weight: of each class.
     """
-    total = F.cross_entropy(logits, labels, weight, ignore_index=IGNORE_INDEX, reduction="sum")
+    total = F.cross_entropy(
+        logits.float(), labels, weight, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
     return total / _pixel_weights(labels, weight).sum().clamp_min(1e-12)
 
 
@@ -48,7 +53,9 @@ def ohem_cross_entropy(
     share `min_kept` of the labelled ones, the hardest first (Shrivastava et al., CVPR 2016).
     Arguments as in `cross_entropy`.
     """
-    losses = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none").flatten()
+    losses = F.cross_entropy(
+        logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none"
+    ).flatten()
     weights = _pixel_weights(labels, weight).flatten()
     kept = losses > -torch.log(losses.new_tensor(threshold))
     fewest = max(1, int((labels != IGNORE_INDEX).sum() * min_kept))
@@ -62,9 +69,26 @@ def ohem_cross_entropy(
 LOSSES = {"ce": cross_entropy, "ohem": ohem_cross_entropy}
 
 
-def build_loss(name: str, weight: Tensor):
+def build_loss(name: str, weight: Tensor) -> Loss:
     """The loss of that name (a key of LOSSES) as a function of logits and labels."""
     return partial(LOSSES[name], weight=weight)
+
+
+def with_auxiliary(loss: Loss, share: float) -> Callable[[tuple[Tensor, Tensor], Tensor], Tensor]:
+    """Add `share` times the loss of a second head, whose logits have a resolution of their own.
+
+    Returns:
+        A function of both heads' logits and the labels, which are made smaller for the second.
+    """
+
+    def total(outputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+        logits, auxiliary = outputs
+        # The nearest pixel to each centre, as bytes: that mode does not take int64.
+        planes = labels[:, None].to(torch.uint8)
+        smaller = F.interpolate(planes, auxiliary.shape[-2:], mode="nearest-exact")[:, 0].long()
+        return loss(logits, labels) + share * loss(auxiliary, smaller)
+
+    return total
 
 
 def _pixel_weights(labels: Tensor, weight: Tensor) -> Tensor:

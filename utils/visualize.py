@@ -21,26 +21,22 @@ def strip(
     prediction: Tensor,
     label: Tensor,
     colors: Sequence[Sequence[int]],
-    mean: Sequence[float] = (0, 0, 0),
-    std: Sequence[float] = (1, 1, 1),
     height: int = 256,
 ) -> Tensor:
     """Image, prediction and truth side by side, as a picture of at most `height` rows.
 
     Args:
-        image: 3 x h x w, normalised with mean and std.
+        image: 3 x h x w, uint8.
         prediction, label: H x W, classes; H x W need not be h x w.
 
     Returns:
         3 x height x 3 width, uint8, on the CPU.
     """
-    mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in (mean, std))
-    photo = ((image.float() * std + mean).clamp(0, 1) * 255).to(torch.uint8)
-    panels = [photo, colorize(prediction, colors), colorize(label, colors)]
+    panels = [image.cpu(), *(colorize(classes, colors).cpu() for classes in (prediction, label))]
     height = min(height, image.shape[1])
     size = height, round(image.shape[2] * height / image.shape[1])
     panels = [F.interpolate(panel[None], size, mode="nearest-exact")[0] for panel in panels]
-    return torch.cat(panels, dim=2).cpu()
+    return torch.cat(panels, dim=2)
 
 
 def captioned(image: Tensor, caption: str, right: bool) -> Tensor:

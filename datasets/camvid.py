@@ -1,0 +1,41 @@
+"""CamVid: street scenes from a driving car, 11 classes, as the authors of SegNet published them.
+
+Brostow et al., "Segmentation and Recognition Using Structure from Motion Point Clouds", ECCV
+2008; the split of 367, 101 and 233 images at 480x360 is that of Badrinarayanan et al., "SegNet",
+TPAMI 2017.
+"""
+
+import os
+from typing import ClassVar
+
+from datasets.segmentation import Classes, Segmentation, matched_files
+
+
+class CamVid(Segmentation):
+    """CamVid as <split>/<name>.png (or .jpg) and <split>annot/<name>.png; 11 = unlabelled."""
+
+    CLASSES = Classes(
+        names=[
+            *("Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence"),
+            *("Car", "Pedestrian", "Bicyclist"),
+        ],
+        colors=[
+            *((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222)),
+            *((128, 128, 0), (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0)),
+            (0, 128, 192),
+        ],
+        label_ids=range(11),
+        ignored_ids=[11],
+    )
+    SPLITS = ("train", "val", "trainval", "test")
+    TRAIN_ON: ClassVar = {"train": ["train"], "trainval": ["trainval"]}
+
+    def files(self) -> list[tuple[str, str | None]]:
+        parts = ("train", "val") if self.split == "trainval" else (self.split,)
+        return [
+            pair
+            for part in parts
+            for pair in matched_files(
+                os.path.join(self.root, part), os.path.join(self.root, f"{part}annot")
+            )
+        ]

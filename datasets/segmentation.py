@@ -1,0 +1,236 @@
+"""What a data set of segmentation is: its classes, and pairs of image and label files."""
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from datasets.files import (
+    IGNORE_INDEX,
+    DatasetError,
+    check_sizes,
+    read_image,
+    read_label,
+)
+
+# Marks, in the table from label ids to trainIds, the ids that a data set does not have.
+UNKNOWN = 254
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a data set, in the order of their trainIds 0, 1, 2, ...
+
+    Attributes:
+        names, colors: of each class; RGB, 0 to 255.
+        label_ids: the value of each class in the label files, 0 to 255.
+        ignored_ids: values of pixels that are neither trained on nor scored, beside 255.
+        categories: the group of each class, for scores by group; empty where there are none.
+    """
+
+    names: Sequence[str]
+    colors: Sequence[Sequence[int]]
+    label_ids: Sequence[int]
+    ignored_ids: Collection[int] = ()
+    categories: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to_train_ids(self) -> np.ndarray:
+        """The trainId of each label id, 256 of uint8: 255 = ignore, UNKNOWN = no such id."""
+        table = np.full(256, UNKNOWN, np.uint8)
+        table[[IGNORE_INDEX, *self.ignored_ids]] = IGNORE_INDEX
+        table[list(self.label_ids)] = range(len(self))
+        return table
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """What a checkpoint says of the classes; `from_checkpoint` reads it."""
+        return {
+            "num_classes": len(self),
+            "class_names": list(self.names),
+            "colors": [list(color) for color in self.colors],
+            "label_ids": list(self.label_ids),
+            "ignored_ids": sorted(self.ignored_ids),
+            "categories": list(self.categories),
+        }
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> "Classes":
+        return cls(
+            checkpoint["class_names"],
+            checkpoint["colors"],
+            checkpoint["label_ids"],
+            checkpoint.get("ignored_ids", ()),
+            checkpoint.get("categories", ()),
+        )
+
+
+class Segmentation(Dataset):
+    """Pairs of image and trainId label of one split, in the order of their file names.
+
+    A data set derives from it, says its CLASSES, SPLITS and TRAIN_ON, and lists its `files`.
+    An item is the image, 3 x H x W, uint8, RGB, and the label, H x W, uint8, trainIds with 255 =
+    ignore: every pixel of it where the split has no labels.
+
+    Args:
+        root: folder of the data set.
+        split: one of SPLITS.
+        classes: instead of CLASSES.
+        height: that images are resized to, in proportion; None: as they are.
+        resize_labels: labels are resized with their images; else they keep their own size.
+
+    Raises:
+        DatasetError: folders or files are missing.
+    """
+
+    CLASSES: ClassVar[Classes | None] = None
+    SPLITS: ClassVar[Sequence[str]] = ("train", "val", "test")
+    # What can be trained on, by name, the default first: the splits that belong to each.
+    TRAIN_ON: ClassVar[Mapping[str, Sequence[str]]] = {
+        "train": ["train"],
+        "trainval": ["train", "val"],
+    }
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        split: str = "train",
+        classes: Classes | None = None,
+        height: int | None = None,
+        resize_labels: bool = True,
+    ) -> None:
+        if split not in self.SPLITS:
+            raise ValueError(f"split is {split!r}, not one of {', '.join(self.SPLITS)}")
+        self.root, self.split = os.fspath(root), split
+        self.classes = classes or self.CLASSES
+        self.height, self.resize_labels = height, resize_labels
+        if not os.path.isdir(self.root):
+            raise DatasetError(f"{self.root} does not exist: give the folder of the data set")
+        self.pairs = self.files()
+        self._to_train_ids = self.classes.to_train_ids()
+
+    def files(self) -> list[tuple[str, str | None]]:
+        """The paths of each image and its label, None where the split has no labels."""
+        raise NotImplementedError
+
+    def result_name(self, index: int) -> str:
+        """Where the predicted label map of an image belongs, in a folder of results."""
+        return f"{Path(self.pairs[index][0]).stem}.png"
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        path, label_path = self.pairs[index]
+        image = read_image(path)
+        if label_path is None:
+            train_ids = np.full(image.size[::-1], IGNORE_INDEX, np.uint8)
+        else:
+            train_ids = self.read_train_ids(index)
+            check_sizes(label_path, train_ids.shape[::-1], image.size)
+        label = torch.from_numpy(train_ids)
+        if self.height is not None:
+            size = resized_size(image.height, image.width, self.height)
+            image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+            if self.resize_labels:
+                label = resize_label(label, size)
+        return F.pil_to_tensor(image), label
+
+    def read_train_ids(self, index: int) -> np.ndarray:
+        """Read one label map as trainIds at its full size, H x W, uint8, 255 = ignore.
+
+        Raises:
+            DatasetError: the file cannot be read or holds an id that the data set does not have.
+        """
+        path = self.pairs[index][1]
+        label_ids = read_label(path)
+        train_ids = self._to_train_ids[label_ids]
+        if (train_ids == UNKNOWN).any():
+            values = np.unique(label_ids[train_ids == UNKNOWN]).tolist()
+            known = sorted({*self.classes.label_ids, *self.classes.ignored_ids})
+            raise DatasetError(
+                f"{path} holds the label id {', '.join(map(str, values[:5]))}, which is no class "
+                f"of this data set: its label ids are {ranges(known)}, and 255 is ignored"
+            )
+        return train_ids
+
+
+def write_label(path: str | os.PathLike, prediction: Tensor, classes: Classes) -> None:
+    """Write predicted trainIds, H x W, as a PNG of the data set's own label ids."""
+    to_label_ids = np.array(classes.label_ids, np.uint8)
+    Image.fromarray(to_label_ids[prediction.to("cpu", torch.uint8).numpy()]).save(path)
+
+
+def matched_files(
+    images: str | os.PathLike, labels: str | os.PathLike | None
+) -> list[tuple[str, str | None]]:
+    """Pair the PNG and JPEG files of a folder with the PNGs of another by their stems, sorted.
+
+    Args:
+        labels: None where there are no labels.
+
+    Raises:
+        DatasetError: a folder is missing, holds no image, or an image has no label or a twin.
+    """
+    for folder in (images, labels):
+        if folder is not None and not os.path.isdir(folder):
+            raise DatasetError(f"{folder} does not exist: it must hold the files of this split")
+    found: dict[str, str] = {}
+    for name in sorted(os.listdir(images)):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
+            continue
+        if stem in found:
+            raise DatasetError(f"{images} holds {stem} twice, as PNG and JPEG: remove one of them")
+        found[stem] = os.path.join(images, name)
+    if not found:
+        raise DatasetError(f"{images} holds no PNG or JPEG images: unpack the data set there")
+    if labels is None:
+        return [(path, None) for path in found.values()]
+    pairs = [(path, os.path.join(labels, f"{stem}.png")) for stem, path in found.items()]
+    missing = [label for _, label in pairs if not os.path.isfile(label)]
+    if missing:
+        raise DatasetError(
+            f"{len(missing)} of {len(pairs)} images of {images} have no label, first missing: "
+            f"{missing[0]}; unpack the labels again or remove the image"
+        )
+    return pairs
+
+
+def resized_size(height: int, width: int, new_height: int) -> tuple[int, int]:
+    """Height and width of an image after its height was changed in proportion."""
+    new_height = max(1, new_height)
+    return new_height, max(1, round(width * new_height / height))
+
+
+def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize labels, ... x H x W, to the nearest pixel of each centre; no new value appears.
+
+    v2.Resize would take the top-left pixel of each block and shift the label against its image.
+    """
+    planes = label.unsqueeze(-3)
+    nearest = InterpolationMode.NEAREST_EXACT
+    return F.resize_image(planes, list(size), interpolation=nearest).squeeze(-3)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in few words: [0, 1, 2, 5] is "0 to 2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
