@@ -35,6 +35,7 @@ from utils.cli import (
     ArgumentParser,
     UsageError,
     file_path,
+    make_results_folder,
     natural_int,
     pick_device,
     positive_int,
@@ -131,7 +132,7 @@ def main() -> None:
             f"--height {height} makes images of {size[1]}x{size[0]}: LEDNet needs 64x64"
         )
     if args.save_results:
-        make_results_folder(Path(args.save_results))
+        make_results_folder(Path(args.save_results), "--save-results")
 
     if args.datadir:
         figures |= {"datadir": args.datadir, "subset": args.subset, "images": len(dataset)}
@@ -250,18 +251,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def make_results_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        used = any(folder.iterdir())
-    except OSError as error:
-        raise UsageError(
-            f"--save-results {folder} cannot be made ({error.strerror}): give a new folder"
-        ) from error
-    if used:
-        raise UsageError(f"{folder} is not empty: give --save-results a new folder")
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:

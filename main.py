@@ -70,7 +70,7 @@ from utils.cli import (
 from utils.engine import evaluate, train_one_epoch
 from utils.losses import LOSSES, build_loss, class_weights, with_auxiliary
 from utils.metrics import ConfusionMatrix, mean_score
-from utils.recipe import OPTIMIZERS, SCHEDULES, ema_of
+from utils.recipe import OPTIMIZERS, PAPER, PRESETS, SCHEDULES, WEIGHT_C, ema_of
 from utils.run import (
     BEST,
     COUNTS,
@@ -93,80 +93,9 @@ from utils.visualize import score_table, strip
 
 EMBEDDED = Path("data/synthetic")
 
-# What an option is when the command line does not say: the recipes, by name.
-PAPER = {
-    "height": 512,
-    "augment": "paper",
-    "crop": None,
-    "scale": [0.5, 2.0],
-    "jitter": 0.4,
-    "cache": "off",
-    "encoder_epochs": 300,
-    "epochs": 300,
-    "batch_size": 5,
-    "optimizer": "adam",
-    "lr": 5e-4,
-    "weight_decay": 1e-4,
-    "schedule": "poly",
-    "loss": "ce",
-    "class_weights": "paper",
-    "aux_weight": 0.0,
-    "dropout": 0.3,
-    "ema": False,
-    "val_every": 1,
-}
-# In one stage, with a loss on the encoder beside that on the whole network.
-ONE_STAGE = {
-    "encoder_epochs": 0,
-    "augment": "strong",
-    "cache": "ram",
-    "optimizer": "adamw",
-    "weight_decay": 0.01,
-    "schedule": "onecycle",
-    "aux_weight": 0.4,
-    "ema": True,
-}
-PRESETS = {
-    "paper": PAPER,
-    "quick": PAPER
-    | {
-        "height": 160,
-        "encoder_epochs": 3,
-        "epochs": 13,
-        "batch_size": 4,
-        "lr": 2e-3,
-        "val_every": 5,
-    },
-    "cityscapes": PAPER
-    | ONE_STAGE
-    | {
-        "height": 1024,
-        "crop": [1024, 1024],
-        "epochs": 800,
-        "batch_size": 12,
-        "lr": 1e-3,
-        "loss": "ohem",
-        "val_every": 5,
-    },
-    "camvid": PAPER
-    | ONE_STAGE
-    | {
-        "height": 360,
-        "crop": [240, 320],
-        "scale": [0.67, 1.5],
-        "epochs": 100,
-        "batch_size": 8,
-        "lr": 2e-3,
-        "dropout": 0.1,
-        "val_every": 5,
-    },
-}
-
 # Mean and std of images that are trained on as they are, in [0, 1].
 NOT_NORMALISED = ([0.0] * 3, [1.0] * 3)
 
-# Of the class weights 1 / ln(c + p), by stage.
-WEIGHT_C = {1: 1.20, 2: 1.10}
 # Labels of stage 1 have the encoder's resolution.
 LABEL_STRIDE = {1: 8, 2: 1}
 
@@ -185,15 +114,19 @@ def parse_args() -> argparse.Namespace:
         """The default of an option, which its preset says."""
 
         def shown(value: Any) -> str:
+            if isinstance(value, bool):
+                return "on" if value else "off"
             if isinstance(value, list):
-                return "x".join(map(str, value))
-            return {None: "none", True: "on", False: "off"}.get(value, str(value))
+                return " ".join(map(str, value))
+            return "none" if value is None else str(value)
 
-        values = {preset: shown(values[name]) for preset, values in PRESETS.items()}
-        if len(set(values.values())) == 1:
-            return f"default {values['paper']}"
-        others = [f"{preset} {value}" for preset, value in values.items() if preset != "paper"]
-        return f"default {values['paper']}; by preset: {', '.join(others)}"
+        default = shown(PAPER[name])
+        others = ", ".join(
+            f"{preset} {shown(values[name])}"
+            for preset, values in PRESETS.items()
+            if values[name] != PAPER[name]
+        )
+        return f"default {default}" + (f", by preset: {others}" if others else "")
 
     parser.add_argument(
         "--preset",
@@ -323,10 +256,12 @@ def parse_args() -> argparse.Namespace:
         help=f"cross entropy, over all pixels or the hard ones; {by_preset('loss')}",
     )
     recipe.add_argument(
-        "--class-weights",
-        choices=("paper", "off"),
-        help="paper: rare classes weigh more, by 1 / ln(c + share of pixels); "
-        + by_preset("class_weights"),
+        "--weight-c",
+        type=natural_float,
+        metavar="C",
+        help="rare classes weigh more, by 1 / ln(C + share of pixels), the smaller the stronger; "
+        f"0: all weigh the same; default "
+        f"{WEIGHT_C[1]} in stage 1 and {WEIGHT_C[2]} in stage 2, as published",
     )
     recipe.add_argument(
         "--aux-weight",
@@ -400,6 +335,8 @@ def settle(args: argparse.Namespace) -> None:
         raise UsageError(f"--crop {args.crop[0]} {args.crop[1]} is too small: LEDNet needs 64x64")
     if args.scale[0] > args.scale[1]:
         raise UsageError(f"--scale {args.scale[0]} {args.scale[1]}: give the smaller one first")
+    if args.weight_c is not None and 0 < args.weight_c <= 1:
+        raise UsageError(f"--weight-c {args.weight_c}: give a number above 1, or 0")
     if args.batch_size == 1:
         raise UsageError(
             "--batch-size 1 cannot train: batch norm on the pooled 1x1 plane needs 2 images"
@@ -647,9 +584,8 @@ def train_stage(
     jitter = args.jitter if args.augment == "strong" else 0.0
     prepare = Augment(this.augment, this.floats, this.device, jitter, LABEL_STRIDE[stage])
 
-    weights = torch.ones(len(names))
-    if args.class_weights == "paper":
-        weights = class_weights(this.counts, WEIGHT_C[stage])
+    c = WEIGHT_C[stage] if args.weight_c is None else args.weight_c
+    weights = class_weights(this.counts, c) if c else torch.ones(len(names))
     weights = weights.to(this.device)
     loss_function: Callable = build_loss(args.loss, weights)
     if model is not network and stage == 2:

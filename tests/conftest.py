@@ -6,11 +6,13 @@ import runpy
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 # On the CPU, where results are exact: tools/measure_gpu.sh is what tries a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -41,6 +43,68 @@ def cityscapes(tmp_path_factory) -> Path:
 def cityscapes_copy(cityscapes, tmp_path) -> Path:
     """A copy of the drawn data set, to be damaged."""
     return Path(shutil.copytree(cityscapes, tmp_path / "cityscapes"))
+
+
+def write_pair(
+    image: Path, label: Path, size: tuple[int, int], values: Sequence[int], seed: int
+) -> None:
+    """Draw blocks of some label values, each value in a colour of its own, under noise."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.choice(values, [-(-length // 24) for length in size])
+    ids = np.kron(blocks, np.ones((24, 24), int))[: size[0], : size[1]]
+    colors = np.random.default_rng(0).integers(40, 216, (256, 3))
+    pixels = (colors[ids] + rng.normal(0, 8, (*size, 3))).clip(0, 255)
+    for path, array in ((image, pixels), (label, ids)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array.astype(np.uint8)).save(path)
+
+
+@pytest.fixture(scope="session")
+def camvid(tmp_path_factory) -> Path:
+    """Drawn images of 96x72, PNGs and JPEGs, in the layout of CamVid; not to be changed."""
+    root = tmp_path_factory.mktemp("data") / "camvid"
+    for place, (split, count) in enumerate({"train": 6, "val": 3, "test": 2}.items()):
+        for number in range(count):
+            stem = f"000{place}TP_{number:06d}"
+            image = root / split / (stem + (".jpg" if number == 1 else ".png"))
+            label = root / f"{split}annot" / f"{stem}.png"
+            write_pair(image, label, (72, 96), range(12), seed=10 * place + number)
+    return root
+
+
+@pytest.fixture
+def camvid_copy(camvid, tmp_path) -> Path:
+    """A copy of the drawn CamVid, to be damaged."""
+    return Path(shutil.copytree(camvid, tmp_path / "camvid"))
+
+
+FIELDS = """# what grows, and what does not
+grass 90 160 60
+water, 0, 80, 200   # ponds too
+ignore
+
+dirt road
+"""
+FIELD_SIZES = {"train": [(72, 96), (90, 80), (100, 160), (64, 64)], "val": [(72, 96), (96, 72)]}
+
+
+@pytest.fixture(scope="session")
+def fields(tmp_path_factory) -> Path:
+    """A folder of images of several sizes, with its classes.txt; not to be changed."""
+    root = tmp_path_factory.mktemp("data") / "fields"
+    for place, (split, sizes) in enumerate(FIELD_SIZES.items()):
+        for number, size in enumerate(sizes):
+            image = root / "images" / split / f"{number}{'.jpg' if number == 1 else '.png'}"
+            label = root / "labels" / split / f"{number}.png"
+            write_pair(image, label, size, range(4), seed=10 * place + number)
+    (root / "classes.txt").write_text(FIELDS)
+    return root
+
+
+@pytest.fixture
+def fields_copy(fields, tmp_path) -> Path:
+    """A copy of that folder, to be damaged."""
+    return Path(shutil.copytree(fields, tmp_path / "fields"))
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ def describe(network: LEDNet, num_classes: int = 3, apn_channels: int = 4) -> di
         "colors": [[n, 0, 0] for n in range(num_classes)],
         "num_classes": num_classes,
         "class_names": [f"class {n}" for n in range(num_classes)],
+        "label_ids": list(range(num_classes)),
         "apn_channels": apn_channels,
         "height": 64,
         "mean": [0.0] * 3,
@@ -123,7 +124,7 @@ def test_an_encoder_is_no_network(network, tmp_path, stage):
         load_network(tmp_path / "one.pth")
 
 
-@pytest.mark.parametrize(("key", "value"), [("mean", None), ("num_classes", "three")])
+@pytest.mark.parametrize(("key", "value"), [("mean", None), ("num_classes", "three"), ("label_ids", None)])
 def test_a_description_that_lacks_something(network, tmp_path, key, value):
     save_checkpoint(describe(network) | {key: value}, tmp_path / "odd.pth")
     with pytest.raises(CheckpointError, match=f"does not say its {key}"):

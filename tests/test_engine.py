@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
+from datasets.seeded import as_lists
 from utils.engine import Waiting, evaluate, evaluate_classifier, train_one_epoch
 from utils.losses import build_loss
 from utils.metrics import ConfusionMatrix
@@ -30,6 +31,18 @@ class Pixels(torch.utils.data.Dataset):
         return self.images[index], self.labels[index]
 
 
+def as_it_is(images: torch.Tensor) -> torch.Tensor:
+    return images
+
+
+def as_they_are(*batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return batch
+
+
+def in_lists(data: torch.utils.data.Dataset, batch_size: int = 2) -> DataLoader:
+    return DataLoader(data, batch_size=batch_size, collate_fn=as_lists)
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)
@@ -43,7 +56,8 @@ def test_evaluate_scores_at_the_labels_resolution(model, batch_size):
     seen = []
     loss, confusion = evaluate(
         model,
-        DataLoader(data, batch_size=batch_size),
+        in_lists(data, batch_size),
+        as_it_is,
         4,
         "",
         weight,
@@ -69,10 +83,42 @@ def test_evaluate_scores_at_the_labels_resolution(model, batch_size):
 
 
 def test_evaluate_scores_without_a_loss(model):
-    loader = DataLoader(Pixels(3, (16, 24)), batch_size=2)
-    loss, confusion = evaluate(model, loader, 4, "")
+    loader = in_lists(Pixels(3, (16, 24)))
+    loss, confusion = evaluate(model, loader, as_it_is, 4, "")
     assert math.isnan(loss)
-    assert torch.equal(confusion.counts, evaluate(model, loader, 4, "", torch.ones(4))[1].counts)
+    weighted = evaluate(model, loader, as_it_is, 4, "", torch.ones(4))[1]
+    assert torch.equal(confusion.counts, weighted.counts)
+
+
+def test_evaluate_runs_neighbours_of_one_size_together(model):
+    """Each is prepared and scored as it would be alone; labels of bytes will do."""
+    sizes = [(16, 24), (16, 24), (20, 24), (16, 24), (8, 8)]
+    torch.manual_seed(1)
+    items = [
+        (
+            torch.randint(256, (3, *size), dtype=torch.uint8),
+            torch.randint(4, (30, 40), dtype=torch.uint8),
+        )
+        for size in sizes
+    ]
+    batches, seen = [], []
+
+    def prepare(images):
+        batches.append(tuple(images.shape))
+        return images.float() / 255
+
+    _, together = evaluate(
+        model, in_lists(items, 5), prepare, 4, "", on_image=lambda *panels: seen.append(panels)
+    )
+    assert batches == [(2, 3, 16, 24), (1, 3, 20, 24), (1, 3, 16, 24), (1, 3, 8, 8)]
+    assert together.counts.sum() == 5 * 30 * 40
+    for (image, label), (image_seen, prediction, label_seen) in zip(items, seen, strict=True):
+        assert image_seen is image and torch.equal(label_seen, label)
+        with torch.no_grad():
+            logits = F.interpolate(
+                model(image[None] / 255), (30, 40), mode="bilinear", align_corners=True
+            )
+        assert (logits.argmax(1)[0] == prediction).float().mean() > 0.99
 
 
 def train(model, data, dtype=None, confusion=None, batch_size=2):
@@ -84,6 +130,7 @@ def train(model, data, dtype=None, confusion=None, batch_size=2):
     figures = train_one_epoch(
         model,
         loader,
+        as_they_are,
         loss,
         optimizer,
         scaler,
@@ -133,8 +180,7 @@ def test_mixed_precision_on_cpu(model):
     figures, _ = train(model, data, torch.bfloat16)
     assert 0 < figures["train_loss"] < 10
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    loader = DataLoader(data, batch_size=2)
-    loss, _ = evaluate(model, loader, 4, "", torch.ones(4), torch.bfloat16)
+    loss, _ = evaluate(model, in_lists(data), as_it_is, 4, "", torch.ones(4), torch.bfloat16)
     assert 0 < loss < 10
 
 
@@ -149,7 +195,8 @@ def test_scaled_gradients_train_as_plain_ones():
         scaler = torch.amp.GradScaler("cpu", enabled=enabled)
         loader = DataLoader(Pixels(4, (16, 24)), batch_size=2)
         loss = build_loss("ce", torch.ones(4))
-        train_one_epoch(model, loader, loss, optimizer, scaler, None, "", 0, scheduler=scheduler)
+        recipe = (as_they_are, loss, optimizer, scaler, None)
+        train_one_epoch(model, loader, *recipe, "", 0, scheduler=scheduler)
         return model.weight, scaler.state_dict()
 
     (scaled, state), (plain, nothing) = trained(True), trained(False)
@@ -169,7 +216,7 @@ def test_without_a_schedule_the_rate_stays(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     loader, loss = DataLoader(Pixels(4, (16, 24)), batch_size=2), build_loss("ce", torch.ones(4))
-    train_one_epoch(model, loader, loss, optimizer, scaler, None, "", 0)
+    train_one_epoch(model, loader, as_they_are, loss, optimizer, scaler, None, "", 0)
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
@@ -198,35 +245,64 @@ def test_a_classifier_is_scored_by_hand(batch_size):
     assert torch.equal(torch.cat(seen), data.tensors[0]) and not model.training
 
 
-def test_training_prepares_images_and_averages_weights():
+def test_training_prepares_batches_and_calls_after_each_step():
     data, prepare = linear_classifier()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 3))
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    weights, prepared = [], []
+    weights, given, counted = [], [], []
 
-    def keep(images):
-        prepared.append(prepare(images))
-        return prepared[-1]
+    def keep(images, labels):
+        given.append((images, labels))
+        return prepare(images), 2 - labels
 
     train_one_epoch(
         model,
         DataLoader(data, batch_size=2),
+        keep,
         nn.CrossEntropyLoss(),
         optimizer,
         scaler,
         None,
         "",
         0,
-        prepare=keep,
-        ema=ema,
-        on_batch=lambda logits, labels: weights.append(model[1].weight.detach().clone()),
+        on_step=lambda: (
+            weights.append(model[1].weight.detach().clone()),
+            ema.update_parameters(model),
+        ),
+        on_batch=lambda logits, labels: counted.append((logits.shape, labels)),
     )
-    assert [images.dtype for images in prepared] == [torch.float32] * 2
+    assert torch.equal(torch.cat([images for images, _ in given]), data.tensors[0])
+    # What is trained on and counted is what was prepared.
+    assert torch.equal(torch.cat([labels for _, labels in counted]), 2 - data.tensors[1])
+    assert [shape for shape, _ in counted] == [(2, 3), (2, 3)]
     assert not torch.equal(*weights)
     assert torch.allclose(ema.module[1].weight, (weights[0] + weights[1]) / 2)
+
+
+def test_a_loss_gets_whatever_the_model_returns():
+    class TwoHeads(nn.Conv2d):
+        def forward(self, images):
+            return super().forward(images), images.mean()
+
+    model, seen = TwoHeads(3, 4, 1), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    figures = train_one_epoch(
+        model,
+        DataLoader(Pixels(2, (16, 24)), batch_size=2),
+        as_they_are,
+        lambda outputs, labels: outputs[0].square().mean() + 3,
+        optimizer,
+        scaler,
+        None,
+        "",
+        0,
+        on_batch=lambda outputs, labels: seen.append(type(outputs)),
+    )
+    assert figures["train_loss"] > 3 and seen == [tuple]
 
 
 def test_waiting_is_the_time_until_each_batch():
@@ -282,17 +358,3 @@ def test_on_a_gpu_its_own_clock_tells_the_waiting(monkeypatch):
     waiting = Waiting(torch.device("cuda"))
     assert list(waiting.through("ab")) == ["a", "b"]
     assert waiting.seconds() == 2 and waiting.seconds() == 2
-
-
-def test_the_loss_is_summed_in_full_precision(model):
-    seen = []
-
-    def loss(logits, labels):
-        seen.append(logits.dtype)
-        return logits.mean()
-
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loader = DataLoader(Pixels(2, (16, 24)), batch_size=2)
-    train_one_epoch(model, loader, loss, optimizer, scaler, torch.bfloat16, "", 0)
-    assert seen == [torch.float32]

@@ -11,10 +11,10 @@ from datasets.imagenet import (
     STD,
     CropLoader,
     ImageFolder,
-    normalize,
     training_images,
     validation_images,
 )
+from datasets.transforms import to_floats
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_augmentation_follows_the_recipe(folder):
 
 def test_images_are_normalised_with_the_figures_of_imagenet():
     images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
-    normalised = normalize(MEAN, STD)(images)
+    normalised = to_floats(MEAN, STD, torch.device("cpu"))(images)
     expected = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
     assert normalised.dtype == torch.float32 and normalised.shape == (2, 3, 4, 4)
     for channel, value in enumerate(expected):

@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from models.lednet import (
     APN,
+    AuxiliaryHead,
     Downsampler,
     Encoder,
     EncoderClassifier,
@@ -85,6 +86,9 @@ def test_every_parameter_gets_a_finite_gradient():
 def test_dropout_follows_the_stages():
     rates = [block.left[-1].p for block in Encoder() if isinstance(block, SSnbt)]
     assert rates == [0.03] * 5 + [0.3] * 8
+    encoder = LEDNet(dropout=0.1).encoder
+    rates = [block.right[-1].p for block in encoder if isinstance(block, SSnbt)]
+    assert rates == [0.03] * 5 + [0.1] * 8
     dilations = [block.right[5].dilation[0] for block in Encoder() if isinstance(block, SSnbt)]
     assert max(dilations) == 17 and dilations[5:] == [1, 2, 5, 9, 2, 5, 9, 17]
 
@@ -107,6 +111,31 @@ def test_block_keeps_shape_and_shuffles_the_halves():
 def test_stage_1_head_works_at_an_eighth():
     model = EncoderClassifier(Encoder(), 5)
     assert model(torch.rand(2, 3, 72, 100)).shape == (2, 5, 9, 13)
+
+
+def test_a_second_head_trains_beside_the_network_and_is_no_part_of_it():
+    network = LEDNet(5, 4, dropout=0.1)
+    own, images = network.state_dict().keys(), torch.rand(2, 3, 72, 100)
+    model = AuxiliaryHead(network, 5)
+    logits, auxiliary = model.train()(images)
+    assert logits.shape == (2, 5, 72, 100) and auxiliary.shape == (2, 5, 9, 13)
+    assert network.state_dict().keys() == own
+    assert count_parameters(model) == count_parameters(network) + 5 * 128 + 5
+    (auxiliary.square().mean() + logits.square().mean()).backward()
+    assert model.head.weight.grad.abs().sum() > 0
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(images), network(images))
+
+
+def test_a_second_head_sees_the_features_of_the_network():
+    network = LEDNet(5, 4)
+    model, images = AuxiliaryHead(network, 5).train(), torch.rand(2, 3, 64, 64)
+    torch.manual_seed(0)  # of dropout
+    logits, auxiliary = model(images)
+    torch.manual_seed(0)
+    assert torch.equal(logits, network(images))
+    torch.manual_seed(0)
+    assert torch.equal(auxiliary, model.head(network.encoder(images)))
 
 
 def test_attention_multiplies_and_context_is_added():

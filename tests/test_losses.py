@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from utils.losses import build_loss, class_weights, cross_entropy, ohem_cross_entropy
+from utils.losses import (
+    build_loss,
+    class_weights,
+    cross_entropy,
+    ohem_cross_entropy,
+    with_auxiliary,
+)
 
 
 def test_class_weights_of_cityscapes():
@@ -77,3 +83,34 @@ def test_ohem_weighs_the_classes():
     weight = torch.tensor([1.0, 3.0])
     loss = ohem_cross_entropy(logits, labels, weight, threshold=1.0)
     assert torch.allclose(loss, F.cross_entropy(logits, labels, weight))
+
+
+@pytest.mark.parametrize("name", ["ce", "ohem"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_are_summed_in_full_precision(batch, name, dtype):
+    logits, labels, weight = batch
+    coarse, loss = logits.detach().to(dtype), build_loss(name, weight)
+    assert loss(coarse, labels).dtype == torch.float32
+    assert torch.equal(loss(coarse, labels), loss(coarse.float(), labels))
+
+
+@pytest.mark.parametrize("name", ["ce", "ohem"])
+def test_a_second_head_adds_a_share_of_its_loss(batch, name):
+    logits, labels, weight = batch
+    auxiliary = torch.randn(2, 4, 3, 3, requires_grad=True)
+    loss = build_loss(name, weight)
+    total = with_auxiliary(loss, 0.4)((logits, auxiliary), labels)
+    # Of 6 x 5 pixels those at the centres of 3 x 3: rows 1, 3, 5 and columns 0, 2, 4.
+    smaller = labels[:, 1::2, ::2]
+    assert smaller.shape == (2, 3, 3) and (smaller == 255).any()
+    assert torch.allclose(total, loss(logits, labels) + 0.4 * loss(auxiliary, smaller))
+    total.backward()
+    assert logits.grad.abs().sum() > 0 and auxiliary.grad.abs().sum() > 0
+    assert (auxiliary.grad[(smaller == 255)[:, None].expand_as(auxiliary)] == 0).all()
+
+
+def test_a_second_head_without_a_share_adds_nothing(batch):
+    logits, labels, weight = batch
+    loss = build_loss("ce", weight)
+    total = with_auxiliary(loss, 0.0)((logits, torch.randn(2, 4, 3, 3)), labels)
+    assert torch.equal(total, loss(logits, labels))

@@ -1,7 +1,6 @@
 import json
 import re
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,15 +10,18 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import datasets.synthetic
-import datasets.transforms
 import utils.checkpoint
 import utils.engine
 import utils.losses
-from datasets.cityscapes import training_parts
+from datasets.cityscapes import Cityscapes
 from datasets.statistics import count_pixels
+from datasets.transforms import Paper, Strong
+from models.lednet import LEDNet
 from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.losses import class_weights
 from utils.metrics import ConfusionMatrix
+from utils.recipe import PRESETS
+from utils.speed import count_parameters
 
 # What a run leaves and says
 
@@ -41,6 +43,7 @@ def test_a_run_leaves_what_it_promises(trained, cityscapes):
     _, best = load_network(trained / "best.pth")
     assert best["num_classes"] == 19 and best["class_names"][0] == "road"
     assert best["colors"][0] == [128, 64, 128] and best["categories"][0] == "flat"
+    assert best["label_ids"][:2] == [7, 8] and best["train_images"] == 6
     assert best["mean"] == [0, 0, 0] and best["std"] == [1, 1, 1] and best["height"] == 64
     assert best["dataset"] == "cityscapes" and best["epoch"] == 1 and best["args"] == args
     assert best["best"]["miou"] == pytest.approx(float(rows[1]["val_miou"]))
@@ -75,7 +78,9 @@ def test_a_run_says_what_it_does_and_what_comes_next(script, cityscapes, tmp_pat
     result = script("main.py", *argv)
     assert result.status == 0
     assert "LEDNet, D = 20: 951,835 parameters, on c" in result.out
-    assert "6 gtFine/train images to train on, 3 to validate" in result.out
+    assert "6 of train to train on, 3 of val to validate, 19 classes" in result.out
+    assert "images: 128x64, in batches of 2, by 0 workers; 0 epochs of stage 1, 1 of" in result.out
+    assert "val is trained on" not in result.out
     assert "output: save/a" in result.out
     assert "stage 2 epoch 1/1: train loss" in result.out and "stage 1 epoch" not in result.out
     assert "--checkpoint save/a/best.pth" in result.out
@@ -92,19 +97,27 @@ def test_the_embedded_default_is_drawn_once(script, tmp_path, monkeypatch):
     argv = ("--num-epochs", 1, "--workers", 0, "--decoder", "--height", 64)
     first = script("main.py", *argv, "--savedir", "a")
     assert first.status == 0 and "drawing street scenes into data/synthetic" in first.out
-    assert "2 gtFine/train images" in first.out
+    assert "2 of train to train on" in first.out
     made = (tmp_path / "data/synthetic").stat().st_mtime_ns
     second = script("main.py", *argv, "--savedir", "b")
     assert second.status == 0 and "drawing" not in second.out
     assert (tmp_path / "data/synthetic").stat().st_mtime_ns == made
-    assert json.loads((tmp_path / "save/b/args.json").read_text())["lr"] != 5e-4
+    args = json.loads((tmp_path / "save/b/args.json").read_text())
+    assert args["preset"] == "quick" and args["lr"] != 5e-4 and args["dataset"] == "synthetic"
 
 
 def test_help_shows_defaults(script):
     result = script("main.py", "--help")
     assert result.status == 0
-    for text in ("--apn-channels", "--D", "default 512", "default 0.0005", "default fine"):
-        assert text in result.out
+    shown = " ".join(result.out.split())
+    for text in (
+        "--apn-channels",
+        "--D",
+        "default 512",
+        "default 0.0005",
+        "cityscapes: fine, coar",
+    ):
+        assert text in shown
 
 
 def test_options_of_the_original_code(script, cityscapes, tmp_path):
@@ -130,27 +143,40 @@ def test_a_last_batch_of_one_is_dropped(script, cityscapes, tmp_path):
 
 # Resuming
 
-RECIPE = ("--encoder-epochs", 2, "--epochs", 2, "--batch-size", 2, "--workers", 1, "--D", 4)
-RECIPE += ("--augment", "strong")
+EVERY = ("--height", 64, "--batch-size", 2, "--workers", 1, "--D", 4, "--augment", "strong")
+RECIPES = {
+    "two stages": (*EVERY, "--encoder-epochs", 2, "--epochs", 2),
+    "one stage": (
+        *(*EVERY, "--encoder-epochs", 0, "--epochs", 3, "--aux-weight", 0.4, "--ema"),
+        *("--optimizer", "adamw", "--schedule", "onecycle", "--cache", "ram", "--lr", 2e-3),
+    ),
+}
+EPOCHS = {"two stages": [(1, 1), (1, 2), (2, 1), (2, 2)], "one stage": [(2, 1), (2, 2), (2, 3)]}
 
 
 @pytest.fixture(scope="module")
-def whole(cityscapes, tmp_path_factory):
-    """The folder of a run of four epochs that was never stopped."""
+def whole(request, cityscapes, tmp_path_factory):
+    """The folder of a run by one of the RECIPES that was never stopped."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    argv = ("--datadir", cityscapes, "--height", 64, *RECIPE, "--savedir", folder)
+    argv = ("--datadir", cityscapes, *RECIPES[request.param], "--savedir", folder)
     assert run_script("main.py", *argv) == 0
-    return folder
+    return request.param, folder
 
 
 @pytest.mark.parametrize(
-    ("stage", "epoch", "saved"),
-    [(1, 1, True), (1, 2, True), (2, 1, True), (2, 1, False), (2, 2, False)],
+    ("whole", "stage", "epoch", "saved"),
+    [
+        *(("two stages", *last) for last in ((1, 1, True), (1, 2, True), (2, 1, True))),
+        *(("two stages", *last) for last in ((2, 1, False), (2, 2, False))),
+        *(("one stage", *last) for last in ((2, 1, True), (2, 2, True), (2, 3, False))),
+    ],
+    indirect=["whole"],
 )
 def test_a_resumed_run_ends_as_the_one_that_never_stopped(
     whole, script, cityscapes, tmp_path, monkeypatch, stage, epoch, saved
 ):
     """Stopped after last.pth of an epoch, or before it, when the log has its row already."""
+    recipe, unbroken = whole
 
     class Stop(Exception):
         pass
@@ -165,26 +191,35 @@ def test_a_resumed_run_ends_as_the_one_that_never_stopped(
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(utils.checkpoint, "save_checkpoint", save_and_stop)
-        argv = ("--datadir", cityscapes, "--height", 64, *RECIPE, "--savedir", "stopped")
+        argv = ("--datadir", cityscapes, *RECIPES[recipe], "--savedir", "stopped")
         script("main.py", *argv)
     wait_for_the_next_second()
     result = script("main.py", "--savedir", "stopped", "--resume")
     assert result.status == 0
-    done = (stage, epoch)
-    if not saved:
-        done = (2, epoch - 1) if epoch > 1 else (1, 2)
+    place = EPOCHS[recipe].index((stage, epoch))
+    done = EPOCHS[recipe][place if saved else place - 1]
     assert f"resuming after epoch {done[1]} of stage {done[0]}" in result.out
 
     stopped = tmp_path / "save/stopped"
-    for name in ("last.pth", "best.pth", "encoder.pth"):
-        ours, theirs = load_checkpoint(stopped / name), load_checkpoint(whole / name)
+    names = {path.name for path in unbroken.glob("*.pth")}
+    assert names == {path.name for path in stopped.glob("*.pth")}
+    assert names == {"last.pth", "best.pth"} | (
+        {"encoder.pth"} if recipe == "two stages" else set()
+    )
+    for name in names:
+        ours, theirs = load_checkpoint(stopped / name), load_checkpoint(unbroken / name)
         assert same_weights(ours["model"], theirs["model"]), name
-    for ours, theirs in zip(read_log(stopped), read_log(whole), strict=True):
+        for key in ("epoch", "best"):
+            assert repr(ours.get(key)) == repr(theirs.get(key)), name  # some scores are NaN
+    ours, theirs = load_checkpoint(stopped / "last.pth"), load_checkpoint(unbroken / "last.pth")
+    assert same_weights(ours["training_model"], theirs["training_model"])
+    assert ours["ema_updates"] == theirs["ema_updates"]
+    for ours, theirs in zip(read_log(stopped), read_log(unbroken), strict=True):
         for clock in ("seconds", "images_per_second", "data_wait"):
             del ours[clock], theirs[clock]
         assert ours == theirs
     steps = [e.step for e in EventAccumulator(str(stopped)).Reload().Scalars("loss/train")]
-    assert steps == [1, 2, 3, 4]
+    assert steps == list(range(1, len(EPOCHS[recipe]) + 1))
 
 
 def test_a_finished_run_can_be_resumed_and_changes_nothing(trained, script, tmp_path):
@@ -267,35 +302,112 @@ def test_a_damaged_cache_of_the_counts_is_made_again(trained, script, tmp_path):
 # The recipe
 
 
+@pytest.mark.parametrize("whole", ["two stages"], indirect=True)
 def test_the_learning_rate_falls_with_every_step(whole):
     """Poly schedule of power 0.9 over the 2 x 3 steps of each stage."""
-    for row in read_log(whole):
+    for row in read_log(whole[1]):
         done = 3 * (int(row["epoch"]) - 1) / 6
         assert float(row["lr"]) == pytest.approx(5e-4 * (1 - done) ** 0.9)
 
 
-def test_loss_weights_and_optimizer_are_those_of_the_paper(script, cityscapes, monkeypatch):
-    losses, optimizers = [], []
-    real_adam = torch.optim.Adam
+def options_of_a_run(script, datadir, monkeypatch, *options) -> list[dict]:
+    """Run an epoch of each stage; returns what each stage was trained with."""
+    seen, real = [], utils.engine.train_one_epoch
 
-    def build_loss(name, weight):
-        losses.append((name, weight))
-        return partial(utils.losses.cross_entropy, weight=weight)
+    def train_one_epoch(model, loader, **used):
+        group = dict(used["optimizer"].param_groups[0])
+        seen.append(used | {"model": model, "loader": loader, "group": group})
+        return real(model, loader, **used)
 
-    def adam(parameters, lr, **options):
-        optimizers.append((lr, options))
-        return real_adam(parameters, lr, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.engine, "train_one_epoch", train_one_epoch)
+        argv = ("--datadir", datadir, *QUICK, "--D", 4, "--savedir", "seen", *options)
+        assert script("main.py", *argv).status == 0
+    return seen
 
-    monkeypatch.setattr(utils.losses, "build_loss", build_loss)
-    monkeypatch.setattr(torch.optim, "Adam", adam)
-    argv = ("--datadir", cityscapes, *QUICK, "--D", 4, "--loss", "ohem", "--savedir", "a")
-    assert script("main.py", *argv).status == 0
-    counts = count_pixels(training_parts(cityscapes, "fine"), 19)
-    assert [name for name, _ in losses] == ["ohem", "ohem"]
-    for (_, weight), c in zip(losses, (1.20, 1.10), strict=True):
-        assert torch.equal(weight.cpu(), class_weights(counts, c))
-    expected = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
-    assert optimizers == [(5e-4, expected), (5e-4, expected)]
+
+@pytest.mark.parametrize("loss", ["ce", "ohem"])
+def test_loss_weights_and_optimizer_are_those_of_the_paper(script, cityscapes, monkeypatch, loss):
+    stages = options_of_a_run(script, cityscapes, monkeypatch, "--loss", loss)
+    counts = count_pixels([Cityscapes(cityscapes, "train")], 19)
+    expected = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4, "initial_lr": 5e-4}
+    assert len(stages) == 2
+    for used, c in zip(stages, (1.20, 1.10), strict=True):
+        assert used["loss_function"].func is utils.losses.LOSSES[loss]
+        assert torch.equal(used["loss_function"].keywords["weight"], class_weights(counts, c))
+        assert type(used["optimizer"]) is torch.optim.Adam
+        assert expected.items() <= used["group"].items()
+        assert type(used["scheduler"]) is torch.optim.lr_scheduler.PolynomialLR
+        assert used["on_step"] is None
+
+
+@pytest.mark.parametrize(("c", "even"), [(0, True), (1.02, False)])
+def test_class_weights_may_be_stronger_or_off(script, cityscapes, monkeypatch, c, even):
+    for used in options_of_a_run(script, cityscapes, monkeypatch, "--weight-c", c):
+        weight = used["loss_function"].keywords["weight"]
+        counts = count_pixels([Cityscapes(cityscapes, "train")], 19)
+        assert torch.equal(weight, torch.ones(19) if even else class_weights(counts, c))
+
+
+def test_another_optimizer_and_schedule(script, cityscapes, monkeypatch, tmp_path):
+    options = ("--optimizer", "adamw", "--schedule", "onecycle", "--weight-decay", 0.02)
+    for used in options_of_a_run(script, cityscapes, monkeypatch, *options, "--lr", 3e-3):
+        assert type(used["optimizer"]) is torch.optim.AdamW
+        assert type(used["scheduler"]) is torch.optim.lr_scheduler.OneCycleLR
+        assert used["group"]["weight_decay"] == 0.02 and used["group"]["max_lr"] == 3e-3
+    (last,) = load_checkpoint(tmp_path / "save/seen/last.pth")["optimizer"]["param_groups"]
+    assert last["weight_decay"] == 0.02
+    assert float(read_log(tmp_path / "save/seen")[0]["lr"]) == pytest.approx(3e-5)
+
+
+def test_the_average_of_the_weights_is_kept(script, cityscapes, tmp_path):
+    argv = ("--datadir", cityscapes, *QUICK, "--D", 4)
+    assert script("main.py", *argv, "--ema", "--savedir", "ema").status == 0
+    assert script("main.py", *argv, "--no-ema", "--savedir", "plain").status == 0
+    plain, last = (load_checkpoint(tmp_path / f"save/{name}/last.pth") for name in ("plain", "ema"))
+    assert last["ema_updates"] == 3 and plain["ema_updates"] == 0
+    # It is of stage 2, and changes nothing of what is trained.
+    assert same_weights(last["training_model"], plain["training_model"])
+    assert same_weights(plain["model"], plain["training_model"])
+    assert not same_weights(last["model"], last["training_model"])
+    best = load_checkpoint(tmp_path / "save/ema/best.pth")
+    assert same_weights(best["model"], last["model"])
+    encoders = (load_checkpoint(tmp_path / f"save/{n}/encoder.pth") for n in ("plain", "ema"))
+    assert same_weights(*(encoder["model"] for encoder in encoders))
+
+
+def test_the_second_head_is_trained_but_neither_counted_nor_kept(script, cityscapes, tmp_path):
+    argv = ("--datadir", cityscapes, *QUICK, "--D", 4, "--decoder", "--aux-weight", 0.4)
+    result = script("main.py", *argv, "--iouTrain", "--epochs-save", 1, "--savedir", "a")
+    assert result.status == 0
+    network = LEDNet(19, 4)
+    assert f"LEDNet, D = 4: {count_parameters(network):,} parameters" in result.out
+    folder = tmp_path / "save/a"
+    for name in ("best.pth", "last.pth", "stage2-epoch001.pth"):
+        assert load_checkpoint(folder / name)["model"].keys() == network.state_dict().keys(), name
+    load_network(folder / "best.pth")
+    training = load_checkpoint(folder / "last.pth")["training_model"]
+    heads = {name for name in training if name.startswith("head.")}
+    assert heads == {"head.weight", "head.bias"}
+    assert training.keys() - heads == {f"network.{name}" for name in network.state_dict()}
+    assert 0 <= float(read_log(folder)[0]["train_miou"]) <= 1
+
+
+def test_the_second_heads_loss_is_added(script, cityscapes, tmp_path):
+    """Of the same network and batches in the first step; a second head begins near ln 19."""
+    losses = []
+    for weight in (0, 0.5):
+        argv = ("--datadir", cityscapes, *QUICK, "--D", 4, "--decoder", "--aux-weight", weight)
+        assert script("main.py", *argv, "--batch-size", 6, "--savedir", f"{weight}").status == 0
+        losses.append(float(read_log(tmp_path / f"save/{weight}")[0]["train_loss"]))
+    assert losses[1] - losses[0] == pytest.approx(0.5 * np.log(19), rel=0.2)
+
+
+def test_dropout_is_that_of_the_option(script, cityscapes, monkeypatch):
+    stages = options_of_a_run(script, cityscapes, monkeypatch, "--dropout", 0.15)
+    for used in stages:
+        rates = [m.p for m in used["model"].modules() if isinstance(m, torch.nn.Dropout2d)]
+        assert rates == [0.03] * 10 + [0.15] * 16
 
 
 def scripted_scores(monkeypatch, *mious):
@@ -362,7 +474,7 @@ def test_a_pretrained_encoder_skips_stage_1(trained, script, cityscapes, tmp_pat
 def test_coarse_first_then_fine(script, cityscapes, tmp_path):
     common = ("main.py", "--datadir", cityscapes, *QUICK, "--D", 4)
     coarse = script(*common, "--decoder", "--annotations", "coarse", "--savedir", "coarse")
-    assert "6 gtCoarse/train + 3 gtCoarse/train_extra images to train on" in coarse.out
+    assert "6 of train_coarse + 3 of train_extra to train on" in coarse.out
     fine = script(*common[:-2], "--state", "save/coarse/best.pth", "--savedir", "fine")
     total = len(load_checkpoint(tmp_path / "save/coarse/best.pth")["model"])
     assert fine.status == 0 and f"best.pth: {total} of {total} tensors loaded" in fine.out
@@ -370,9 +482,9 @@ def test_coarse_first_then_fine(script, cityscapes, tmp_path):
 
 
 def test_fine_and_coarse_together(script, cityscapes):
-    argv = ("--datadir", cityscapes, *QUICK, "--decoder", "--D", 4, "--annotations", "fine+coarse")
+    argv = ("--datadir", cityscapes, *QUICK, "--decoder", "--D", 4, "--train-on", "fine+coarse")
     result = script("main.py", *argv, "--steps-loss", 1, "--savedir", "a")
-    assert "6 gtFine/train + 3 gtCoarse/train_extra images to train on" in result.out
+    assert "6 of train + 3 of train_extra to train on" in result.out
     assert "step 4/4" in result.out  # 9 images in twos, the last one dropped
 
 
@@ -390,49 +502,114 @@ def test_init_from_other_classes_replaces_the_classifier(trained, script, citysc
 
 
 def test_other_recipes_train_as_they_say(script, cityscapes, monkeypatch):
-    made, trained_with = [], []
-    real_transforms, real_epoch = datasets.transforms.train_transforms, utils.engine.train_one_epoch
-
-    def train_transforms(*args):
-        made.append(args)
-        return real_transforms(*args)
-
-    def train_one_epoch(*args, **kwargs):
-        trained_with.append(kwargs)
-        return real_epoch(*args, **kwargs)
-
-    monkeypatch.setattr(datasets.transforms, "train_transforms", train_transforms)
-    monkeypatch.setattr(utils.engine, "train_one_epoch", train_one_epoch)
-    argv = ("--datadir", cityscapes, *QUICK, "--D", 4, "--device", "cpu", "--savedir", "a")
-    recipe = ("--augment", "strong", "--amp", "bf16", "--loss", "ohem")
-    assert script("main.py", *argv, *recipe).status == 0
-    # Once for each stage; labels of stage 1 are 8 times smaller.
-    assert {args[:3] for args in made} == {("strong", (64, 128), 8), ("strong", (64, 128), 1)}
-    assert len(trained_with) == 2
-    for used in trained_with:
+    augment = ("--augment", "strong", "--scale", 0.9, 1.1, "--jitter", 0.2, "--crop", 64, 96)
+    options = (*augment, "--amp", "bf16", "--loss", "ohem", "--device", "cpu")
+    stages = options_of_a_run(script, cityscapes, monkeypatch, *options)
+    # Labels of stage 1 are 8 times smaller.
+    assert [used["prepare"].label_stride for used in stages] == [8, 1]
+    for used in stages:
+        recipe = used["prepare"].pair
+        assert type(recipe) is Strong and used["prepare"].jitter == 0.2
+        assert recipe.size == (64, 96) and recipe.scale == (0.9, 1.1)
         assert used["amp_dtype"] == torch.bfloat16
         assert used["loss_function"].func is utils.losses.ohem_cross_entropy
+
+
+def test_the_published_augmentation_is_the_default(script, cityscapes, monkeypatch):
+    for used in options_of_a_run(script, cityscapes, monkeypatch):
+        assert type(used["prepare"].pair) is Paper and used["prepare"].jitter == 0
+
+
+def test_parts_are_of_the_size_of_the_images_where_no_other_is_said(
+    script, cityscapes, monkeypatch
+):
+    options = ("--augment", "strong", "--height", 70)
+    used = options_of_a_run(script, cityscapes, monkeypatch, *options)[0]
+    assert used["prepare"].pair.size == (70, 140)
 
 
 def test_normalisation_comes_with_the_encoder(trained, script, cityscapes, tmp_path, monkeypatch):
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.5]
     checkpoint = load_checkpoint(trained / "encoder.pth") | {"mean": mean, "std": std}
     save_checkpoint(checkpoint, tmp_path / "encoder.pth")
-    seen, real_epoch = [], utils.engine.train_one_epoch
-
-    def train_one_epoch(model, loader, **kwargs):
-        for _ in range(5):
-            seen.extend(images for images, _ in loader)
-        return real_epoch(model, loader, **kwargs)
-
-    monkeypatch.setattr(utils.engine, "train_one_epoch", train_one_epoch)
-    argv = ("--datadir", cityscapes, *QUICK, "--D", 4, "--savedir", "a")
-    assert script("main.py", *argv, "--pretrained-encoder", tmp_path / "encoder.pth").status == 0
-    best = load_checkpoint(tmp_path / "save/a/best.pth")
+    options = ("--pretrained-encoder", tmp_path / "encoder.pth")
+    (used,) = options_of_a_run(script, cityscapes, monkeypatch, *options)
+    best = load_checkpoint(tmp_path / "save/seen/best.pth")
     assert best["mean"] == mean and best["std"] == std
+    seen = [used["prepare"](*batch)[0] for _ in range(5) for batch in used["loader"]]
     # The shift leaves black borders: 0 in the image is -mean / std for the network.
     for channel, darkest in enumerate(torch.cat(seen).amin(dim=(0, 2, 3)).tolist()):
         assert darkest == pytest.approx(-mean[channel] / std[channel])
+
+
+# Presets
+
+
+def stopped_before_training(script, monkeypatch, *argv):
+    """Run main.py up to the first batch: everything is checked and written by then."""
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.engine, "train_one_epoch", interrupted)
+        result = script("main.py", *argv)
+    assert result.status == 130, result.err
+    return result
+
+
+def test_every_preset_says_the_same_options():
+    assert set(PRESETS) >= {"paper", "quick", "cityscapes", "camvid"}
+    for name, values in PRESETS.items():
+        assert values.keys() == PRESETS["paper"].keys(), name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_reaches_the_run(script, cityscapes, tmp_path, monkeypatch, preset):
+    argv = ("--datadir", cityscapes, "--workers", 0, "--D", 4, "--preset", preset)
+    result = stopped_before_training(script, monkeypatch, *argv, "--savedir", "a")
+    args = json.loads((tmp_path / "save/a/args.json").read_text())
+    assert args["preset"] == preset and f"preset {preset}" in result.out
+    for name, value in PRESETS[preset].items():
+        assert args[name] == value, name
+
+
+def test_options_override_a_preset(script, cityscapes, tmp_path, monkeypatch):
+    options = {
+        "height": 72, "augment": "paper", "scale": [0.5, 3.0], "jitter": 0.1, "crop": [70, 80],
+        "cache": "off", "encoder_epochs": 2, "epochs": 7, "batch_size": 3, "optimizer": "adam",
+        "lr": 0.125, "weight_decay": 0.0, "schedule": "poly", "loss": "ce", "weight_c": 1.5,
+        "aux_weight": 0.0, "dropout": 0.0, "val_every": 2,
+    }  # fmt: skip
+    assert options.keys() | {"ema"} == PRESETS["paper"].keys()
+    argv = ["--datadir", cityscapes, "--workers", 0, "--D", 4, "--preset", "cityscapes", "--no-ema"]
+    for name, value in options.items():
+        argv += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
+    stopped_before_training(script, monkeypatch, *argv, "--savedir", "a")
+    args = json.loads((tmp_path / "save/a/args.json").read_text())
+    for name, value in (options | {"ema": False}).items():
+        assert args[name] == value, name
+
+
+def test_without_a_preset_a_data_set_is_trained_on_as_published(trained):
+    args = json.loads((trained / "args.json").read_text())
+    assert args["preset"] == "paper" and args["optimizer"] == PRESETS["paper"]["optimizer"]
+
+
+def test_help_shows_what_each_preset_says(script):
+    shown = " ".join(script("main.py", "--help").out.split())
+    assert re.search(r"--preset {paper,quick,cityscapes,camvid", shown)
+    for name, texts in {
+        "--height": ["default 512", "quick 160", "cityscapes 1024", "camvid 360"],
+        "--crop": ["default none", "cityscapes 1024 1024", "camvid 240 320"],
+        "--optimizer": ["default adam", "cityscapes adamw"],
+        "--loss": ["default ce", "cityscapes ohem"],
+        "--ema": ["default off", "cityscapes on", "camvid on"],
+    }.items():
+        # From the option to the next one.
+        help_text = re.search(rf" {name}[ ,].*?(?= --[a-z]|$)", shown.split("recipe that")[1])
+        for text in texts:
+            assert text in help_text.group(), (name, text)
 
 
 # Bad input: one line, status 2, nothing written
@@ -455,7 +632,7 @@ def test_a_datadir_that_is_missing_or_empty(refused, cityscapes_copy, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "has no folder leftImg8bit/train" in refused(tmp_path / "empty")
     (cityscapes_copy / "gtCoarse").rename(tmp_path / "away")
-    assert "has no folder gtCoarse/train" in refused(cityscapes_copy, "--annotations", "coarse")
+    assert "has no folder gtCoarse/train" in refused(cityscapes_copy, "--train-on", "coarse")
 
 
 def test_an_image_without_its_label(refused, cityscapes_copy):
@@ -490,6 +667,28 @@ def test_a_label_of_another_size(refused, cityscapes_copy):
     path = next((cityscapes_copy / "gtFine/val").rglob("*labelIds.png"))
     Image.new("L", (32, 32), 7).save(path)
     assert f"{path.name} is 32x32 but its image is 128x64" in refused(cityscapes_copy)
+
+
+def test_images_of_several_sizes_need_parts_of_one(refused, cityscapes_copy):
+    """Of all that is trained on: the odd one is in the second part."""
+    images, labels = (
+        next((cityscapes_copy / folder / "train_extra").rglob("*_000001_*_l*"))
+        for folder in ("leftImg8bit", "gtCoarse")
+    )
+    Image.new("RGB", (90, 64)).save(images)
+    Image.new("L", (90, 64)).save(labels)
+    line = refused(cityscapes_copy, "--train-on", "fine+coarse")
+    assert "are 90 to 128 wide: give --augment strong and --crop 64 90" in line
+    assert "are 90 to 128 wide" in refused(
+        cityscapes_copy, "--train-on", "fine+coarse", "--augment", "strong"
+    )
+
+
+def test_an_image_that_breaks_while_it_is_read_into_memory(refused, cityscapes_copy):
+    image = next((cityscapes_copy / "leftImg8bit/val").rglob("*.png"))
+    good = image.read_bytes()
+    image.write_bytes(good[:200] + bytes(1800) + good[2000:])
+    assert image.name in refused(cityscapes_copy, "--cache", "ram")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -529,6 +728,18 @@ def test_an_image_that_breaks_in_training_is_named_and_the_checkpoint_kept(
         (("--batch-size", 1), "--batch-size 1 cannot train"),
         (("--lr", "fast"), "--lr: fast is not a positive number"),
         (("--augment", "weak"), "invalid choice: 'weak'"),
+        (("--preset", "best"), "invalid choice: 'best'"),
+        (("--dataset", "fields"), "invalid choice: 'fields'"),
+        (
+            ("--train-on", "trainval"),
+            "is no part of cityscapes: give fine or coarse or fine+coarse",
+        ),
+        (("--crop", 32, 64), "--crop 32 64 is too small"),
+        (("--scale", 2, 1), "--scale 2.0 1.0: give the smaller one first"),
+        (("--jitter", 1.5), "--jitter: 1.5 is not a number from 0 to 1"),
+        (("--dropout", -0.1), "--dropout: -0.1 is not a number from 0 to 1"),
+        (("--aux-weight", -1), "--aux-weight: -1 is not a number from 0 on"),
+        (("--weight-c", 0.9), "--weight-c 0.9: give a number above 1, or 0"),
         (("--amp", "fp16", "--device", "cpu"), "--amp fp16 needs a CUDA GPU"),
         (("--device", "cuda:99"), "--device cuda:99 cannot be used here"),
         (("--init", "none.pth"), "none.pth does not exist"),

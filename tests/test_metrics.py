@@ -6,7 +6,8 @@ import torch
 from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
 from PIL import Image
 
-from datasets.cityscapes import CATEGORIES, CLASS_NAMES, LABEL_ID_TO_TRAIN_ID, TRAIN_ID_TO_LABEL_ID
+from datasets.cityscapes import Cityscapes
+from datasets.segmentation import write_label
 from utils.metrics import ConfusionMatrix, TopKAccuracy, mean_score
 
 
@@ -41,7 +42,7 @@ def test_updates_add_up():
 def test_agrees_with_the_official_evaluation(tmp_path, monkeypatch):
     """Class and category IoU of the same PNGs, with ignored labels and absent classes."""
     rng = np.random.default_rng(0)
-    confusion = ConfusionMatrix(19)
+    confusion, classes = ConfusionMatrix(19), Cityscapes.CLASSES
     truths, predictions = [], []
     for number in range(3):
         truth = rng.integers(0, 34, (40, 80)).astype(np.uint8)
@@ -49,7 +50,7 @@ def test_agrees_with_the_official_evaluation(tmp_path, monkeypatch):
         truth[truth == 31] = 7  # no train in either
         right = rng.random((40, 80)) < 0.6
         guess = rng.choice([i for i in range(19) if i != 16], (40, 80))
-        known = LABEL_ID_TO_TRAIN_ID[truth]
+        known = classes.to_train_ids()[truth]
         train_ids = np.where(right & (known < 19), known, guess).astype(np.uint8)
         confusion.update(torch.from_numpy(train_ids).long(), torch.from_numpy(known).long())
 
@@ -58,7 +59,7 @@ def test_agrees_with_the_official_evaluation(tmp_path, monkeypatch):
         predictions.append(str(tmp_path / f"{name}_pred_labelIds.png"))
         Image.fromarray(truth).save(truths[-1])
         Image.fromarray(truth).save(truths[-1].replace("labelIds", "instanceIds"))
-        Image.fromarray(TRAIN_ID_TO_LABEL_ID[train_ids]).save(predictions[-1])
+        write_label(predictions[-1], torch.from_numpy(train_ids), classes)
 
     # Its instance scores need an older numpy; class and category IoU do not depend on them.
     monkeypatch.setattr(official.args, "evalInstLevelScore", False)
@@ -66,11 +67,11 @@ def test_agrees_with_the_official_evaluation(tmp_path, monkeypatch):
     monkeypatch.setattr(official.args, "quiet", True)
     result = official.evaluateImgLists(predictions, truths, official.args)
 
-    ours = dict(zip(CLASS_NAMES, confusion.class_iou().tolist(), strict=True))
+    ours = dict(zip(classes.names, confusion.class_iou().tolist(), strict=True))
     assert math.isnan(ours["train"]) and ours["bicycle"] == 0
     for name, iou in ours.items():
         assert iou == pytest.approx(result["classScores"][name], abs=1e-12, nan_ok=True)
-    categories = confusion.category_iou(CATEGORIES)
+    categories = confusion.category_iou(classes.categories)
     assert len(categories) == 7
     for name, iou in categories.items():
         assert iou == pytest.approx(result["categoryScores"][name], abs=1e-12)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from datasets.cityscapes import LABEL_ID_TO_TRAIN_ID
+from datasets.cityscapes import Cityscapes
 from datasets.scene import CLASSES, draw_scene
 
 NAMES = {c.id: name for name, c in CLASSES.items()}
@@ -20,9 +20,9 @@ def test_shapes_and_types(scenes):
 
 
 def test_all_19_classes_appear(scenes):
-    seen = set()
+    seen, table = set(), Cityscapes.CLASSES.to_train_ids()
     for scene in scenes:
-        seen |= set(LABEL_ID_TO_TRAIN_ID[np.unique(scene.label_ids)].tolist())
+        seen |= set(table[np.unique(scene.label_ids)].tolist())
     assert seen == {*range(19), 255}
 
 

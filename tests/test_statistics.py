@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from datasets.cityscapes import Cityscapes, training_parts
+from datasets.cityscapes import Cityscapes
 from datasets.statistics import count_pixels
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_counts_are_those_of_the_labels(cityscapes, workers):
-    parts = training_parts(cityscapes, "fine+coarse")
+    parts = [Cityscapes(cityscapes, split) for split in ("train", "train_extra")]
     expected = np.zeros(20, np.int64)
     for part in parts:
         for index in range(len(part)):
@@ -20,6 +20,6 @@ def test_counts_are_those_of_the_labels(cityscapes, workers):
 
 def test_coarse_labels_leave_more_unlabelled(cityscapes):
     fine, coarse = (
-        count_pixels([Cityscapes(cityscapes, "train", mode)], 19) for mode in ("fine", "coarse")
+        count_pixels([Cityscapes(cityscapes, split)], 19) for split in ("train", "train_coarse")
     )
     assert coarse[-1] > 2 * fine[-1]

@@ -56,8 +56,8 @@ def test_test_labels_are_blank(cityscapes):
 
 
 def test_coarse_labels_lie_inside_the_fine_ones(cityscapes):
-    fine = Cityscapes(cityscapes, "train", "fine")
-    coarse = Cityscapes(cityscapes, "train", "coarse")
+    fine = Cityscapes(cityscapes, "train")
+    coarse = Cityscapes(cityscapes, "train_coarse")
     for index in range(len(fine)):
         true, rough = fine.read_train_ids(index), coarse.read_train_ids(index)
         labelled = rough != 255

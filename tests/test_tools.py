@@ -10,7 +10,7 @@ def test_color_baseline_reads_classes_off_unique_colors(script, cityscapes_copy)
     """Where every class has one colour of its own, colour alone tells all but unseen classes."""
     for split in ("train", "val"):
         dataset = Cityscapes(cityscapes_copy, split)
-        for index, path in enumerate(dataset.images):
+        for index, (path, _) in enumerate(dataset.pairs):
             train_ids = dataset.read_train_ids(index)
             color = np.stack([train_ids, train_ids * 0, train_ids * 0], -1)
             Image.fromarray(color).save(path)

@@ -1,170 +1,228 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
-from datasets.transforms import (
-    ResizeToHeight,
-    eval_transforms,
-    resize_label,
-    resized_size,
-    train_transforms,
-)
+from datasets.segmentation import resize_label
+from datasets.transforms import Augment, Paper, Strong, jittered, to_floats
+
+CPU = torch.device("cpu")
+RECIPES = {"paper": Paper(), "strong": Strong((64, 128))}
 
 
-def make_pair(height: int, width: int, block: int = 8) -> tuple[Image.Image, tv_tensors.Mask]:
+def make_pair(height: int, width: int, block: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """An image whose red channel is its label times 13, so that a pixel shows where it belongs."""
     rng = np.random.default_rng(0)
-    blocks = rng.integers(0, 19, (height // block, width // block))
-    label = np.kron(blocks, np.ones((block, block))).astype(np.uint8)
-    image = np.stack([label * 13, label * 0 + 100, label * 0 + 50], axis=-1).astype(np.uint8)
-    return Image.fromarray(image), tv_tensors.Mask(torch.from_numpy(label))
+    blocks = rng.integers(0, 19, (-(-height // block), -(-width // block)))
+    label = np.kron(blocks, np.ones((block, block)))[:height, :width].astype(np.uint8)
+    image = np.stack([label * 13, label * 0 + 100, label * 0 + 50])
+    return torch.from_numpy(image.astype(np.uint8)), torch.from_numpy(label)
 
 
-@pytest.mark.parametrize("augment", ["paper", "strong"])
-def test_results_are_tensors_of_the_contract(augment):
-    pair = make_pair(128, 256)
-    image, label = train_transforms(augment, (64, 128))(*pair)
-    assert type(image) is torch.Tensor and type(label) is torch.Tensor
-    assert image.shape == (3, 64, 128) and image.dtype == torch.float32
-    assert label.shape == (64, 128) and label.dtype == torch.int64
-    assert 0 <= image.min() and image.max() <= 1
-    assert set(label.unique().tolist()) <= {*range(19), 255}
+def augmented(recipe, pair, seed: int = 0, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """One pair, its image as a recipe leaves it."""
+    augment = Augment(recipe, lambda images: images, CPU, **options)
+    images, labels = augment([pair[0]], [pair[1]], [seed])
+    return images[0], labels[0]
+
+
+# A batch
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("jitter", [0.0, 0.4])
+def test_results_are_tensors_of_the_contract(recipe, jitter):
+    floats = to_floats([0.0] * 3, [1.0] * 3, CPU)
+    image, label = make_pair(64, 128)
+    augment = Augment(RECIPES[recipe], floats, CPU, jitter)
+    images, labels = augment([image, image], [label, label], [1, 2])
+    assert images.shape == (2, 3, 64, 128) and images.dtype == torch.float32
+    assert labels.shape == (2, 64, 128) and labels.dtype == torch.int64
+    assert 0 <= images.min() and 0.3 < images.max() <= 1
+    assert set(labels.unique().tolist()) <= {*range(19), 255}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_image_follows_its_seed_alone(recipe):
+    """Neither the batch it is in nor the random state of training changes anything."""
+    augment = Augment(RECIPES[recipe], lambda images: images, CPU, jitter=0.4)
+    pairs = [make_pair(64, 128), make_pair(64, 128, block=16)]
+    images, labels = augment(*zip(*pairs, strict=True), [5, 2**62 - 1])
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    for number, seed in enumerate([5, 2**62 - 1]):
+        image, label = augmented(RECIPES[recipe], pairs[number], seed, jitter=0.4)
+        assert torch.equal(image, images[number]) and torch.equal(label, labels[number])
+        other, _ = augmented(RECIPES[recipe], pairs[number], seed - 1, jitter=0.4)
+        assert not torch.equal(other, image)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_is_kept_in_memory_stays_as_it_is():
+    image, label = make_pair(64, 128)
+    kept = image.clone(), label.clone()
+    for recipe in RECIPES.values():
+        for seed in range(4):
+            augmented(recipe, (image, label), seed, jitter=0.4)
+    assert torch.equal(image, kept[0]) and torch.equal(label, kept[1])
+
+
+def test_stage_1_labels_have_the_resolution_of_the_encoder():
+    pair = make_pair(70, 101)
+    _, whole = augmented(Paper(), pair, seed=3)
+    image, label = augmented(Paper(), pair, seed=3, label_stride=8)
+    assert image.shape == (3, 70, 101) and label.shape == (9, 13) and label.dtype == torch.int64
+    assert torch.equal(label.byte(), resize_label(whole.byte(), (9, 13)))
+
+
+# The published recipe
 
 
 def test_paper_recipe_moves_image_and_label_together():
-    """Without resizing the red channel tells each pixel's label, and black the ignored border."""
+    """The red channel tells each pixel's label, and black the ignored border."""
     pair = make_pair(64, 128)
     seen = set()
     for seed in range(40):
-        torch.manual_seed(seed)
-        image, label = train_transforms("paper", (64, 128))(*pair)
+        image, label = augmented(Paper(), pair, seed)
         inside = label != 255
-        assert torch.equal((image[0] * 255 / 13).round()[inside], label[inside].float())
+        assert torch.equal(image[0][inside].long(), 13 * label[inside])
         assert (image[:, ~inside] == 0).all()
         seen.add((inside.sum(0).max().item(), inside.sum(1).max().item()))
     assert len(seen) > 4
 
 
-def test_paper_recipe_flips_half_of_the_images():
-    pair = make_pair(64, 128)
-    flip = v2.Compose(train_transforms("paper", (64, 128)).transforms[:3])
-    whole = v2.functional.pil_to_tensor(pair[0])
-    flipped = sum(not torch.equal(flip(*pair)[0], whole) for _ in range(200))
-    assert 60 < flipped < 140
+def test_paper_recipe_flips_half_and_shifts_by_every_offset_up_to_two_pixels():
+    """Two dots tell: a flip exchanges their sides."""
+    dots = torch.zeros(64, 128, dtype=torch.uint8)
+    dots[30, 20], dots[30, 107] = 5, 18  # 107 is where a flip takes 20
+    offsets, flips = set(), 0
+    for seed in range(400):
+        _, label = augmented(Paper(), (dots.expand(3, -1, -1), dots), seed)
+        (row, left), (other_row, right) = ((label == dot).nonzero()[0].tolist() for dot in (5, 18))
+        flips += left > right
+        assert row == other_row and abs(right - left) == 87
+        offsets.add((row - 30, min(left, right) - 20))
+    assert 160 < flips < 240
+    assert offsets == {(down, right) for down in range(-2, 3) for right in range(-2, 3)}
 
 
-def test_paper_recipe_shifts_by_every_offset_up_to_two_pixels():
-    torch.manual_seed(0)
-    dot = np.zeros((64, 128), np.uint8)
-    dot[30, 64] = 18
-    pair = Image.fromarray(np.stack([dot] * 3, -1)), tv_tensors.Mask(torch.from_numpy(dot))
-    transforms, offsets = train_transforms("paper", (64, 128)), set()
-    for _ in range(600):
-        _, label = transforms(*pair)
-        row, column = (label == 18).nonzero()[0].tolist()
-        # A flip takes column 64 to 63.
-        flipped = column - 63 if column < 62 else None
-        offsets.add((row - 30, column - 64 if flipped is None else flipped))
-    rows = {row for row, _ in offsets}
-    columns = {column for _, column in offsets}
-    assert rows == set(range(-2, 3)) and columns <= set(range(-3, 3)) and len(columns) >= 5
-
-
-@pytest.mark.parametrize("factor", [2, 4, 8])
-def test_labels_take_the_pixel_at_the_centre(factor):
-    """torchvision's own Resize takes the top-left pixel of each block: half a block off."""
-    label = torch.arange(64 * 64).view(64, 64)
-    small = resize_label(tv_tensors.Mask(label), (64 // factor, 64 // factor))
-    centre = factor // 2
-    assert torch.equal(small.as_subclass(torch.Tensor), label[centre::factor, centre::factor])
-    pil = Image.fromarray(label.numpy().astype(np.int32)).resize(
-        (64 // factor, 64 // factor), Image.Resampling.NEAREST
-    )
-    assert small.tolist() == np.asarray(pil).tolist()
-
-
-@pytest.mark.parametrize("size", [(37, 91), (128, 300), (5, 5)])
-def test_resized_labels_hold_no_new_value(size):
-    label = tv_tensors.Mask(
-        torch.tensor([0, 18, 255], dtype=torch.uint8)[torch.randint(3, (64, 128))]
-    )
-    resized = resize_label(label, size)
-    assert isinstance(resized, tv_tensors.Mask)
-    assert resized.shape == size and resized.dtype == torch.uint8
-    assert set(resized.unique().tolist()) <= {0, 18, 255}
-
-
-def test_stage_1_labels_have_the_resolution_of_the_encoder():
-    pair = make_pair(72, 104)
-    torch.manual_seed(3)
-    _, whole = train_transforms("paper", (70, 101))(*pair)
-    torch.manual_seed(3)
-    image, label = train_transforms("paper", (70, 101), label_stride=8)(*pair)
-    assert image.shape == (3, 70, 101) and label.shape == (9, 13) and label.dtype == torch.int64
-    assert torch.equal(
-        label, resize_label(tv_tensors.Mask(whole), (9, 13)).as_subclass(torch.Tensor)
-    )
+# The stronger one
 
 
 def test_strong_recipe_scales_and_pads():
-    pair = make_pair(128, 256)
-    torch.manual_seed(0)
+    pair = make_pair(64, 128)
     ignored = [
-        (train_transforms("strong", (64, 128))(*pair)[1] == 255).float().mean().item()
-        for _ in range(60)
+        (augmented(Strong((64, 128)), pair, seed)[1] == 255).float().mean().item()
+        for seed in range(60)
     ]
     # Images scaled below 1 leave a border, down to a quarter of the plane filled.
     assert 0.5 < max(ignored) <= 0.76
-    assert 15 < sum(share == 0 for share in ignored) < 55
+    assert 15 < sum(share == 0 for share in ignored) < 45
 
 
 def test_strong_recipe_keeps_image_and_label_together():
     pair = make_pair(128, 256, block=64)
-    steps = train_transforms("strong", (64, 128)).transforms
-    geometry = v2.Compose([s for s in steps if not isinstance(s, v2.ColorJitter)])
     for seed in range(10):
-        torch.manual_seed(seed)
-        image, label = geometry(*pair)
+        image, label = augmented(Strong((64, 128)), pair, seed)
         inside = label != 255
         # Bilinear blending moves the red of pixels near a border; all others stay what they were.
-        agrees = (image[0] * 255 / 13).round()[inside] == label[inside].float()
+        agrees = (image[0] / 13).round()[inside] == label[inside].float()
         assert agrees.float().mean() > 0.85
 
 
-def test_eval_keeps_the_label_at_full_size():
-    pair = make_pair(128, 256)
-    image, label = eval_transforms(64)(*pair)
-    assert image.shape == (3, 64, 128)
-    assert label.shape == (128, 256) and torch.equal(
-        label, pair[1].long().as_subclass(torch.Tensor)
-    )
+def test_strong_recipe_takes_its_part_from_anywhere():
+    """At scale 1, of an image whose channels tell each pixel's row and column."""
+    row, column = torch.meshgrid(torch.arange(128), torch.arange(256), indexing="ij")
+    image = torch.stack([row, column, row]).byte()
+    tops, lefts, flips = [], [], 0
+    for seed in range(200):
+        part, label = augmented(Strong((48, 64), (1, 1)), (image, (row // 8).byte()), seed)
+        flipped = part[1, 0, 0] > part[1, 0, -1]
+        part, label = (part.flip(-1), label.flip(-1)) if flipped else (part, label)
+        top, left = part[:2, 0, 0].tolist()
+        assert torch.equal(part, image[:, top : top + 48, left : left + 64])
+        assert torch.equal(label, row[top : top + 48, left : left + 64] // 8)
+        tops.append(top)
+        lefts.append(left)
+        flips += flipped.item()
+    assert 70 < flips < 130
+    assert min(tops) < 5 and max(tops) > 75 and min(lefts) < 10 and max(lefts) > 182
 
 
-def test_images_are_resized_as_pil_does():
-    image, label = make_pair(128, 256)
-    resized, _ = ResizeToHeight(64)(image, label)
-    assert np.array_equal(np.asarray(resized), np.asarray(image.resize((128, 64), Image.BILINEAR)))
+def test_strong_recipe_enlarges_by_its_scale():
+    image, label = make_pair(64, 128, block=1)
+    _, double = augmented(Strong((64, 128), (2, 2)), (image, label), seed=1)
+    small = double[::2, ::2].byte()
+    assert torch.equal(small.repeat_interleave(2, 0).repeat_interleave(2, 1), double.byte())
+    windows = label.unfold(0, 32, 1).unfold(1, 64, 1).flatten(0, 1)
+    assert any(torch.equal(small, window) for window in (*windows, *windows.flip(-1)))
 
 
-def test_normalisation():
-    image, label = make_pair(64, 128)
+def test_scales_are_drawn_evenly_by_their_logarithm():
+    """How many rows of the image a part shows tells its scale."""
+    rows = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 256)
+    shown, scales = torch.stack([rows] * 3), []
+    for seed in range(200):
+        image, _ = augmented(Strong((64, 64), (0.25, 4)), (shown, rows), seed)
+        scales.append(64 / (int(image.max()) - int(image.min()) + 1))
+    assert 0.25 <= min(scales) < 0.28 and 3.6 < max(scales) < 4.5
+    assert 70 < sum(scale < 1 for scale in scales) < 130
+    assert 35 < sum(scale < 0.5 for scale in scales) < 65
+
+
+def test_strong_recipe_makes_images_of_several_sizes_one_size():
+    pairs = [make_pair(40, 50), make_pair(64, 128), make_pair(200, 90)]
+    augment = Augment(Strong((64, 80)), lambda images: images, CPU)
+    images, labels = augment(*zip(*pairs, strict=True), [1, 2, 3])
+    assert images.shape == (3, 3, 64, 80) and labels.shape == (3, 64, 80)
+
+
+# Colours
+
+
+def test_jitter_changes_colours_as_torchvision_does():
+    images = torch.randint(256, (3, 3, 8, 9), dtype=torch.uint8)
+    factors = torch.tensor([[0.7, 1.3, 0.6], [1.4, 0.6, 1.3], [1.2, 0.9, 1.0]])
+    ours = jittered(images, factors)
+    assert ours.dtype == torch.float32
+    for image, changed, (brightness, contrast, saturation) in zip(
+        images, ours, factors.tolist(), strict=True
+    ):
+        expected = F.adjust_brightness(image / 255, brightness)
+        expected = F.adjust_saturation(F.adjust_contrast(expected, contrast), saturation)
+        assert torch.allclose(changed, 255 * expected, atol=0.01)
+
+
+def test_factors_of_1_change_nothing():
+    images = torch.randint(256, (2, 3, 8, 9), dtype=torch.uint8)
+    assert torch.allclose(jittered(images, torch.ones(2, 3)), images.float(), atol=1e-3)
+
+
+def test_jitter_goes_as_far_as_it_says():
+    """Contrast and saturation do nothing to a grey plane."""
+    grey = torch.full((3, 64, 64), 100, dtype=torch.uint8), torch.zeros(64, 64, dtype=torch.uint8)
+    whole = Strong((64, 64), (1, 1))
+    found = [augmented(whole, grey, seed, jitter=0.3)[0].mean().item() for seed in range(100)]
+    assert 69.9 < min(found) < 78 and 122 < max(found) < 130.1
+    assert augmented(whole, grey)[0].unique().tolist() == [100]
+
+
+# What the network takes
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalisation(dtype):
+    images = torch.randint(256, (2, 3, 6, 8)).to(dtype)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
-    plain, _ = eval_transforms(64)(image, label)
-    normalised, same = eval_transforms(64, mean, std)(image, label)
-    expected = (plain - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    assert torch.allclose(normalised, expected)
-    assert torch.equal(same, label.long().as_subclass(torch.Tensor))
+    normalised = to_floats(mean, std, CPU)(images)
+    expected = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert normalised.dtype == torch.float32
+    assert torch.allclose(normalised, expected, atol=1e-6)
+    assert normalised.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_resized_size_keeps_the_proportions():
-    assert resized_size(1024, 2048, 512) == (512, 1024)
-    assert resized_size(360, 480, 100) == (100, 133)
-    assert resized_size(1000, 1, 10) == (10, 1)
-
-
-def test_an_unknown_recipe_is_refused():
-    with pytest.raises(ValueError, match="'weak'"):
-        train_transforms("weak", (64, 128))
+def test_images_that_are_not_normalised_lie_between_0_and_1():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    floats = to_floats([0.0] * 3, [1.0] * 3, CPU)(images)
+    assert torch.allclose(floats, images / 255) and floats.min() == 0 and floats.max() == 1

@@ -17,15 +17,18 @@ def test_colorize():
 
 
 def test_strip_shows_image_prediction_and_truth():
-    image = torch.full((3, 32, 64), 0.5)
-    mean, std = (0.25, 0.0, 0.5), (0.5, 1.0, 2.0)
-    normalised = (image - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    image = torch.tensor([10, 127, 255], dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 64)
     prediction, label = torch.zeros(64, 128).long(), torch.full((64, 128), 255)
-    picture = strip(normalised, prediction, label, COLORS, mean, std, height=16)
+    picture = strip(image, prediction, label, COLORS, height=16)
     assert picture.shape == (3, 16, 96) and picture.dtype == torch.uint8
-    assert (picture[:, :, :32] == 127).all()
+    assert torch.equal(picture[:, :, :32], image[:, :16, :32])
     assert (picture[:, :, 32:64] == torch.tensor(COLORS[0]).view(3, 1, 1)).all()
     assert (picture[:, :, 64:] == 0).all()
+
+
+def test_a_strip_is_no_higher_than_its_image():
+    image, label = torch.zeros(3, 20, 30, dtype=torch.uint8), torch.zeros(40, 60).long()
+    assert strip(image, label, label, COLORS).shape == (3, 20, 90)
 
 
 def test_score_table_reads_downwards():

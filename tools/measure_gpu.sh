@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Measure on a GPU what the README's tables have no figure for yet: FPS of both versions at 1024x512,
-# a short training in mixed precision on the drawn street scenes, and the speed of pretraining.
+# a short training in mixed precision on the drawn street scenes, the speed of the presets, and that
+# of pretraining.
 #
 #     tools/measure_gpu.sh results/gpu     # a new folder for the figures
 set -euo pipefail
@@ -15,6 +16,13 @@ done
 "$python" main.py --device cuda --height 256 --batch-size 8 --savedir "$out/run" | tee "$out/train.log"
 "$python" eval_cityscapes_server.py --device cuda --checkpoint "$out/run/best.pth" \
     --datadir data/synthetic --json "$out/score.json"
+
+# What --preset cityscapes costs: images per second on drawn scenes of Cityscapes' size; 800 epochs
+# are 2.38 million images.
+test -d data/large || "$python" -c "from datasets.synthetic import make_synthetic
+make_synthetic('data/large', {'train': 96, 'val': 2}, height=1024, workers=$(nproc))"
+"$python" main.py --device cuda --dataset cityscapes --datadir data/large --preset cityscapes \
+    --cache ram --epochs 4 --savedir "$out/cityscapes" | tee "$out/cityscapes.log"
 
 # Pretraining: images per second and the share of time waiting for data, in each row of log.csv, over
 # 9,000 drawn JPEGs of ImageNet's usual size. Epochs are 36 steps short, so that the wait for the first

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -105,6 +106,23 @@ def _number(kind: type, text: str, what: str, accepts: Callable[[float], bool]):
     if value is None or not accepts(value):
         raise argparse.ArgumentTypeError(f"{text} is not {what}")
     return value
+
+
+def make_results_folder(folder: Path, option: str) -> None:
+    """Make a folder for results that an option names; nothing may lie in it.
+
+    Raises:
+        UsageError: something does, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        used = any(folder.iterdir())
+    except OSError as error:
+        raise UsageError(
+            f"{option} {folder} cannot be made ({error.strerror}): give a new folder"
+        ) from error
+    if used:
+        raise UsageError(f"{folder} is not empty: give {option} a new folder")
 
 
 def pick_device(name: str) -> torch.device:

@@ -215,6 +215,35 @@ def _logits(
         yield from logits.float().split(1)
 
 
+def label_map(logits: Tensor, size: tuple[int, int], rows: int = 256) -> Tensor:
+    """The class of the largest logit of each pixel at another size, as `evaluate` finds it.
+
+    Bilinear with align_corners=True, a band of rows at a time: all planes of a photo of 30
+    megapixels would take gigabytes.
+
+    Args:
+        logits: C x h x w.
+        size: height and width, H and W, of the result.
+        rows: of a band.
+
+    Returns:
+        H x W, uint8, on the device of the logits.
+    """
+    _, height, _ = logits.shape
+    if logits.shape[-2:] == size:
+        return logits.argmax(0).to(torch.uint8)
+    labels = torch.empty(size, dtype=torch.uint8, device=logits.device)
+    places = torch.linspace(0, height - 1, size[0], device=logits.device)
+    for first in range(0, size[0], rows):
+        place = places[first : first + rows]
+        above = place.floor().long()
+        below = (above + 1).clamp(max=height - 1)
+        band = torch.lerp(logits[:, above], logits[:, below], (place - above)[:, None])
+        band = F.interpolate(band[None], (len(place), size[1]), mode="bilinear", align_corners=True)
+        labels[first : first + rows] = band[0].argmax(0)
+    return labels
+
+
 @torch.inference_mode()
 def evaluate_classifier(
     model: nn.Module,

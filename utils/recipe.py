@@ -1,9 +1,82 @@
-"""Optimizers, schedules and averages of weights, by the names of their options."""
+"""Recipes of training: presets of options, and the optimizers and schedules that they name."""
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+# Of the class weights 1 / ln(c + p), by stage.
+WEIGHT_C = {1: 1.20, 2: 1.10}
+
+# What an option is when the command line does not say: the recipes, by name.
+PAPER = {
+    "height": 512,
+    "augment": "paper",
+    "crop": None,
+    "scale": [0.5, 2.0],
+    "jitter": 0.4,
+    "cache": "off",
+    "encoder_epochs": 300,
+    "epochs": 300,
+    "batch_size": 5,
+    "optimizer": "adam",
+    "lr": 5e-4,
+    "weight_decay": 1e-4,
+    "schedule": "poly",
+    "loss": "ce",
+    "weight_c": None,  # WEIGHT_C
+    "aux_weight": 0.0,
+    "dropout": 0.3,
+    "ema": False,
+    "val_every": 1,
+}
+# In one stage, with a loss on the encoder beside that on the whole network.
+ONE_STAGE = {
+    "encoder_epochs": 0,
+    "augment": "strong",
+    "cache": "ram",
+    "optimizer": "adamw",
+    "weight_decay": 0.01,
+    "schedule": "onecycle",
+    "aux_weight": 0.4,
+    "ema": True,
+}
+PRESETS = {
+    "paper": PAPER,
+    "quick": PAPER
+    | {
+        "height": 160,
+        "encoder_epochs": 3,
+        "epochs": 13,
+        "batch_size": 4,
+        "lr": 2e-3,
+        "val_every": 5,
+    },
+    "cityscapes": PAPER
+    | ONE_STAGE
+    | {
+        "height": 1024,
+        "crop": [1024, 1024],
+        "cache": "off",  # 25 GB, at this height
+        "epochs": 800,
+        "batch_size": 12,
+        "lr": 1e-3,
+        "loss": "ohem",
+        "val_every": 5,
+    },
+    "camvid": PAPER
+    | ONE_STAGE
+    | {
+        "height": 360,
+        "crop": [240, 320],
+        "scale": [0.67, 1.5],
+        "epochs": 80,
+        "batch_size": 8,
+        "lr": 2e-3,
+        "dropout": 0.1,
+        "val_every": 5,
+    },
+}
 
 
 def poly(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:

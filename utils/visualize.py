@@ -1,9 +1,10 @@
 """Label maps and images as pictures, and scores as a table."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
@@ -54,6 +55,48 @@ def captioned(image: Tensor, caption: str, right: bool) -> Tensor:
     color = "green" if right else "red"
     ImageDraw.Draw(page).text((2, picture.height + 2), caption, fill=color)
     return pil_to_tensor(page)
+
+
+def overlay(
+    image: Tensor,
+    labels: Tensor,
+    names: Sequence[str],
+    colors: Sequence[Sequence[int]],
+    strength: float = 0.5,
+) -> Image.Image:
+    """A picture with its classes painted over it, and a legend of all classes below.
+
+    Args:
+        image: 3 x H x W, uint8.
+        labels: H x W, classes.
+        strength: of the paint, 0 to 1.
+    """
+    painted = Image.blend(to_pil_image(image), to_pil_image(colorize(labels, colors)), strength)
+    key = legend(tuple(names), tuple(map(tuple, colors)), painted.width)
+    page = Image.new("RGB", (max(painted.width, key.width), painted.height + key.height), "white")
+    page.paste(painted)
+    page.paste(key, (0, painted.height))
+    return page
+
+
+@lru_cache(maxsize=8)
+def legend(names: Sequence[str], colors: Sequence[Sequence[int]], width: int) -> Image.Image:
+    """Names of classes beside their colours, in rows of about `width`, wider where it must be."""
+    size = min(40, max(11, width // 60))  # of the text, in pixels
+    font, margin = ImageFont.load_default(size), size // 2
+    row = size + margin
+    cell = row + margin + max(round(font.getlength(name)) for name in names)
+    columns = max(1, (width - margin) // cell)
+    rows = -(-len(names) // columns)
+    page = Image.new(
+        "RGB", (margin + cell * min(columns, len(names)), margin + row * rows), "white"
+    )
+    draw = ImageDraw.Draw(page)
+    for number, (name, color) in enumerate(zip(names, colors, strict=True)):
+        left, top = margin + number % columns * cell, margin + number // columns * row
+        draw.rectangle((left, top, left + size, top + size), tuple(color), outline="black")
+        draw.text((left + size + margin // 2, top + size / 2), name, "black", font, anchor="lm")
+    return page
 
 
 def score_table(names: Sequence[str], scores: Sequence[float], columns: int = 2) -> str:

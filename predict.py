@@ -1,0 +1,261 @@
+"""Segment your own pictures: a file, a folder, a glob or a video.
+
+python predict.py --input photo.jpg                   into results/photo
+python predict.py --input 'photos/*.jpg' --output out
+python predict.py --input drive.mp4 --output out      needs PyAV: pip install av
+python predict.py --input photos --checkpoint save/fine/best.pth --output out
+
+The output folder gets overlays/, pictures painted in the colours of their classes with a legend;
+colors/, the classes as colours alone; and labels/, the classes as numbers, the label ids of the
+data set that the network was trained on. Everything has the size of its picture, turned upright;
+overlays have the legend below. The overlays of a video are a video.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from datasets.files import DatasetError
+from datasets.pictures import (
+    Frame,
+    Pictures,
+    find_pictures,
+    is_video,
+    open_video,
+    stack,
+    video_frames,
+)
+from datasets.segmentation import Classes, write_label
+from datasets.transforms import to_floats
+from models.lednet import LEDNet
+from utils.checkpoint import CheckpointError, load_network
+from utils.cli import (
+    ArgumentParser,
+    UsageError,
+    file_path,
+    make_results_folder,
+    natural_int,
+    pick_device,
+    positive_int,
+    run,
+)
+from utils.engine import label_map
+from utils.video import VideoWriter
+from utils.visualize import overlay
+
+SHIPPED = Path(__file__).parent / "weights" / "lednet_d20_camvid.pth"
+# Results that wait to be written, for each thread that writes.
+WAITING = 4
+FRAMES_PER_SECOND = 25  # of a video that does not say
+
+
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        type=file_path,
+        metavar="PATH",
+        help="pictures, videos, folders of them (at any depth), or globs",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=file_path,
+        metavar="FILE",
+        default=str(SHIPPED),
+        help="network to use; default weights/lednet_d20_camvid.pth, which comes with the code",
+    )
+    parser.add_argument(
+        "--output",
+        type=file_path,
+        metavar="DIR",
+        help="a new folder; default: results/ and the name of the first input",
+    )
+    parser.add_argument(
+        "--height",
+        type=positive_int,
+        help="pictures are resized to this for the network, in proportion; default: as it was "
+        "trained",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=4,
+        help="most pictures of one size that run together; default 4",
+    )
+    parser.add_argument(
+        "--workers",
+        type=natural_int,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that read, and threads that write; default %(default)s",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1; default auto")
+    args = parser.parse_args()
+    if args.output is None:
+        args.output = str(Path("results") / (Path(args.input[0]).stem.strip("*") or "pictures"))
+    if args.height is not None and args.height < 64:
+        raise UsageError(f"--height {args.height} is too small: LEDNet needs 64x64")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    device = pick_device(args.device)
+    network, checkpoint = load_network(args.checkpoint)
+    network.to(device, memory_format=torch.channels_last)
+    floats = to_floats(checkpoint["mean"], checkpoint["std"], device)
+    classes = Classes.from_checkpoint(checkpoint)
+    height = args.height or checkpoint["height"]
+    files = find_pictures(args.input)
+    output = Path(args.output)
+    make_results_folder(output, "--output")
+
+    stills = [file for file in files if not is_video(file[0])]
+    videos = [file for file in files if is_video(file[0])]
+    failures: list[str] = []
+    started, done = time.perf_counter(), 0
+    with tqdm(total=len(stills), unit="img", disable=None) as bar, Saver(args.workers) as saver:
+
+        def fail(message: str) -> None:
+            failures.append(message)
+            bar.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+
+        def read_stills() -> Iterator[Frame]:
+            pictures = Pictures(stills, height)
+            for frames in DataLoader(pictures, batch_size=None, num_workers=args.workers):
+                if isinstance(frames, str):
+                    fail(frames)
+                else:
+                    yield from frames
+                bar.update()
+
+        for frame, labels in segment(network, read_stills(), floats, args.batch_size):
+            saver.put(save, output, frame, labels, classes)
+            saver.put(save_overlay, output, frame, labels, classes)
+            done += 1
+        for path, name in videos:
+            try:
+                with open_video(path) as video:
+                    stream = video.streams.video[0]
+                    bar.reset(stream.frames or None)
+                    rate = stream.average_rate or FRAMES_PER_SECOND
+                bar.set_description(Path(path).name)
+                shown = make_room(output / "overlays" / f"{name}.mp4")
+                frames = video_frames(path, name, height)
+                with VideoWriter(shown, rate) as writer:
+                    for frame, labels in segment(network, frames, floats, args.batch_size):
+                        saver.put(save, output, frame, labels, classes)
+                        page = overlay(frame.image, labels, classes.names, classes.colors)
+                        writer.add(page)
+                        done += 1
+                        bar.update()
+            except DatasetError as error:
+                fail(str(error))
+    seconds = time.perf_counter() - started
+    print(
+        f"{done} pictures of {len(files) - len(failures)} files in {seconds:.1f} s, "
+        f"{done / seconds:.1f} images/s end to end, on {device} at a height of {height}: {output}"
+    )
+    if failures:
+        print(f"{len(failures)} of {len(files)} files failed, as said above", file=sys.stderr)
+        sys.exit(1)
+
+
+class Saver:
+    """Threads that write results; where too many wait, the next one waits too."""
+
+    def __init__(self, workers: int) -> None:
+        self.pool = ThreadPoolExecutor(max(1, workers))
+        self.most = WAITING * max(1, workers)
+        self.waiting: deque[Future] = deque()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.pool.shutdown(cancel_futures=exception[0] is not None)
+        if exception[0] is None:
+            self.finish(0)
+
+    def put(self, write: Callable[..., None], *args: Any) -> None:
+        self.waiting.append(self.pool.submit(write, *args))
+        self.finish(self.most)
+
+    def finish(self, most: int) -> None:
+        """Wait until at most so many are left.
+
+        Raises:
+            UsageError: a file cannot be written.
+        """
+        while len(self.waiting) > most:
+            try:
+                self.waiting.popleft().result()
+            except OSError as error:
+                raise UsageError(
+                    f"{error.filename or 'a result'} cannot be written ({error.strerror}): make "
+                    "room, or give another --output"
+                ) from error
+
+
+@torch.inference_mode()
+def segment(
+    network: LEDNet,
+    frames: Iterable[Frame],
+    floats: Callable[[Tensor], Tensor],
+    batch_size: int,
+) -> Iterator[tuple[Frame, Tensor]]:
+    """Each frame with its classes, H x W, uint8, on the CPU, at the size of the picture."""
+    for batch in batches(frames, batch_size):
+        logits = network(floats(stack(batch)))
+        for frame, planes in zip(batch, logits, strict=True):
+            yield frame, label_map(planes, frame.image.shape[-2:]).cpu()
+
+
+def batches(frames: Iterable[Frame], most: int) -> Iterator[list[Frame]]:
+    """Neighbours of one size, at most so many together."""
+    for _, same_size in groupby(frames, lambda frame: frame.resized.shape):
+        batch: list[Frame] = []
+        for frame in same_size:
+            batch.append(frame)
+            if len(batch) == most:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def save(output: Path, frame: Frame, labels: Tensor, classes: Classes) -> None:
+    """Write the classes of a picture, as label ids and as colours."""
+    write_label(make_room(output / "labels" / f"{frame.name}.png"), labels, classes)
+    colors = Image.fromarray(labels.numpy())
+    colors.putpalette([part for color in classes.colors for part in color])
+    colors.save(make_room(output / "colors" / f"{frame.name}.png"))
+
+
+def save_overlay(output: Path, frame: Frame, labels: Tensor, classes: Classes) -> None:
+    page = overlay(frame.image, labels, classes.names, classes.colors)
+    page.save(make_room(output / "overlays" / f"{frame.name}.jpg"), quality=90)
+
+
+def make_room(path: Path) -> Path:
+    """The path, with a folder to lie in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+if __name__ == "__main__":
+    run(main, DatasetError, CheckpointError)

@@ -1,0 +1,101 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.files import DatasetError
+from datasets.pictures import Pictures, find_pictures, open_video, working_size
+
+
+def make(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+
+
+def test_folders_are_searched_at_any_depth(tmp_path):
+    make(tmp_path, "b/c.PNG", "a.jpg", "notes.txt", ".hidden.png", "film.mp4")
+    found = [(path.removeprefix(f"{tmp_path}/"), name) for path, name in find_pictures([tmp_path])]
+    assert found == [("a.jpg", "a"), ("b/c.PNG", "b/c"), ("film.mp4", "film")]
+
+
+def test_globs_and_files_keep_their_names(tmp_path, monkeypatch):
+    make(tmp_path, "x/a.png", "x/b.png", "x/odd.data")
+    monkeypatch.chdir(tmp_path)
+    assert [name for _, name in find_pictures(["x/*.png"])] == ["a", "b"]
+    # A file that is named is tried, whatever its suffix.
+    assert find_pictures(["x/odd.data"]) == [("x/odd.data", "odd")]
+    assert find_pictures(["x/a.png", "x/a.png"]) == [("x/a.png", "a")]
+
+
+def test_a_name_with_the_signs_of_a_glob_is_a_file_first(tmp_path):
+    make(tmp_path, "a[1].png")
+    assert find_pictures([str(tmp_path / "a[1].png")])[0][1] == "a[1]"
+
+
+def test_twin_names_are_told_apart(tmp_path):
+    make(tmp_path, "a.png", "a.jpg", "b/a.png")
+    inputs = [str(tmp_path / name) for name in ("a.png", "a.jpg", "b/a.png")]
+    names = [name for _, name in find_pictures(inputs)]
+    assert len(set(names)) == 3 and "a" in names
+
+
+@pytest.mark.parametrize("given", ["nowhere", "no*.png", "empty"])
+def test_inputs_without_a_picture(tmp_path, given):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match=given.replace("*", r"\*")):
+        find_pictures([str(tmp_path / given)])
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((360, 480), (128, 171)),
+        ((1, 1), (128, 128)),
+        ((5000, 20), (128, 64)),  # high and narrow: the least that the network takes
+        ((20, 50_000), (128, 1024)),  # eight times as wide as high
+    ],
+)
+def test_the_working_size_keeps_the_proportions_within_limits(size, expected):
+    assert working_size(*size, 128) == expected
+
+
+def read(path, height=64):
+    return Pictures([(str(path), "name")], height)[0]
+
+
+def test_a_picture_comes_at_two_sizes(tmp_path):
+    pixels = np.random.default_rng(0).integers(256, size=(90, 120, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (frame,) = read(tmp_path / "a.png")
+    assert torch.equal(frame.image, torch.from_numpy(pixels).permute(2, 0, 1))
+    expected = Image.fromarray(pixels).resize((85, 64), Image.Resampling.BILINEAR)
+    assert np.array_equal(frame.resized.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_every_moment_of_an_animation_is_a_picture(tmp_path):
+    moments = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue")]
+    moments[0].save(tmp_path / "a.gif", save_all=True, append_images=moments[1:])
+    frames = read(tmp_path / "a.gif")
+    assert [frame.name for frame in frames] == ["name-0000", "name-0001", "name-0002"]
+    assert [frame.image[:, 0, 0].argmax().item() for frame in frames] == [0, 1, 2]
+
+
+def test_the_preview_behind_a_photo_is_no_picture(tmp_path):
+    photo = Image.new("RGB", (40, 30), "red")
+    photo.save(tmp_path / "a.mpo", save_all=True, append_images=[Image.new("RGB", (8, 6))])
+    (frame,) = read(tmp_path / "a.mpo")
+    assert frame.image.shape == (3, 30, 40)
+
+
+def test_a_file_that_is_no_picture_gives_the_reason(tmp_path):
+    (tmp_path / "a.png").write_text("hello")
+    assert f"{tmp_path}/a.png cannot be read as an image" in read(tmp_path / "a.png")
+
+
+def test_without_pyav_a_video_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DatasetError, match="pip install av"), open_video("film.mp4"):
+        pass

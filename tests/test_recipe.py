@@ -1,0 +1,78 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from utils.recipe import OPTIMIZERS, SCHEDULES, ema_of
+
+
+def rates(schedule: str, steps: int, lr: float = 0.1, optimizer: str = "adam") -> list[float]:
+    """The learning rate of each step, and the one after the last."""
+    made = OPTIMIZERS[optimizer]([torch.zeros(1, requires_grad=True)], lr)
+    scheduler = SCHEDULES[schedule](made, steps)
+    found = [made.param_groups[0]["lr"]]
+    for _ in range(steps):
+        made.step()
+        scheduler.step()
+        found.append(made.param_groups[0]["lr"])
+    return found
+
+
+def test_poly_falls_to_nothing_by_the_power_of_the_paper():
+    found = rates("poly", 40)
+    assert found == pytest.approx([0.1 * (1 - step / 40) ** 0.9 for step in range(41)])
+    assert found[0] == 0.1 and found[20] == pytest.approx(0.0535887) and found[40] == 0
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.filterwarnings("error")
+def test_one_cycle_rises_over_a_twentieth_and_falls_as_a_cosine(optimizer):
+    found = rates("onecycle", 199, optimizer=optimizer)
+    assert found[0] == pytest.approx(0.001)
+    assert found[9] == pytest.approx(0.1) == max(found)
+    for step, rate in enumerate(found[10:], 10):
+        share = (step - 9) / 190
+        assert rate == pytest.approx(0.1 * (1 + math.cos(math.pi * share)) / 2, abs=1e-6), step
+    assert found[104] == pytest.approx(0.05, rel=1e-5)
+    assert 0 < found[198] < 1e-4 and found[199] < 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+@pytest.mark.filterwarnings("error")
+def test_one_cycle_of_a_short_run(steps):
+    found = rates("onecycle", steps)[:-1]
+    assert all(0 < rate <= 0.1 for rate in found)
+    assert steps == 1 or max(found) == pytest.approx(0.1, rel=0.01)
+
+
+def test_one_cycle_leaves_the_momentum_alone():
+    made = OPTIMIZERS["adamw"]([torch.zeros(1, requires_grad=True)], 0.1)
+    scheduler = SCHEDULES["onecycle"](made, 10)
+    made.step()
+    scheduler.step()
+    assert made.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize(("steps", "share"), [(36, 1 / 10), (5_000, 1 / 100), (5_000_000, 1e-4)])
+def test_the_average_looks_back_over_a_fiftieth_of_the_run(steps, share):
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(0.0)
+    ema = ema_of(model, steps)
+    ema.update_parameters(model)
+    model.weight.data.fill_(1.0)
+    ema.update_parameters(model)
+    assert ema.module.weight.item() == pytest.approx(share, rel=1e-3)
+    ema.update_parameters(model)
+    assert ema.module.weight.item() == pytest.approx(1 - (1 - share) ** 2, rel=1e-3)
+
+
+def test_running_statistics_are_averaged_and_the_model_left_alone():
+    model = nn.BatchNorm1d(2)
+    ema = ema_of(model, 100)
+    ema.update_parameters(model)
+    model.running_mean.fill_(1.0)
+    ema.update_parameters(model)
+    assert ema.module.running_mean.tolist() == pytest.approx([0.1, 0.1])
+    assert model.running_mean.tolist() == [1, 1]
+    assert ema.n_averaged == 2

@@ -1,0 +1,63 @@
+"""The weights that ship with the code, and the tool that makes such files."""
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT, same_weights
+
+from datasets.camvid import CamVid
+from datasets.scene import draw_scene
+from utils.checkpoint import load_checkpoint, load_network
+
+SHIPPED = sorted((ROOT / "weights").glob("*.pth"))
+
+
+def test_there_are_weights():
+    assert ROOT / "weights/lednet_d20_camvid.pth" in SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_weights_explain_themselves(path):
+    assert path.stat().st_size < 10e6
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    assert content["class_names"] == CamVid.CLASSES.names and content["dataset"] == "camvid"
+    assert content["label_ids"] == list(range(11)) and content["ignored_ids"] == [11]
+    width = int(re.search(r"_d(\d+)_", path.name)[1])
+    assert content["apn_channels"] == width
+    assert not {"optimizer", "training_model", "rng"} & content.keys()
+    assert "/" not in str(content["args"]), "a path of the machine that it was trained on"
+    card = (ROOT / "weights/README.md").read_text()
+    assert path.name in card and f"{content['epoch']} epochs" in card
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_weights_segment_a_drawn_street(path):
+    import numpy as np
+
+    scene = draw_scene(np.random.default_rng(7), 256)
+    image = torch.from_numpy(scene.image).permute(2, 0, 1)[None].float() / 255
+    maps = []
+    for _ in range(2):
+        network, _ = load_network(path)
+        with torch.inference_mode():
+            maps.append(network(image).argmax(1)[0])
+    assert torch.equal(*maps)
+    assert len(maps[0].unique()) >= 4
+
+
+def test_a_run_becomes_a_file_that_ships(script, fails, trained, tmp_path):
+    argv = ("tools/ship_weights.py", "--checkpoint", trained / "last.pth", "--output", "w.pth")
+    assert script(*argv).status == 0
+    stored, whole = load_checkpoint(tmp_path / "w.pth"), load_checkpoint(trained / "last.pth")
+    assert not {"optimizer", "rng", "training_model"} & stored.keys()
+    assert (tmp_path / "w.pth").stat().st_size < 0.3 * (trained / "last.pth").stat().st_size
+    assert "datadir" not in stored["args"] and stored["args"]["epochs"] == 1
+    rounded = {
+        name: weight.half() if weight.is_floating_point() else weight
+        for name, weight in whole["model"].items()
+    }
+    assert same_weights(stored["model"], rounded)
+    network, _ = load_network(tmp_path / "w.pth")
+    assert all(weight.dtype == torch.float32 for weight in network.parameters())
+    assert "w.pth exists" in fails(*argv)
