@@ -106,7 +106,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1; default auto")
     args = parser.parse_args()
     if args.output is None:
-        args.output = str(Path("results") / (Path(args.input[0]).stem.strip("*") or "pictures"))
+        name = Path(args.input[0]).resolve().stem.strip("*")
+        args.output = str(Path("results") / (name or "pictures"))
     if args.height is not None and args.height < 64:
         raise UsageError(f"--height {args.height} is too small: LEDNet needs 64x64")
     return args

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from datasets.seeded import as_lists
-from utils.engine import Waiting, evaluate, evaluate_classifier, train_one_epoch
+from utils.engine import Waiting, evaluate, evaluate_classifier, label_map, train_one_epoch
 from utils.losses import build_loss
 from utils.metrics import ConfusionMatrix
 
@@ -358,3 +358,14 @@ def test_on_a_gpu_its_own_clock_tells_the_waiting(monkeypatch):
     waiting = Waiting(torch.device("cuda"))
     assert list(waiting.through("ab")) == ["a", "b"]
     assert waiting.seconds() == 2 and waiting.seconds() == 2
+
+
+@pytest.mark.parametrize("size", [(9, 14), (40, 60), (257, 33), (5, 7), (1, 1)])
+@pytest.mark.parametrize("rows", [7, 256])
+def test_a_label_map_is_the_largest_of_the_upsampled_logits(size, rows):
+    logits = torch.randn(6, 9, 14, generator=torch.Generator().manual_seed(0))
+    labels = label_map(logits, size, rows)
+    upsampled = F.interpolate(logits[None], size, mode="bilinear", align_corners=True)[0]
+    assert labels.dtype == torch.uint8 and labels.shape == size
+    chosen = upsampled.gather(0, labels[None].long())[0]
+    assert torch.allclose(chosen, upsampled.amax(0), atol=1e-5)

@@ -226,3 +226,10 @@ def test_hub_loads_the_network():
         load(str(ROOT), "lednet", source="local", pretrained=True, apn_channels=7)
     with pytest.raises(ValueError, match="of 11 classes, not 3"):
         load(str(ROOT), "lednet", source="local", pretrained=True, num_classes=3)
+
+
+def test_a_photo_of_thirty_megapixels(predict, cityscapes, tmp_path):
+    photo(cityscapes).resize((6400, 4800)).save(tmp_path / "large.jpg")
+    assert predict(tmp_path / "large.jpg").status == 0
+    for kind in ("labels", "colors"):
+        assert results(tmp_path / "out", kind) == {"large.png": (6400, 4800)}
