@@ -161,7 +161,9 @@ def check_fit(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
             f"{', '.join(DATASETS)}: use another checkpoint, or add the data set to datasets/"
         )
     if args.subset not in kind.SPLITS:
-        raise UsageError(f"--subset {args.subset}: {checkpoint['dataset']} has {kind.SPLITS}")
+        raise UsageError(
+            f"--subset {args.subset}: {checkpoint['dataset']} has {', '.join(kind.SPLITS)}"
+        )
 
 
 def score(

@@ -301,7 +301,7 @@ def parse_args() -> argparse.Namespace:
         "--iouVal", action=Obsolete, nargs=0, reason="every validation measures the mIoU"
     )
 
-    return parse_run_args(parser, settle, free=("val_every", "epochs_save"))
+    return parse_run_args(parser, settle, free=("val_every", "epochs_save", "cache"))
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -310,11 +310,16 @@ def settle(args: argparse.Namespace) -> None:
     if args.datadir is None and args.dataset not in (None, "synthetic"):
         raise UsageError(f"--dataset {args.dataset} needs --datadir, the folder of the data set")
     args.preset = args.preset or ("quick" if args.datadir is None else "paper")
-    args.dataset = args.dataset or ("synthetic" if embedded else "cityscapes")
+    args.dataset = args.dataset or (
+        "folder" if args.classes else "synthetic" if embedded else "cityscapes"
+    )
     args.datadir = args.datadir or str(EMBEDDED)
+    given = [name for name in ("crop", "scale", "jitter") if getattr(args, name) is not None]
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if given and args.augment == "paper" and not args.resume:
+        raise UsageError(f"--{given[0]} is of --augment strong: give that as well")
     args.savedir = str(run_folder(args.savedir, args.dataset))
     kind = DATASETS[args.dataset]
     if (kind.CLASSES is None) != (args.classes is not None):
@@ -384,7 +389,10 @@ def main() -> None:
     stage_done, epoch_done = (resumed["stage"], resumed["epoch"]) if resumed else (0, 0)
 
     kind = DATASETS[args.dataset]
-    classes = read_classes(args.classes) if args.classes else kind.CLASSES
+    if resumed:
+        classes = Classes.from_checkpoint(resumed)  # as the run began, whatever --classes says now
+    else:
+        classes = read_classes(args.classes) if args.classes else kind.CLASSES
     torch.manual_seed(args.seed)
     network, mean, std = build_network(args, classes, resumed)
 
@@ -468,7 +476,7 @@ def main() -> None:
         resumed=resumed,
     )
     if args.cache == "ram":
-        this.loading["pin_memory"] = False  # nothing to gain, and not possible on the GPU
+        this.loading["pin_memory"] = False  # what lies on the GPU cannot be pinned
     if args.encoder_epochs and stage_done < 2:
         encoder = EncoderClassifier(network.encoder, len(classes))
         train_stage(this, 1, encoder, encoder)

@@ -23,15 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets.files import DatasetError
 from datasets.pictures import (
+    Animation,
     Frame,
     Pictures,
+    animation_frames,
     find_pictures,
     is_video,
     open_video,
@@ -54,11 +55,12 @@ from utils.cli import (
 )
 from utils.engine import label_map
 from utils.video import VideoWriter
-from utils.visualize import overlay
+from utils.visualize import overlay, paint
 
 SHIPPED = Path(__file__).parent / "weights" / "lednet_d20_camvid.pth"
 # Results that wait to be written, for each thread that writes.
 WAITING = 4
+JPEG_MOST = 65_500  # pixels each way
 FRAMES_PER_SECOND = 25  # of a video that does not say
 
 
@@ -137,11 +139,16 @@ def main() -> None:
 
         def read_stills() -> Iterator[Frame]:
             pictures = Pictures(stills, height)
-            for frames in DataLoader(pictures, batch_size=None, num_workers=args.workers):
-                if isinstance(frames, str):
-                    fail(frames)
-                else:
-                    yield from frames
+            for read in DataLoader(pictures, batch_size=None, num_workers=args.workers):
+                try:
+                    if isinstance(read, str):
+                        fail(read)
+                    elif isinstance(read, Animation):
+                        yield from animation_frames(read, height)
+                    else:
+                        yield read
+                except DatasetError as error:
+                    fail(str(error))
                 bar.update()
 
         for frame, labels in segment(network, read_stills(), floats, args.batch_size):
@@ -166,6 +173,11 @@ def main() -> None:
                         bar.update()
             except DatasetError as error:
                 fail(str(error))
+            except OSError as error:
+                raise cannot_write(error) from error
+        saver.finish(0)
+        for message in saver.failures:
+            fail(message)
     seconds = time.perf_counter() - started
     print(
         f"{done} pictures of {len(files) - len(failures)} files in {seconds:.1f} s, "
@@ -183,14 +195,13 @@ class Saver:
         self.pool = ThreadPoolExecutor(max(1, workers))
         self.most = WAITING * max(1, workers)
         self.waiting: deque[Future] = deque()
+        self.failures: list[str] = []
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.pool.shutdown(cancel_futures=exception[0] is not None)
-        if exception[0] is None:
-            self.finish(0)
 
     def put(self, write: Callable[..., None], *args: Any) -> None:
         self.waiting.append(self.pool.submit(write, *args))
@@ -200,16 +211,22 @@ class Saver:
         """Wait until at most so many are left.
 
         Raises:
-            UsageError: a file cannot be written.
+            UsageError: the disk takes no more.
         """
         while len(self.waiting) > most:
             try:
                 self.waiting.popleft().result()
             except OSError as error:
-                raise UsageError(
-                    f"{error.filename or 'a result'} cannot be written ({error.strerror}): make "
-                    "room, or give another --output"
-                ) from error
+                if error.errno is not None:
+                    raise cannot_write(error) from error
+                self.failures.append(f"a result cannot be saved ({error})")  # PIL's own
+
+
+def cannot_write(error: OSError) -> UsageError:
+    return UsageError(
+        f"{error.filename or 'a result'} cannot be written ({error.strerror}): make room, or give "
+        "another --output"
+    )
 
 
 @torch.inference_mode()
@@ -242,14 +259,14 @@ def batches(frames: Iterable[Frame], most: int) -> Iterator[list[Frame]]:
 def save(output: Path, frame: Frame, labels: Tensor, classes: Classes) -> None:
     """Write the classes of a picture, as label ids and as colours."""
     write_label(make_room(output / "labels" / f"{frame.name}.png"), labels, classes)
-    colors = Image.fromarray(labels.numpy())
-    colors.putpalette([part for color in classes.colors for part in color])
+    colors = paint(labels, classes.colors)
     colors.save(make_room(output / "colors" / f"{frame.name}.png"))
 
 
 def save_overlay(output: Path, frame: Frame, labels: Tensor, classes: Classes) -> None:
     page = overlay(frame.image, labels, classes.names, classes.colors)
-    page.save(make_room(output / "overlays" / f"{frame.name}.jpg"), quality=90)
+    suffix = ".jpg" if max(page.size) <= JPEG_MOST else ".png"
+    page.save(make_room(output / "overlays" / f"{frame.name}{suffix}"), quality=90)
 
 
 def make_room(path: Path) -> Path:

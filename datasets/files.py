@@ -35,14 +35,15 @@ class DatasetError(Exception):
 
 
 def read_image(path: str) -> Image.Image:
-    """Read an image as RGB.
+    """Read an image as upright RGB.
 
     Raises:
         DatasetError: the file is missing, cut short or not an image.
     """
     try:
         with Image.open(path) as image:
-            return to_rgb(image)
+            turned = orientation(image)
+            return upright(to_rgb(image), turned)
     except IMAGE_ERRORS as error:
         raise unreadable(path, error) from error
 
@@ -180,7 +181,7 @@ def check_sizes(label_path: str, label_size: tuple[int, int], size: tuple[int, i
 
 
 def _read_header(path: str) -> tuple[tuple[int, int], str]:
-    """Width, height and mode of an image whose beginning and end are in place."""
+    """Upright width and height, and mode of an image whose beginning and end are in place."""
     try:
         with Image.open(path) as image:
             if image.format == "PNG" and not _ends_with(Path(path), b"IEND"):
@@ -188,7 +189,8 @@ def _read_header(path: str) -> tuple[tuple[int, int], str]:
             # A JPEG may lack its end, or have more after it, and be read all the same.
             if image.format == "JPEG" and not _ends_with(Path(path), b"\xff\xd9"):
                 image.load()
-            return image.size, image.mode
+            size = image.size[::-1] if orientation(image) in SIDEWAYS else image.size
+            return size, image.mode
     except IMAGE_ERRORS as error:
         raise unreadable(path, error) from error
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from datasets.files import DatasetError
 from datasets.segmentation import Classes, Segmentation, matched_files
 
-# A class of this name is neither trained on nor scored.
-IGNORED = "ignore"
+# Classes of these names, in any case, are neither trained on nor scored.
+IGNORED = {"ignore", "ignored", "unlabeled", "unlabelled", "void"}
 MOST_CLASSES = 254
 
 
@@ -33,15 +33,15 @@ def read_classes(path: str | os.PathLike) -> Classes:
     A text file has a line for each class, the value 0 first: its name, and if wanted its colour
     as three numbers (`traffic light 250 170 30`); empty lines and those after # do not count. A
     JSON file has a list of {"name": ..., "color": [R, G, B]} or of names, or an object
-    {"name": [R, G, B]}. A class named "ignore" is neither trained on nor scored. Classes without
-    a colour get one.
+    {"name": [R, G, B]}. A class named as in IGNORED is neither trained on nor scored. Classes
+    without a colour get one.
 
     Raises:
         DatasetError: names the file and what is wrong in it.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError) as error:
         raise DatasetError(f"{path} cannot be read as a file of classes ({error})") from error
     rows = _from_json(path, text) if path.suffix.lower() == ".json" else _from_text(text)
@@ -55,7 +55,7 @@ def read_classes(path: str | os.PathLike) -> Classes:
             raise DatasetError(
                 f"{path}: the colour of {name} is {color}: give three whole numbers of 0 to 255"
             )
-    kept = [value for value, name in enumerate(names) if name != IGNORED]
+    kept = [value for value, name in enumerate(names) if name.lower() not in IGNORED]
     if len(kept) < 2 or len(rows) > MOST_CLASSES:
         raise DatasetError(
             f"{path} has {len(kept)} classes: give 2 to {MOST_CLASSES}, a line for each"
@@ -88,6 +88,8 @@ def _from_json(path: Path, text: str) -> list[Row]:
         content = json.loads(text)
         if isinstance(content, dict):
             content = [{"name": name, "color": color} for name, color in content.items()]
+        if not isinstance(content, list):
+            raise TypeError(f"it is a {type(content).__name__}")
         rows = [{"name": row} if isinstance(row, str) else row for row in content]
         return [
             (str(row["name"]), None if row.get("color") is None else list(row["color"]))

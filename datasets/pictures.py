@@ -2,6 +2,7 @@
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from datasets.files import (
-    IMAGE_ERRORS,
-    DatasetError,
-    orientation,
-    to_rgb,
-    unreadable,
-    upright,
-)
+from datasets.files import DatasetError, orientation, to_rgb, unreadable, upright
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
@@ -69,13 +63,15 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
         if not paths:
             what = "holds no picture or video" if os.path.isdir(given) else "is no file or folder"
             raise DatasetError(f"{given} {what}: give a picture, a folder, a glob or a video")
-        found = paths | found
+        for path, name in paths.items():
+            found.setdefault(path, name)
     taken: set[str] = set()
+    twins: Counter[str] = Counter()
     for path, name in found.items():
-        unique, number = name, 1
+        unique = name
         while unique in taken:
-            number += 1
-            unique = f"{name}-{number}"
+            twins[name] += 1
+            unique = f"{name}-{twins[name] + 1}"
         taken.add(unique)
         found[path] = unique
     return list(found.items())
@@ -96,8 +92,16 @@ def working_size(height: int, width: int, new_height: int) -> tuple[int, int]:
     return new_height, min(max(new_width, SHORTEST), WIDEST * new_height)
 
 
+@dataclass
+class Animation:
+    """A picture file of several moments, to be read one at a time by `animation_frames`."""
+
+    path: str
+    name: str
+
+
 class Pictures(Dataset):
-    """The frames of picture files; of a file that cannot be read, the reason instead.
+    """Picture files as frames; of a file that cannot be read, the reason instead.
 
     Args:
         files: paths and names, as `find_pictures` returns them.
@@ -110,20 +114,32 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> list[Frame] | str:
+    def __getitem__(self, index: int) -> Frame | Animation | str:
         path, name = self.files[index]
         try:
             with Image.open(path) as picture:
+                # All moments at once would fill the memory, and the pipe out of a worker.
+                if picture.format in ANIMATED and getattr(picture, "n_frames", 1) > 1:
+                    return Animation(path, name)
                 turned = orientation(picture)
-                count = getattr(picture, "n_frames", 1) if picture.format in ANIMATED else 1
-                if count == 1:
-                    return [make_frame(name, upright(to_rgb(picture), turned), self.height)]
-                return [
-                    make_frame(f"{name}-{number:04d}", to_rgb(frame.copy()), self.height)
-                    for number, frame in enumerate(ImageSequence.Iterator(picture))
-                ]
-        except IMAGE_ERRORS as error:
+                return make_frame(name, upright(to_rgb(picture), turned), self.height)
+        except Exception as error:  # anyone's files: what PIL raises on them is not documented
             return str(unreadable(path, error))
+
+
+def animation_frames(animation: Animation, height: int) -> Iterator[Frame]:
+    """The moments of an animated picture, in order.
+
+    Raises:
+        DatasetError: one of them cannot be read.
+    """
+    try:
+        with Image.open(animation.path) as picture:
+            for number, moment in enumerate(ImageSequence.Iterator(picture)):
+                name = f"{animation.name}/{number:06d}"
+                yield make_frame(name, to_rgb(moment.copy()), height)
+    except Exception as error:  # as above
+        raise unreadable(animation.path, error) from error
 
 
 def make_frame(name: str, image: Image.Image, height: int) -> Frame:
@@ -141,7 +157,9 @@ def video_frames(path: str, name: str, height: int) -> Iterator[Frame]:
     with open_video(path) as container:
         container.streams.video[0].thread_type = "AUTO"
         for number, frame in enumerate(container.decode(video=0)):
-            yield make_frame(f"{name}/{number:06d}", frame.to_image(), height)
+            # Phones store frames as the sensor lies, and by how far to turn them.
+            image = frame.to_image().rotate(frame.rotation, expand=True)
+            yield make_frame(f"{name}/{number:06d}", image, height)
 
 
 @contextmanager

@@ -153,7 +153,9 @@ def jittered(images: Tensor, factors: Tensor) -> Tensor:
     Returns:
         N x 3 x H x W, float32, 0 to 255.
     """
-    brightness, contrast, saturation = factors.to(images.device).view(-1, 3, 1, 1, 1).unbind(1)
+    brightness, contrast, saturation = (
+        factors.to(images.device, non_blocking=True).view(-1, 3, 1, 1, 1).unbind(1)
+    )
     images = (images * brightness).clamp_(max=255)
     mean = F.rgb_to_grayscale_image(images).mean((1, 2, 3), keepdim=True)
     images = torch.lerp(mean, images, contrast).clamp_(0, 255)

@@ -124,7 +124,9 @@ def test_an_encoder_is_no_network(network, tmp_path, stage):
         load_network(tmp_path / "one.pth")
 
 
-@pytest.mark.parametrize(("key", "value"), [("mean", None), ("num_classes", "three"), ("label_ids", None)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("mean", None), ("num_classes", "three"), ("label_ids", None)]
+)
 def test_a_description_that_lacks_something(network, tmp_path, key, value):
     save_checkpoint(describe(network) | {key: value}, tmp_path / "odd.pth")
     with pytest.raises(CheckpointError, match=f"does not say its {key}"):

@@ -14,7 +14,7 @@ from conftest import (
 )
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import datasets.shapes
@@ -22,9 +22,12 @@ import lednet_imagenet
 import main
 import utils.checkpoint
 import utils.engine
-from datasets.imagenet import normalize, validation_images
-from datasets.transforms import eval_transforms
-from lednet_imagenet import build_schedule, ema_of, weight_decay
+import utils.recipe
+from datasets.cityscapes import Cityscapes
+from datasets.folder import Folder
+from datasets.imagenet import validation_images
+from datasets.transforms import to_floats
+from lednet_imagenet import build_schedule, weight_decay
 from models.lednet import Encoder
 from utils.checkpoint import load_checkpoint, load_classifier, save_checkpoint
 from utils.engine import evaluate_classifier
@@ -180,30 +183,31 @@ def test_the_recipe_is_followed_epoch_by_epoch(script, shapes, monkeypatch, tmp_
     assert logged == pytest.approx([rate for rate, _ in seen])
 
 
-def test_the_average_looks_back_over_a_fiftieth_of_the_run():
-    model = nn.Linear(1, 1, bias=False)
-    for steps, share in ((36, 1 / 10), (5_000, 1 / 100), (5_000_000, 1 / 10_000)):
-        model.weight.data.fill_(0.0)
-        ema = ema_of(model, steps)
-        ema.update_parameters(model)
-        model.weight.data.fill_(1.0)
-        ema.update_parameters(model)
-        assert ema.module.weight.item() == pytest.approx(share, rel=1e-3)
-
-
 def options_of_a_run(script, shapes, monkeypatch, *options):
     """Run one epoch; returns what the epoch was trained with."""
-    seen, real = {}, utils.engine.train_one_epoch
+    seen, real, real_ema = {"ema": None}, utils.engine.train_one_epoch, utils.recipe.ema_of
 
     def train_one_epoch(model, loader, **options):
         seen.update(options, loader=loader)
         seen["weight_decay"] = options["optimizer"].param_groups[0]["weight_decay"]
         return real(model, loader, **options)
 
+    def ema_of(*args):
+        seen["ema"] = real_ema(*args)
+        return seen["ema"]
+
     monkeypatch.setattr(utils.engine, "train_one_epoch", train_one_epoch)
+    monkeypatch.setattr(utils.recipe, "ema_of", ema_of)
     result = script(NAME, "--datadir", shapes, *PRETRAIN_QUICK, "--savedir", "a", *options)
     assert result.status == 0, result.err
     return seen
+
+
+def assert_smoothed_by(smoothing: float, loss_function) -> None:
+    """What is half precision is summed in full."""
+    logits, labels = torch.randn(8, 6).bfloat16(), torch.randint(6, (8,))
+    expected = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    assert torch.equal(loss_function(logits, labels), expected)
 
 
 def test_the_published_recipe_is_the_default(script, shapes, monkeypatch):
@@ -211,10 +215,13 @@ def test_the_published_recipe_is_the_default(script, shapes, monkeypatch):
     group = seen["optimizer"].param_groups[0]
     assert type(seen["optimizer"]) is torch.optim.SGD
     assert (group["initial_lr"], group["momentum"], seen["weight_decay"]) == (0.1, 0.9, 1e-4)
-    assert seen["loss_function"].label_smoothing == 0 and seen["ema"] is None
+    assert_smoothed_by(0.0, seen["loss_function"])
+    assert seen["ema"] is None and seen["on_step"] is None
     # Images are trained on as the checkpoint says.
-    grey = seen["prepare"](torch.full((1, 3, 1, 1), 51, dtype=torch.uint8)).flatten()
-    assert torch.allclose(grey, torch.tensor([-1.244541, -1.142857, -0.915556]))
+    labels = torch.tensor([4])
+    grey, same = seen["prepare"](torch.full((1, 3, 1, 1), 51, dtype=torch.uint8), labels)
+    assert torch.allclose(grey.flatten(), torch.tensor([-1.244541, -1.142857, -0.915556]))
+    assert torch.equal(same, labels)
     steps = seen["loader"].dataset.dataset.transform.transforms
     assert "RandAugment" not in [type(step).__name__ for step in steps]
 
@@ -224,11 +231,12 @@ def test_the_modern_recipe(script, shapes, monkeypatch, tmp_path):
     seen = options_of_a_run(script, shapes, monkeypatch, *options)
     assert type(seen["optimizer"]) is torch.optim.AdamW
     assert seen["optimizer"].param_groups[0]["max_lr"] == 1e-3
-    assert seen["loss_function"].label_smoothing == 0.1
+    assert_smoothed_by(0.1, seen["loss_function"])
     assert seen["amp_dtype"] == torch.bfloat16
     steps = seen["loader"].dataset.dataset.transform.transforms
     assert "RandAugment" in [type(step).__name__ for step in steps]
     # What is scored and kept is the average.
+    assert seen["ema"].n_averaged == 3
     averaged = seen["ema"].module.state_dict()
     assert same_weights(load_checkpoint(tmp_path / "save/a/best.pth")["model"], averaged)
     encoder = load_checkpoint(tmp_path / "save/a/encoder.pth")["model"]
@@ -456,20 +464,26 @@ def test_features_of_an_image_are_the_same_in_both_programs(pretrained, square, 
     model, checkpoint = load_classifier(pretrained / "best.pth")
     model.encoder.register_forward_hook(keep)
     val = validation_images(square.parents[2], 224, checkpoint["class_names"])
-    prepare = normalize(checkpoint["mean"], checkpoint["std"])
+    prepare = to_floats(checkpoint["mean"], checkpoint["std"], torch.device("cpu"))
     evaluate_classifier(model, DataLoader(val), prepare, "")
 
     args = main.argparse.Namespace(
-        init=None, pretrained_encoder=str(pretrained / "encoder.pth"), apn_channels=20
+        init=None,
+        pretrained_encoder=str(pretrained / "encoder.pth"),
+        apn_channels=20,
+        dropout=0.3,
+        mean=None,
+        std=None,
     )
-    args.mean = args.std = None
-    network, mean, std = main.build_network(args, None)
+    network, mean, std = main.build_network(args, Cityscapes.CLASSES, None)
     network.encoder.register_forward_hook(lambda *seen: features.update(training=seen[2]))
     # Pretraining shows the central 224 of 256 pixels; here they are the whole image.
+    (tmp_path / "images/test").mkdir(parents=True)
     with Image.open(square) as image:
-        central = image.crop((16, 16, 240, 240))
+        image.crop((16, 16, 240, 240)).save(tmp_path / "images/test/central.png")
+    central, _ = Folder(tmp_path, "test", Cityscapes.CLASSES, height=224)[0]
     with torch.inference_mode():
-        network.eval()(eval_transforms(224, mean, std)(central)[None])
+        network.eval()(to_floats(mean, std, torch.device("cpu"))(central[None]))
     assert features["training"].std() > 0.01
     assert torch.equal(features["training"], features["pretraining"])
 

@@ -1,4 +1,5 @@
 import os
+from itertools import pairwise
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_all_items_lie_in_one_array_that_they_fill(fields):
     tensors = [tensor for item in in_memory(train) for tensor in item]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
     places = sorted((t.data_ptr(), t.data_ptr() + t.numel()) for t in tensors)
-    assert all(end == start for (_, end), (start, _) in zip(places, places[1:], strict=False))
+    assert all(end == start for (_, end), (start, _) in pairwise(places))
     assert tensors[0].untyped_storage().nbytes() == sum(tensor.numel() for tensor in tensors)
 
 

@@ -6,7 +6,13 @@ import torch
 from PIL import Image
 
 from datasets.files import DatasetError
-from datasets.pictures import Pictures, find_pictures, open_video, working_size
+from datasets.pictures import (
+    Pictures,
+    animation_frames,
+    find_pictures,
+    open_video,
+    working_size,
+)
 
 
 def make(folder, *names):
@@ -38,8 +44,7 @@ def test_a_name_with_the_signs_of_a_glob_is_a_file_first(tmp_path):
 def test_twin_names_are_told_apart(tmp_path):
     make(tmp_path, "a.png", "a.jpg", "b/a.png")
     inputs = [str(tmp_path / name) for name in ("a.png", "a.jpg", "b/a.png")]
-    names = [name for _, name in find_pictures(inputs)]
-    assert len(set(names)) == 3 and "a" in names
+    assert [name for _, name in find_pictures(inputs)] == ["a", "a-2", "a-3"]
 
 
 @pytest.mark.parametrize("given", ["nowhere", "no*.png", "empty"])
@@ -69,7 +74,7 @@ def read(path, height=64):
 def test_a_picture_comes_at_two_sizes(tmp_path):
     pixels = np.random.default_rng(0).integers(256, size=(90, 120, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    (frame,) = read(tmp_path / "a.png")
+    frame = read(tmp_path / "a.png")
     assert torch.equal(frame.image, torch.from_numpy(pixels).permute(2, 0, 1))
     expected = Image.fromarray(pixels).resize((85, 64), Image.Resampling.BILINEAR)
     assert np.array_equal(frame.resized.permute(1, 2, 0).numpy(), np.asarray(expected))
@@ -78,21 +83,37 @@ def test_a_picture_comes_at_two_sizes(tmp_path):
 def test_every_moment_of_an_animation_is_a_picture(tmp_path):
     moments = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue")]
     moments[0].save(tmp_path / "a.gif", save_all=True, append_images=moments[1:])
-    frames = read(tmp_path / "a.gif")
-    assert [frame.name for frame in frames] == ["name-0000", "name-0001", "name-0002"]
+    frames = list(animation_frames(read(tmp_path / "a.gif"), 64))
+    assert [frame.name for frame in frames] == ["name/000000", "name/000001", "name/000002"]
     assert [frame.image[:, 0, 0].argmax().item() for frame in frames] == [0, 1, 2]
 
 
 def test_the_preview_behind_a_photo_is_no_picture(tmp_path):
     photo = Image.new("RGB", (40, 30), "red")
     photo.save(tmp_path / "a.mpo", save_all=True, append_images=[Image.new("RGB", (8, 6))])
-    (frame,) = read(tmp_path / "a.mpo")
+    frame = read(tmp_path / "a.mpo")
     assert frame.image.shape == (3, 30, 40)
 
 
 def test_a_file_that_is_no_picture_gives_the_reason(tmp_path):
     (tmp_path / "a.png").write_text("hello")
     assert f"{tmp_path}/a.png cannot be read as an image" in read(tmp_path / "a.png")
+
+
+def test_an_animation_that_breaks_is_named(tmp_path, monkeypatch):
+    """PIL raises an IndexError on some damaged GIFs."""
+    moments = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue")]
+    moments[0].save(tmp_path / "a.gif", save_all=True, append_images=moments[1:])
+    animation = read(tmp_path / "a.gif")
+
+    def broken(*_):
+        raise IndexError("index out of range")
+
+    monkeypatch.setattr(Image.Image, "copy", broken)
+    with pytest.raises(DatasetError, match=r"a\.gif cannot be read as an image"):
+        list(animation_frames(animation, 64))
+    monkeypatch.setattr(Image, "open", broken)
+    assert "a.gif cannot be read as an image (index out of range)" in read(tmp_path / "a.gif")
 
 
 def test_without_pyav_a_video_says_what_to_install(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ def test_shipped_weights_explain_themselves(path):
     assert content["label_ids"] == list(range(11)) and content["ignored_ids"] == [11]
     width = int(re.search(r"_d(\d+)_", path.name)[1])
     assert content["apn_channels"] == width
+    assert content["mean"] == [0, 0, 0] and content["std"] == [1, 1, 1]  # as torch.hub promises
     assert not {"optimizer", "training_model", "rng"} & content.keys()
     assert "/" not in str(content["args"]), "a path of the machine that it was trained on"
     card = (ROOT / "weights/README.md").read_text()

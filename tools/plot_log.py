@@ -1,4 +1,4 @@
-"""Plot the mIoU on val, and of every class, over the epochs of a run.
+"""Plot the mIoU on val, and of every class, over the epochs of stage 2 of a run.
 
     python tools/plot_log.py --log save/NAME/log.csv --output curve.png
 
@@ -30,7 +30,8 @@ def main() -> None:
         raise UsageError(f"--output {args.output} exists: give a new file, or move it away")
     try:
         with open(args.log, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if not math.isnan(float(row["val_miou"]))]
+            rows = [row for row in csv.DictReader(file) if row["stage"] == "2"]
+        rows = [row for row in rows if not math.isnan(float(row["val_miou"]))]
     except (OSError, KeyError, ValueError) as error:
         raise UsageError(f"--log {args.log} is not the log.csv of a run: {error!r}") from error
     if not rows:

@@ -3,8 +3,8 @@
     python tools/ship_weights.py --checkpoint save/NAME/last.pth --output weights/NAME.pth
 
 What only resuming needs is left out; what rebuilds the network and its preprocessing stays, with
-the options of the run and the best score on val. The weights are stored as float16 and used as
-float32; score the file afterwards.
+the options of the run, which say what it was trained on. The weights are stored as float16 and
+used as float32; score the file afterwards.
 """
 
 import sys
@@ -24,7 +24,7 @@ from utils.checkpoint import (
 from utils.cli import ArgumentParser, UsageError, file_path, run
 
 # What a description says beside what `load_network` needs.
-KEPT = ("ignored_ids", "categories", "train_images", "stage", "epoch", "best", "args")
+KEPT = ("categories", "train_images", "stage", "epoch", "args")
 # Of the machine that it ran on: of no use to others.
 LOCAL = ("datadir", "savedir", "init", "pretrained_encoder", "device", "workers", "resume")
 

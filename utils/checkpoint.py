@@ -40,6 +40,7 @@ DESCRIPTION = {
     "class_names": list,
     "colors": list,
     "label_ids": list,
+    "ignored_ids": list,
     "apn_channels": int,
     "mean": list,
     "std": list,

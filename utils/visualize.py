@@ -57,6 +57,13 @@ def captioned(image: Tensor, caption: str, right: bool) -> Tensor:
     return pil_to_tensor(page)
 
 
+def paint(labels: Tensor, colors: Sequence[Sequence[int]]) -> Image.Image:
+    """Classes, H x W, uint8, on the CPU, as a picture whose palette is their colours."""
+    picture = Image.fromarray(labels.numpy())
+    picture.putpalette([part for color in colors for part in color])
+    return picture
+
+
 def overlay(
     image: Tensor,
     labels: Tensor,
@@ -68,10 +75,10 @@ def overlay(
 
     Args:
         image: 3 x H x W, uint8.
-        labels: H x W, classes.
+        labels: H x W, uint8, classes, on the CPU.
         strength: of the paint, 0 to 1.
     """
-    painted = Image.blend(to_pil_image(image), to_pil_image(colorize(labels, colors)), strength)
+    painted = Image.blend(to_pil_image(image), paint(labels, colors).convert("RGB"), strength)
     key = legend(tuple(names), tuple(map(tuple, colors)), painted.width)
     page = Image.new("RGB", (max(painted.width, key.width), painted.height + key.height), "white")
     page.paste(painted)

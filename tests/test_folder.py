@@ -1,0 +1,273 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import FIELD_SIZES, run_script, same_weights
+from PIL import Image
+
+from datasets.files import DatasetError
+from datasets.folder import MOST_CLASSES, Folder, read_classes
+from utils.checkpoint import load_checkpoint, load_network
+
+# Files of classes
+
+
+def classes_of(tmp_path, text: str, name: str = "classes.txt"):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    return read_classes(tmp_path / name)
+
+
+def test_a_text_file_has_a_line_for_each_value(fields):
+    classes = read_classes(fields / "classes.txt")
+    assert list(classes.names) == ["grass", "water", "dirt road"]
+    assert list(classes.label_ids) == [0, 1, 3] and list(classes.ignored_ids) == [2]
+    assert classes.colors[:2] == [(90, 160, 60), (0, 80, 200)]
+    assert classes.to_train_ids()[:5].tolist() == [0, 1, 255, 2, 254]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"name": "grass", "color": [9, 8, 7]}, "ignore", {"name": "dirt road"}],
+        {"grass": [9, 8, 7], "ignore": None, "dirt road": None},
+        [{"name": "grass", "color": [9, 8, 7]}, {"name": "ignore"}, {"name": "dirt road"}],
+    ],
+)
+def test_a_json_file_says_the_same_in_its_ways(tmp_path, content):
+    classes = classes_of(tmp_path, json.dumps(content), "classes.json")
+    assert list(classes.names) == ["grass", "dirt road"]
+    assert list(classes.label_ids) == [0, 2] and list(classes.ignored_ids) == [1]
+    assert classes.colors[0] == (9, 8, 7)
+
+
+def test_names_may_hold_spaces_letters_of_any_language_and_numbers(tmp_path):
+    classes = classes_of(tmp_path, "traffic light 250 170 30\nWeg Straße\nlane 2\n木 1,2,3\n")
+    assert list(classes.names) == ["traffic light", "Weg Straße", "lane 2", "木"]
+    assert classes.colors[0] == (250, 170, 30) and classes.colors[3] == (1, 2, 3)
+
+
+@pytest.mark.parametrize("count", [2, 3, 20, MOST_CLASSES])
+def test_classes_without_a_colour_get_one_of_their_own(tmp_path, count):
+    classes = classes_of(tmp_path, "".join(f"class-{n}\n" for n in range(count)))
+    assert len(classes) == count == len(set(classes.colors))
+    for color in classes.colors:
+        assert len(color) == 3 and all(type(v) is int and 0 <= v <= 255 for v in color)
+    assert list(classes.label_ids) == list(range(count))
+    assert classes.to_train_ids()[count:255].tolist() == [254] * (255 - count)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("road\nsky\nroad\n", "every class needs a name of its own, 'road' is none"),
+        ("ignore\na\nb\nignore\n", "'ignore' is none"),
+        ("road 1 2 256\nsky\n", r"the colour of road is \[1, 2, 256\]: give three whole numbers"),
+        ("road 1 2 3\n", "has 1 classes: give 2 to 254"),
+        ("road\nignore\n", "has 1 classes"),
+        ("# road\n\n", "has 0 classes"),
+        ("".join(f"c{n}\n" for n in range(255)), "has 255 classes"),
+    ],
+)
+def test_text_that_is_no_list_of_classes(tmp_path, text, message):
+    with pytest.raises(DatasetError, match=rf"classes\.txt.*{message}"):
+        classes_of(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('["road", "sky"', "is no JSON list of"),
+        ("5", "is no JSON list of"),
+        ("[1, 2]", "is no JSON list of"),
+        ('[{"color": [1, 2, 3]}, "sky"]', "is no JSON list of"),
+        ('{"road": 7, "sky": 8}', "is no JSON list of"),
+        ('["road", "road"]', "'road' is none"),
+        ('["road", ""]', "'' is none"),
+        ('["road"]', "has 1 classes"),
+        ('{"road": [1, 2], "sky": null}', r"the colour of road is \[1, 2\]"),
+        ('{"road": [1, 2, 3.5], "sky": null}', r"the colour of road is \[1, 2, 3.5\]"),
+        ('{"road": [1, 2, -3], "sky": null}', r"the colour of road is \[1, 2, -3\]"),
+        ('{"road": [1, 2, true], "sky": null}', r"the colour of road is \[1, 2, True\]"),
+        ('{"road": "red", "sky": null}', "the colour of road is"),
+    ],
+)
+def test_json_that_is_no_list_of_classes(tmp_path, text, message):
+    with pytest.raises(DatasetError, match=rf"classes\.json.*{message}"):
+        classes_of(tmp_path, text, "classes.json")
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("Straße\nWeg\n".encode("latin-1"))
+    for name in ("none.txt", "latin.txt", ""):
+        with pytest.raises(DatasetError, match=f"{name} cannot be read as a file of classes"):
+            read_classes(tmp_path / name)
+
+
+# The data set
+
+
+def test_splits_are_pairs_of_two_folders(fields):
+    classes = read_classes(fields / "classes.txt")
+    for split, sizes in FIELD_SIZES.items():
+        dataset = Folder(fields, split, classes)
+        assert len(dataset) == len(sizes) == len(dataset.pairs)
+        for index, (image, label) in enumerate(dataset.pairs):
+            assert image.startswith(f"{fields}/images/{split}/{index}.")
+            assert label == f"{fields}/labels/{split}/{index}.png"
+            assert dataset[index][1].shape == sizes[index]
+            stored = np.array(Image.open(label))
+            assert (dataset[index][1].numpy() == classes.to_train_ids()[stored]).all()
+
+
+def test_test_may_come_without_labels(fields_copy):
+    classes = read_classes(fields_copy / "classes.txt")
+    (fields_copy / "images/val").rename(fields_copy / "images/test")
+    test = Folder(fields_copy, "test", classes)
+    assert [label for _, label in test.pairs] == [None, None]
+    assert (test[0][1] == 255).all() and test[0][1].shape == (72, 96)
+    (fields_copy / "labels/val").rename(fields_copy / "labels/test")
+    assert (Folder(fields_copy, "test", classes)[0][1] != 255).any()
+
+
+def test_train_needs_its_labels(fields_copy):
+    (fields_copy / "labels/train").rename(fields_copy / "labels/away")
+    with pytest.raises(DatasetError, match="labels/train does not exist"):
+        Folder(fields_copy, "train", read_classes(fields_copy / "classes.txt"))
+
+
+# Training and scoring
+
+QUICK = ("--preset", "camvid", "--height", 72, "--crop", 64, 64, "--batch-size", 2, "--D", 4)
+QUICK += ("--epochs", 1, "--workers", 0)
+
+
+def argv_of(root, *options) -> tuple:
+    classes = ("--classes", root / "classes.txt")
+    return ("--dataset", "folder", "--datadir", root, *classes, *QUICK, *options)
+
+
+@pytest.fixture(scope="module")
+def run_folder(fields, tmp_path_factory):
+    """The folder of a short run on images of several sizes; not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "fields"
+    assert run_script("main.py", *argv_of(fields, "--savedir", folder)) == 0
+    return folder
+
+
+def test_a_run_says_what_it_is_of(run_folder):
+    network, best = load_network(run_folder / "best.pth")
+    assert best["dataset"] == "folder" and best["class_names"] == ["grass", "water", "dirt road"]
+    assert best["label_ids"] == [0, 1, 3] and best["ignored_ids"] == [2]
+    assert best["colors"][0] == [90, 160, 60] and len(best["colors"]) == 3
+    assert network.decoder.classifier.out_channels == 3
+    counts = json.loads((run_folder / "class_counts.json").read_text())
+    assert list(counts) == ["grass", "water", "dirt road", "ignored"]
+    assert sum(counts.values()) == sum(height * width for height, width in FIELD_SIZES["train"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_images_of_several_sizes_are_scored(run_folder, script, fields, tmp_path, batch_size):
+    argv = ("--checkpoint", run_folder / "best.pth", "--datadir", fields, "--json", "f.json")
+    argv += ("--save-results", "out", "--workers", 0, "--batch-size", batch_size)
+    result = script("eval_cityscapes_server.py", *argv)
+    assert result.status == 0
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert list(figures["class_iou"]) == ["grass", "water", "dirt road"]
+    best = load_checkpoint(run_folder / "best.pth")["best"]
+    assert figures["class_miou"] == pytest.approx(best["miou"], abs=1e-3)
+    for name, size in zip(("0.png", "1.png"), FIELD_SIZES["val"], strict=True):
+        found = np.array(Image.open(tmp_path / "out" / name))
+        assert found.shape == size and set(np.unique(found)) <= {0, 1, 3}
+
+
+def test_training_goes_on_from_other_classes(trained, script, fields, tmp_path):
+    argv = argv_of(fields, "--init", trained / "best.pth", "--D", 20, "--lr", 1e-9)
+    result = script("main.py", *argv, "--savedir", "a")
+    assert result.status == 0
+    assert "starting anew, since the classes differ: decoder.classifier.weight" in result.out
+    tuned = load_checkpoint(tmp_path / "save/a/best.pth")
+    assert tuned["class_names"] == ["grass", "water", "dirt road"]
+    start = load_checkpoint(trained / "best.pth")["model"]
+    # All else began as it was: so small a rate changes hardly anything.
+    name = "encoder.3.left.0.weight"
+    assert abs(tuned["model"][name] - start[name]).max() < 1e-6
+    assert tuned["model"]["decoder.classifier.weight"].shape[0] == 3
+
+
+def test_a_run_on_ones_own_classes_is_resumed(run_folder, script, fields, tmp_path):
+    argv = argv_of(fields, "--epochs", 2, "--savedir", tmp_path / "a")
+    assert script("main.py", *argv).status == 0
+    weights = load_checkpoint(tmp_path / "a/last.pth")["model"]
+    (tmp_path / "a/last.pth").unlink()
+    assert script("main.py", *argv, "--resume").status == 0
+    assert same_weights(load_checkpoint(tmp_path / "a/last.pth")["model"], weights)
+
+
+def test_trainval_trains_on_both_parts(script, fields):
+    result = script("main.py", *argv_of(fields, "--train-on", "trainval", "--savedir", "a"))
+    assert "4 of train + 2 of val to train on" in result.out
+    assert "val is trained on" in result.out
+
+
+def test_classes_in_json(script, fields, tmp_path):
+    (tmp_path / "classes.json").write_text('["a", "b", "ignore", "c"]')
+    argv = argv_of(fields, "--classes", tmp_path / "classes.json", "--savedir", "a")
+    assert script("main.py", *argv).status == 0
+    assert load_checkpoint(tmp_path / "save/a/best.pth")["class_names"] == ["a", "b", "c"]
+
+
+@pytest.fixture
+def refused(fails, tmp_path):
+    """Start a run that must be refused before it makes its folder; returns the line."""
+
+    def run(*argv) -> str:
+        line = fails("main.py", *argv, "--savedir", "refused")
+        assert not (tmp_path / "save").exists()
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("split", "workers", "cache"),
+    [("train", 0, "ram"), ("train", 2, "off"), ("val", 0, "off"), ("val", 2, "ram")],
+)
+def test_a_value_outside_the_classes_is_named(refused, fields_copy, split, workers, cache):
+    path = fields_copy / f"labels/{split}/1.png"
+    label = np.array(Image.open(path))
+    label[5, 6] = 9
+    Image.fromarray(label).save(path)
+    line = refused(*argv_of(fields_copy, "--workers", workers, "--cache", cache))
+    assert f"{split}/1.png holds the label id 9, which is no class" in line
+    assert "its label ids are 0 to 3, and 255 is ignored" in line
+
+
+def test_images_of_several_sizes_need_parts_of_one(refused, fields):
+    line = refused(*argv_of(fields, "--augment", "paper"))
+    assert "at a height of 72" in line and "are 64 to 115 wide" in line
+    assert "give --augment strong and --crop 72 64" in line
+
+
+def test_what_the_line_advises_does(script, fields):
+    argv = argv_of(fields, "--augment", "strong", "--crop", 72, 64, "--savedir", "a")
+    assert script("main.py", *argv).status == 0
+
+
+def test_classes_that_cannot_be(refused, fields, tmp_path):
+    data = ("--dataset", "folder", "--datadir", fields, *QUICK)
+    assert "--dataset folder needs --classes FILE" in refused(*data)
+    assert "none.txt cannot be read as a file of classes" in refused(*data, "--classes", "none.txt")
+    (tmp_path / "one.txt").write_text("road\n")
+    assert "one.txt has 1 classes" in refused(*data, "--classes", "one.txt")
+    line = refused("--dataset", "folder", "--classes", fields / "classes.txt", *QUICK)
+    assert "--dataset folder needs --datadir" in line
+
+
+def test_an_image_and_its_twin(refused, fields_copy):
+    Image.new("RGB", (96, 72)).save(fields_copy / "images/train/0.jpg")
+    assert "holds 0 twice" in refused(*argv_of(fields_copy))
+
+
+def test_an_image_without_its_label(refused, fields_copy):
+    (fields_copy / "labels/val/1.png").unlink()
+    assert "first missing: " in refused(*argv_of(fields_copy))
