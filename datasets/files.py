@@ -103,16 +103,6 @@ def read_label(path: str) -> np.ndarray:
         raise unreadable(path, error) from error
 
 
-def image_size(path: str) -> tuple[int, int]:
-    """Height and width of an image, from its header.
-
-    Raises:
-        DatasetError: the file is missing, cut short or not an image.
-    """
-    (width, height), _ = _read_header(path)
-    return height, width
-
-
 def check_headers(pairs: list[tuple[str, str | None]]) -> list[tuple[int, int]]:
     """Look at the header and the end of every file of a data set, without decoding pixels.
 

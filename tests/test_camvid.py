@@ -122,7 +122,7 @@ def test_other_splits_are_scored(run_folder, script, fails, camvid):
 
 
 def test_training_learns_its_images(script, camvid, tmp_path):
-    """Through scaling, cropping, flips and jitter: images and labels stay together."""
+    """Through scaling, cropping, flips and jitter; chance is below 0.05."""
     argv = ("--dataset", "camvid", "--datadir", camvid, *QUICK, "--epochs", 40, "--val-every", 40)
     easy = ("--batch-size", 6, "--D", 20, "--dropout", 0, "--jitter", 0.1, "--scale", 0.9, 1.1)
     recipe = ("--lr", 0.01, "--iouTrain", "--savedir", "a")

@@ -26,11 +26,12 @@ import utils.recipe
 from datasets.cityscapes import Cityscapes
 from datasets.folder import Folder
 from datasets.imagenet import validation_images
+from datasets.seeded import as_lists
 from datasets.transforms import to_floats
 from lednet_imagenet import build_schedule, weight_decay
 from models.lednet import Encoder
 from utils.checkpoint import load_checkpoint, load_classifier, save_checkpoint
-from utils.engine import evaluate_classifier
+from utils.engine import evaluate, evaluate_classifier
 
 NAME = "lednet_imagenet.py"
 
@@ -481,9 +482,10 @@ def test_features_of_an_image_are_the_same_in_both_programs(pretrained, square, 
     (tmp_path / "images/test").mkdir(parents=True)
     with Image.open(square) as image:
         image.crop((16, 16, 240, 240)).save(tmp_path / "images/test/central.png")
-    central, _ = Folder(tmp_path, "test", Cityscapes.CLASSES, height=224)[0]
-    with torch.inference_mode():
-        network.eval()(to_floats(mean, std, torch.device("cpu"))(central[None]))
+    central = DataLoader(
+        Folder(tmp_path, "test", Cityscapes.CLASSES, height=224), collate_fn=as_lists
+    )
+    evaluate(network, central, to_floats(mean, std, torch.device("cpu")), 19, "")
     assert features["training"].std() > 0.01
     assert torch.equal(features["training"], features["pretraining"])
 

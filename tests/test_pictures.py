@@ -5,12 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.files import DatasetError
+from datasets.files import DatasetError, check_headers, read_image
 from datasets.pictures import (
     Pictures,
     animation_frames,
     find_pictures,
     open_video,
+    video_frames,
     working_size,
 )
 
@@ -120,3 +121,32 @@ def test_without_pyav_a_video_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(DatasetError, match="pip install av"), open_video("film.mp4"):
         pass
+
+
+def test_a_video_is_turned_upright(tmp_path):
+    """As phones store it: frames as the sensor lay, and by how far to turn them."""
+    av = pytest.importorskip("av")
+    upright = Image.new("RGB", (64, 96), "red")
+    upright.paste("blue", (0, 48, 64, 96))
+    with av.open(str(tmp_path / "film.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", 5)
+        if not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this PyAV cannot write such a video")
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.set_display_rotation(90)
+        lying = upright.rotate(-90, expand=True)  # to be turned back, counter-clockwise
+        for frame in (av.VideoFrame.from_image(lying), None):
+            container.mux(stream.encode(frame))
+    (frame,) = video_frames(str(tmp_path / "film.mp4"), "film", 64)
+    assert frame.name == "film/000000" and frame.image.shape == (3, 96, 64)
+    assert frame.image[0, 10, 32] > 200 and frame.image[2, 80, 32] > 200
+
+
+def test_a_photo_of_a_data_set_is_turned_upright(tmp_path):
+    upright = Image.new("RGB", (64, 96), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(str(tmp_path / "a.jpg")).size == (64, 96)
+    assert check_headers([(str(tmp_path / "a.jpg"), None)]) == [(96, 64)]
