@@ -28,6 +28,7 @@ def describe(network: LEDNet, num_classes: int = 3, apn_channels: int = 4) -> di
         "num_classes": num_classes,
         "class_names": [f"class {n}" for n in range(num_classes)],
         "label_ids": list(range(num_classes)),
+        "ignored_ids": [],
         "apn_channels": apn_channels,
         "height": 64,
         "mean": [0.0] * 3,

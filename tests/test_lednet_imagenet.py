@@ -487,7 +487,8 @@ def test_features_of_an_image_are_the_same_in_both_programs(pretrained, square, 
     )
     evaluate(network, central, to_floats(mean, std, torch.device("cpu")), 19, "")
     assert features["training"].std() > 0.01
-    assert torch.equal(features["training"], features["pretraining"])
+    # Equal but for the order of sums, which may depend on where in memory an image lies.
+    assert torch.allclose(features["training"], features["pretraining"], rtol=1e-4, atol=1e-5)
 
 
 def test_fine_tuning_starts_with_the_pretrained_encoder(

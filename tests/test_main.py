@@ -580,13 +580,13 @@ def test_a_preset_reaches_the_run(script, cityscapes, tmp_path, monkeypatch, pre
 
 def test_options_override_a_preset(script, cityscapes, tmp_path, monkeypatch):
     options = {
-        "height": 72, "augment": "paper", "scale": [0.5, 3.0], "jitter": 0.1, "crop": [70, 80],
+        "height": 72, "augment": "strong", "scale": [0.5, 3.0], "jitter": 0.1, "crop": [70, 80],
         "cache": "off", "encoder_epochs": 2, "epochs": 7, "batch_size": 3, "optimizer": "adam",
         "lr": 0.125, "weight_decay": 0.0, "schedule": "poly", "loss": "ce", "weight_c": 1.5,
         "aux_weight": 0.0, "dropout": 0.0, "val_every": 2,
     }  # fmt: skip
     assert options.keys() | {"ema"} == PRESETS["paper"].keys()
-    argv = ["--datadir", cityscapes, "--workers", 0, "--D", 4, "--preset", "cityscapes", "--no-ema"]
+    argv = ["--datadir", cityscapes, "--workers", 0, "--D", 4, "--preset", "camvid", "--no-ema"]
     for name, value in options.items():
         argv += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
     stopped_before_training(script, monkeypatch, *argv, "--savedir", "a")
@@ -737,8 +737,9 @@ def test_an_image_that_breaks_in_training_is_named_and_the_checkpoint_kept(
             ("--train-on", "trainval"),
             "is no part of cityscapes: give fine or coarse or fine+coarse",
         ),
-        (("--crop", 32, 64), "--crop 32 64 is too small"),
-        (("--scale", 2, 1), "--scale 2.0 1.0: give the smaller one first"),
+        (("--crop", 64, 64), "--crop is of --augment strong: give that as well"),
+        (("--augment", "strong", "--crop", 32, 64), "--crop 32 64 is too small"),
+        (("--augment", "strong", "--scale", 2, 1), "--scale 2.0 1.0: give the smaller one first"),
         (("--jitter", 1.5), "--jitter: 1.5 is not a number from 0 to 1"),
         (("--dropout", -0.1), "--dropout: -0.1 is not a number from 0 to 1"),
         (("--aux-weight", -1), "--aux-weight: -1 is not a number from 0 on"),
