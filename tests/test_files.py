@@ -91,6 +91,20 @@ def test_an_image_that_was_turned_is_made_upright(tmp_path, turned):
     assert (np.array(upright(part, turned)) == expected[2:6, 1:4]).all()
 
 
+@pytest.mark.parametrize("turned", [1, 3, 6])
+def test_a_photo_is_read_as_it_is_to_be_seen(tmp_path, turned):
+    """Its label is drawn on what is seen."""
+    path, label = str(tmp_path / "photo.png"), str(tmp_path / "label.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turned
+    Image.fromarray(pixels).save(path, exif=exif)
+    seen = {1: pixels, 3: pixels[::-1, ::-1], 6: np.rot90(pixels, -1)}[turned]
+    assert (np.array(read_image(path)) == seen).all()
+    Image.new("L", seen.shape[1::-1]).save(label)
+    assert check_headers([(path, label)]) == [seen.shape[:2]]
+
+
 @pytest.mark.parametrize("error", [SyntaxError, KeyError, ZeroDivisionError])
 def test_broken_exif_counts_as_upright(monkeypatch, error):
     def getexif(_image):

@@ -40,6 +40,19 @@ def test_a_json_file_says_the_same_in_its_ways(tmp_path, content):
     assert classes.colors[0] == (9, 8, 7)
 
 
+@pytest.mark.parametrize("name", ["ignore", "ignored", "Unlabeled", "unlabelled", "VOID"])
+def test_classes_that_are_ignored_by_their_name(tmp_path, name):
+    classes = classes_of(tmp_path, f"road\n{name} 0 0 0\nsky\n")
+    assert list(classes.names) == ["road", "sky"] and list(classes.ignored_ids) == [1]
+
+
+def test_a_file_of_windows_is_read(tmp_path):
+    """Its editor puts a mark before the first letter, and other ends to the lines."""
+    for name, text in (("a.txt", "road 1 2 3\r\nsky\r\n"), ("b.json", '["road", "sky"]')):
+        (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+        assert list(read_classes(tmp_path / name).names) == ["road", "sky"]
+
+
 def test_names_may_hold_spaces_letters_of_any_language_and_numbers(tmp_path):
     classes = classes_of(tmp_path, "traffic light 250 170 30\nWeg Straße\nlane 2\n木 1,2,3\n")
     assert list(classes.names) == ["traffic light", "Weg Straße", "lane 2", "木"]
@@ -78,6 +91,7 @@ def test_text_that_is_no_list_of_classes(tmp_path, text, message):
     [
         ('["road", "sky"', "is no JSON list of"),
         ("5", "is no JSON list of"),
+        ('"road and sky"', "is no JSON list of"),
         ("[1, 2]", "is no JSON list of"),
         ('[{"color": [1, 2, 3]}, "sky"]', "is no JSON list of"),
         ('{"road": 7, "sky": 8}', "is no JSON list of"),
@@ -201,6 +215,21 @@ def test_a_run_on_ones_own_classes_is_resumed(run_folder, script, fields, tmp_pa
     (tmp_path / "a/last.pth").unlink()
     assert script("main.py", *argv, "--resume").status == 0
     assert same_weights(load_checkpoint(tmp_path / "a/last.pth")["model"], weights)
+
+
+def test_a_resumed_run_keeps_the_classes_that_it_began_with(script, fields_copy, tmp_path):
+    argv = argv_of(fields_copy, "--savedir", tmp_path / "a")
+    assert script("main.py", *argv).status == 0
+    (fields_copy / "classes.txt").write_text("a\nb\nc\nd\ne\n")
+    assert script("main.py", *argv, "--resume").status == 0
+    stored = load_checkpoint(tmp_path / "a/last.pth")
+    assert stored["class_names"] == ["grass", "water", "dirt road"]
+
+
+def test_a_file_of_classes_means_a_folder(script, fields, tmp_path):
+    argv = [*argv_of(fields)[2:], "--savedir", "a"]
+    assert "--dataset" not in argv and script("main.py", *argv).status == 0
+    assert load_checkpoint(tmp_path / "save/a/best.pth")["dataset"] == "folder"
 
 
 def test_trainval_trains_on_both_parts(script, fields):

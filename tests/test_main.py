@@ -279,6 +279,11 @@ def test_precision_may_change_on_resume(trained, script, tmp_path):
     assert script("main.py", "--savedir", folder, "--resume", "--amp", "off").status == 0
 
 
+def test_where_images_are_kept_may_change_on_resume(trained, script, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    assert script("main.py", "--savedir", folder, "--resume", "--cache", "ram").status == 0
+
+
 def test_the_same_command_with_resume_goes_on(script, cityscapes, tmp_path):
     argv = ("--datadir", cityscapes, *QUICK, "--decoder", "--port", 1, "--D", 4, "--savedir", "a")
     assert script("main.py", *argv).status == 0
@@ -571,27 +576,39 @@ def test_every_preset_says_the_same_options():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_reaches_the_run(script, cityscapes, tmp_path, monkeypatch, preset):
     argv = ("--datadir", cityscapes, "--workers", 0, "--D", 4, "--preset", preset)
-    result = stopped_before_training(script, monkeypatch, *argv, "--savedir", "a")
-    args = json.loads((tmp_path / "save/a/args.json").read_text())
+    result = stopped_before_training(script, monkeypatch, *argv, "--savedir", tmp_path / "a")
+    args = json.loads((tmp_path / "a/args.json").read_text())
     assert args["preset"] == preset and f"preset {preset}" in result.out
     for name, value in PRESETS[preset].items():
         assert args[name] == value, name
 
 
-def test_options_override_a_preset(script, cityscapes, tmp_path, monkeypatch):
-    options = {
-        "height": 72, "augment": "strong", "scale": [0.5, 3.0], "jitter": 0.1, "crop": [70, 80],
-        "cache": "off", "encoder_epochs": 2, "epochs": 7, "batch_size": 3, "optimizer": "adam",
-        "lr": 0.125, "weight_decay": 0.0, "schedule": "poly", "loss": "ce", "weight_c": 1.5,
-        "aux_weight": 0.0, "dropout": 0.0, "val_every": 2,
-    }  # fmt: skip
-    assert options.keys() | {"ema"} == PRESETS["paper"].keys()
-    argv = ["--datadir", cityscapes, "--workers", 0, "--D", 4, "--preset", "camvid", "--no-ema"]
+STRONGER = {
+    "height": 72, "augment": "strong", "scale": [0.6, 3.0], "jitter": 0.1, "crop": [70, 80],
+    "cache": "ram", "encoder_epochs": 2, "epochs": 7, "batch_size": 3, "optimizer": "adamw",
+    "lr": 0.125, "weight_decay": 0.5, "schedule": "onecycle", "loss": "ohem", "weight_c": 1.5,
+    "aux_weight": 0.7, "dropout": 0.0, "ema": True, "val_every": 2,
+}  # fmt: skip
+WEAKER = {
+    "height": 72, "augment": "paper", "cache": "off", "encoder_epochs": 1, "optimizer": "adam",
+    "weight_decay": 0.0, "schedule": "poly", "aux_weight": 0.0, "ema": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("preset", "options"), [("paper", STRONGER), ("camvid", WEAKER)])
+def test_options_override_a_preset(script, cityscapes, tmp_path, monkeypatch, preset, options):
+    argv = ["--datadir", cityscapes, "--workers", 0, "--D", 4, "--preset", preset]
     for name, value in options.items():
-        argv += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
-    stopped_before_training(script, monkeypatch, *argv, "--savedir", "a")
-    args = json.loads((tmp_path / "save/a/args.json").read_text())
-    for name, value in (options | {"ema": False}).items():
+        assert value != PRESETS[preset][name], name
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            argv += [f"--{option}" if value else f"--no-{option}"]
+        else:
+            argv += [f"--{option}", *(value if isinstance(value, list) else [value])]
+    stopped_before_training(script, monkeypatch, *argv, "--savedir", tmp_path / "a")
+    args = json.loads((tmp_path / "a/args.json").read_text())
+    assert STRONGER.keys() == PRESETS["paper"].keys()
+    for name, value in (PRESETS[preset] | options).items():
         assert args[name] == value, name
 
 
@@ -738,6 +755,8 @@ def test_an_image_that_breaks_in_training_is_named_and_the_checkpoint_kept(
             "is no part of cityscapes: give fine or coarse or fine+coarse",
         ),
         (("--crop", 64, 64), "--crop is of --augment strong: give that as well"),
+        (("--scale", 1, 2), "--scale is of --augment strong"),
+        (("--jitter", 0.1), "--jitter is of --augment strong"),
         (("--augment", "strong", "--crop", 32, 64), "--crop 32 64 is too small"),
         (("--augment", "strong", "--scale", 2, 1), "--scale 2.0 1.0: give the smaller one first"),
         (("--jitter", 1.5), "--jitter: 1.5 is not a number from 0 to 1"),
