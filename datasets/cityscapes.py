@@ -11,7 +11,7 @@ from typing import ClassVar
 import torchvision
 
 from datasets.files import IGNORE_INDEX, DatasetError
-from datasets.segmentation import Classes, Segmentation
+from datasets.segmentation import Classes, Segmentation, check_labelled
 
 # The official class table, in the order of the trainIds 0 to 18. The license plate's -1 is left
 # out: label files store it as 255, which is ignored anyway.
@@ -77,12 +77,7 @@ class Cityscapes(Segmentation):
             )
         if split == "test":
             return [(image, None) for image, _ in pairs]
-        unlabelled = [label for _, label in pairs if not os.path.isfile(label)]
-        if unlabelled:
-            raise DatasetError(
-                f"{len(unlabelled)} of {len(pairs)} images of {images} have no label, first "
-                f"missing: {unlabelled[0]}; unpack the annotations again or remove the image"
-            )
+        check_labelled(pairs, images)
         return pairs
 
     def result_name(self, index: int) -> str:

@@ -200,13 +200,22 @@ def matched_files(
     if labels is None:
         return [(path, None) for path in found.values()]
     pairs = [(path, os.path.join(labels, f"{stem}.png")) for stem, path in found.items()]
+    check_labelled(pairs, images)
+    return pairs
+
+
+def check_labelled(pairs: list[tuple[str, str]], images: str | os.PathLike) -> None:
+    """See that every image of a folder has its label.
+
+    Raises:
+        DatasetError: names the first label that is missing.
+    """
     missing = [label for _, label in pairs if not os.path.isfile(label)]
     if missing:
         raise DatasetError(
             f"{len(missing)} of {len(pairs)} images of {images} have no label, first missing: "
             f"{missing[0]}; unpack the labels again or remove the image"
         )
-    return pairs
 
 
 def resized_size(height: int, width: int, new_height: int) -> tuple[int, int]:
