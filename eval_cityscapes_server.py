@@ -4,6 +4,7 @@
     python eval_cityscapes_server.py --checkpoint FILE --datadir DIR --subset test \\
         --save-results results/test        # the PNGs that the benchmark server takes
     python eval_cityscapes_server.py --apn-channels 128    # speed and size alone
+    python eval_cityscapes_server.py --checkpoint FILE --datadir DIR --runtime onnx
 
 The checkpoint says which data set and classes it is of: Cityscapes, CamVid or your own. IoU is
 measured at the full resolution of the labels, over all of their pixels that are not ignored, and
@@ -15,13 +16,15 @@ import json
 import math
 import os
 import platform
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from datasets import DATASETS
@@ -43,8 +46,23 @@ from utils.cli import (
 )
 from utils.engine import evaluate
 from utils.metrics import ConfusionMatrix, mean_score
-from utils.speed import count_multiply_adds, count_parameters, measure_latency
+from utils.onnx_model import MissingExtra, OnnxNetwork, export_onnx
+from utils.saver import Saver
+from utils.speed import (
+    InPrecision,
+    count_multiply_adds,
+    count_parameters,
+    deploy,
+    device_of,
+    measure_latency,
+)
 from utils.visualize import score_table
+
+PRECISIONS = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -81,13 +99,28 @@ def parse_args() -> argparse.Namespace:
         "--json", type=file_path, metavar="FILE", help="write every figure into this file"
     )
     parser.add_argument(
-        "--batch-size", type=positive_int, default=1, help="of the scoring; default 1"
+        "--runtime",
+        choices=("torch", "compiled", "onnx"),
+        default="torch",
+        help="torch: the network as it was trained; compiled: folded and by torch.compile; onnx: "
+        "exported, by ONNX Runtime on the CPU; default torch",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="that the network computes in; default float32",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        help="of the scoring; default 1, on a GPU 8",
     )
     parser.add_argument(
         "--workers",
         type=natural_int,
         default=min(4, os.cpu_count() or 1),
-        help="processes that load images; default %(default)s",
+        help="processes that load images, and threads that write results; default %(default)s",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1; default auto")
     args = parser.parse_args()
@@ -103,6 +136,8 @@ def parse_args() -> argparse.Namespace:
         folder = Path(args.json).parent
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise UsageError(f"--json {args.json}: {folder} is no folder to write into")
+    if args.runtime == "onnx" and args.precision != "float32":
+        raise UsageError("--runtime onnx computes in float32: leave --precision out")
     return args
 
 
@@ -118,7 +153,6 @@ def main() -> None:
         check_fit(args, checkpoint)
     else:
         network, checkpoint = LEDNet(apn_channels=args.apn_channels or 20).eval(), {}
-    network.to(device)
     height = args.height or checkpoint.get("height", 512)
     size = (height, 2 * height)
 
@@ -134,11 +168,17 @@ def main() -> None:
     if args.save_results:
         make_results_folder(Path(args.save_results), "--save-results")
 
-    if args.datadir:
-        figures |= {"datadir": args.datadir, "subset": args.subset, "images": len(dataset)}
-        floats = to_floats(checkpoint["mean"], checkpoint["std"], device)
-        figures |= score(network, dataset, floats, args)
-    figures |= measure(network, size)
+    with tempfile.TemporaryDirectory() as folder:
+        running = on_runtime(network.to(device), args.runtime, PRECISIONS[args.precision], folder)
+        if args.datadir:
+            figures |= {"datadir": args.datadir, "subset": args.subset, "images": len(dataset)}
+            floats = to_floats(checkpoint["mean"], checkpoint["std"], device)
+            figures |= score(running, dataset, floats, device, args)
+        tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        with_tf32 = args.precision == "float32" and tf32
+        figures["precision"] = args.precision + (" with TF32 in convolutions" if with_tf32 else "")
+        figures["runtime"] = args.runtime
+        figures |= measure(network, running, size)
     print_size_and_speed(figures)
     if args.save_results:
         print(f"\n{len(dataset)} label PNGs written into {args.save_results}")
@@ -166,36 +206,62 @@ def check_fit(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
         )
 
 
+def on_runtime(network: LEDNet, runtime: str, dtype: torch.dtype, folder: str) -> nn.Module:
+    """The network as it is to be scored and timed, images to logits in float32.
+
+    Args:
+        folder: for files that the runtime needs, as long as it runs.
+    """
+    if runtime == "onnx":
+        if device_of(network).type != "cpu":
+            raise UsageError("--runtime onnx runs on the CPU here: give --device cpu as well")
+        path = Path(folder, "network.onnx")
+        export_onnx(network, {}, path)
+        return OnnxNetwork(path)
+    if runtime == "compiled":
+        return deploy(network, dtype=dtype)
+    network = network.to(memory_format=torch.channels_last)
+    return network if dtype == torch.float32 else InPrecision(network, dtype)
+
+
 def score(
-    network: LEDNet,
+    network: nn.Module,
     dataset: Segmentation,
     floats: Callable[[Tensor], Tensor],
+    device: torch.device,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Run the network over a subset, write its label PNGs if asked, and print the scores."""
+    on_gpu = device.type == "cuda"
     loader = DataLoader(
         dataset,
-        batch_size=args.batch_size,
+        batch_size=args.batch_size or (8 if on_gpu else 1),
         num_workers=args.workers,
         collate_fn=as_lists,
-        pin_memory=next(network.parameters()).device.type == "cuda",
+        pin_memory=on_gpu,
     )
     names = map(dataset.result_name, range(len(dataset)))
+    print(f"scoring {len(dataset)} images of {args.subset}", flush=True)
+    started = time.perf_counter()
+    with Saver(args.workers, "--save-results") as saver:
 
-    def save(_image: Tensor, prediction: Tensor, _label: Tensor) -> None:
-        if args.save_results:
+        def save(_image: Tensor, prediction: Tensor, _label: Tensor) -> None:
             path = Path(args.save_results) / next(names)
             path.parent.mkdir(exist_ok=True)
-            write_label(path, prediction, dataset.classes)
+            saver.put(write_label, path, prediction.cpu(), dataset.classes)
 
-    print(f"scoring {len(dataset)} images of {args.subset}", flush=True)
-    _, confusion = evaluate(
-        network, loader, floats, len(dataset.classes), f"scoring {args.subset}", on_image=save
-    )
+        title = f"scoring {args.subset}"
+        on_image = save if args.save_results else None
+        _, confusion = evaluate(
+            network, loader, floats, len(dataset.classes), title, on_image=on_image
+        )
+        saver.finish()
+    rate = {"scored_images_per_second": len(dataset) / (time.perf_counter() - started)}
+    print(f"{rate['scored_images_per_second']:.1f} images/s, files to scores")
     if not confusion.counts.any():
         print(f"{args.subset}: there are no labels, and so no scores")
-        return {}
-    return print_scores(confusion, dataset.classes)
+        return rate
+    return rate | print_scores(confusion, dataset.classes)
 
 
 def print_scores(confusion: ConfusionMatrix, classes: Classes) -> dict[str, Any]:
@@ -220,18 +286,16 @@ def print_scores(confusion: ConfusionMatrix, classes: Classes) -> dict[str, Any]
     return scores | by_name
 
 
-def measure(network: LEDNet, size: tuple[int, int]) -> dict[str, Any]:
-    """Parameters, multiply-adds and latency of the network at its input size."""
-    tf32 = torch.backends.cudnn.allow_tf32 and next(network.parameters()).is_cuda
+def measure(network: LEDNet, running: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
+    """Parameters and multiply-adds of the network at its input size, latency as it runs."""
     return {
-        "precision": "float32, TF32 in convolutions where the GPU has it" if tf32 else "float32",
         "input_height": size[0],
         "input_width": size[1],
         "parameters": count_parameters(network),
         "encoder_parameters": count_parameters(network.encoder),
         "decoder_parameters": count_parameters(network.decoder),
-        "multiply_adds": count_multiply_adds(network, size),
-        **asdict(measure_latency(network, size)),
+        "multiply_adds": count_multiply_adds(network.float(), size),
+        **asdict(measure_latency(running, size)),
     }
 
 
@@ -243,7 +307,7 @@ def print_size_and_speed(figures: dict[str, Any]) -> None:
         f"multiply-adds   {figures['multiply_adds'] / 1e9:.2f} G at {size}, of the convolutions "
         "(as floating point operations: twice that)\n"
         f"speed           {figures['fps']:.1f} FPS at {size}, batch 1, image to logits, "
-        f"{figures['precision']}\n"
+        f"{figures['precision']}, {figures['runtime']}\n"
         f"latency         median {figures['median_ms']:.2f} ms, p95 {figures['p95_ms']:.2f} ms, "
         f"over {figures['passes']} passes on {figures['device']}"
     )
@@ -267,4 +331,4 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, DatasetError, CheckpointError)
+    run(main, DatasetError, CheckpointError, MissingExtra)

@@ -15,12 +15,9 @@ import argparse
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +38,6 @@ from datasets.pictures import (
 )
 from datasets.segmentation import Classes, write_label
 from datasets.transforms import to_floats
-from models.lednet import LEDNet
 from utils.checkpoint import CheckpointError, load_network
 from utils.cli import (
     ArgumentParser,
@@ -54,12 +50,12 @@ from utils.cli import (
     run,
 )
 from utils.engine import label_map
+from utils.saver import Saver, cannot_write
+from utils.speed import deploy
 from utils.video import VideoWriter
 from utils.visualize import overlay, paint
 
 SHIPPED = Path(__file__).parent / "weights" / "lednet_d20_camvid.pth"
-# Results that wait to be written, for each thread that writes.
-WAITING = 4
 JPEG_MOST = 65_500  # pixels each way
 FRAMES_PER_SECOND = 25  # of a video that does not say
 
@@ -119,7 +115,7 @@ def main() -> None:
     args = parse_args()
     device = pick_device(args.device)
     network, checkpoint = load_network(args.checkpoint)
-    network.to(device, memory_format=torch.channels_last)
+    network = deploy(network.to(device), compiled=False)
     floats = to_floats(checkpoint["mean"], checkpoint["std"], device)
     classes = Classes.from_checkpoint(checkpoint)
     height = args.height or checkpoint["height"]
@@ -131,7 +127,8 @@ def main() -> None:
     videos = [file for file in files if is_video(file[0])]
     failures: list[str] = []
     started, done = time.perf_counter(), 0
-    with tqdm(total=len(stills), unit="img", disable=None) as bar, Saver(args.workers) as saver:
+    bar, saver = tqdm(total=len(stills), unit="img", disable=None), Saver(args.workers, "--output")
+    with bar, saver:
 
         def fail(message: str) -> None:
             failures.append(message)
@@ -174,8 +171,8 @@ def main() -> None:
             except DatasetError as error:
                 fail(str(error))
             except OSError as error:
-                raise cannot_write(error) from error
-        saver.finish(0)
+                raise cannot_write(error, "--output") from error
+        saver.finish()
         for message in saver.failures:
             fail(message)
     seconds = time.perf_counter() - started
@@ -188,50 +185,9 @@ def main() -> None:
         sys.exit(1)
 
 
-class Saver:
-    """Threads that write results; where too many wait, the next one waits too."""
-
-    def __init__(self, workers: int) -> None:
-        self.pool = ThreadPoolExecutor(max(1, workers))
-        self.most = WAITING * max(1, workers)
-        self.waiting: deque[Future] = deque()
-        self.failures: list[str] = []
-
-    def __enter__(self) -> "Saver":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.pool.shutdown(cancel_futures=exception[0] is not None)
-
-    def put(self, write: Callable[..., None], *args: Any) -> None:
-        self.waiting.append(self.pool.submit(write, *args))
-        self.finish(self.most)
-
-    def finish(self, most: int) -> None:
-        """Wait until at most so many are left.
-
-        Raises:
-            UsageError: the disk takes no more.
-        """
-        while len(self.waiting) > most:
-            try:
-                self.waiting.popleft().result()
-            except OSError as error:
-                if error.errno is not None:
-                    raise cannot_write(error) from error
-                self.failures.append(f"a result cannot be saved ({error})")  # PIL's own
-
-
-def cannot_write(error: OSError) -> UsageError:
-    return UsageError(
-        f"{error.filename or 'a result'} cannot be written ({error.strerror}): make room, or give "
-        "another --output"
-    )
-
-
 @torch.inference_mode()
 def segment(
-    network: LEDNet,
+    network: torch.nn.Module,
     frames: Iterable[Frame],
     floats: Callable[[Tensor], Tensor],
     batch_size: int,

@@ -19,6 +19,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 
+from datasets.scene import draw_scene
 from datasets.shapes import make_shapes
 from datasets.synthetic import make_synthetic
 
@@ -189,6 +190,13 @@ def wait_for_the_next_second() -> None:
     """TensorBoard reads event files in the order of their names, which begin with the second they
     were opened in; those of one second, and one process, can change places."""
     time.sleep(1 - time.time() % 1)
+
+
+def street_scenes(count: int, size: tuple[int, int]) -> torch.Tensor:
+    """Drawn images, N x 3 x H x W, RGB in [0, 1], of any height and width."""
+    scenes = [draw_scene(np.random.default_rng(7 + n), 256).image for n in range(count)]
+    images = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2).float() / 255
+    return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def read_log(folder: Path) -> list[dict[str, str]]:

@@ -75,6 +75,33 @@ def test_score_is_that_of_training(script, trained, cityscapes, tmp_path):
     assert figures["images"] == 3 and figures["subset"] == "val"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--runtime", "compiled"),
+        ("--runtime", "onnx"),
+        ("--precision", "bfloat16"),
+        ("--batch-size", 3),
+    ],
+    ids=lambda options: options[1],
+)
+def test_runtimes_score_the_same(script, checkpoint, cityscapes, tmp_path, options):
+    argv = ("--checkpoint", checkpoint, "--datadir", cityscapes, "--save-results")
+    assert script(EVAL, *argv, "a", "--json", "a.json").status == 0
+    result = script(EVAL, *argv, "b", "--json", "b.json", *options)
+    assert result.status == 0, result.err
+    plain, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+    assert (plain["runtime"], plain["precision"]) == ("torch", "float32")
+    assert options[1] in (other["runtime"], other["precision"], 3)
+    tolerance = 0.02 if "bfloat16" in options else 1e-4
+    assert other["class_miou"] == pytest.approx(plain["class_miou"], abs=tolerance)
+    assert other["parameters"] == plain["parameters"] and other["fps"] > 0
+    names = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.png")]
+    assert len(names) == 3
+    pairs = [[np.array(Image.open(tmp_path / x / name)) for x in "ab"] for name in names]
+    assert np.mean([(a == b).mean() for a, b in pairs]) > (0.95 if "bfloat16" in options else 0.999)
+
+
 def test_subset_test_writes_pngs_and_says_there_are_no_labels(
     script, checkpoint, cityscapes, tmp_path
 ):
@@ -133,6 +160,7 @@ def test_checkpoints_of_something_else(fails, trained, checkpoint, cityscapes, t
         (("--json", ""), "the path is empty"),
         (("--save-results", "out"), "needs --checkpoint and --datadir"),
         (("--device", "cuda:99"), "cannot be used here"),
+        (("--runtime", "onnx", "--precision", "float16"), "computes in float32"),
         (("--json", "no/such/folder/f.json"), "no/such/folder is no folder to write into"),
     ],
 )

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from utils.losses import IGNORE_INDEX
 from utils.metrics import ConfusionMatrix, TopKAccuracy
+from utils.speed import device_of
 
 SECONDS_BETWEEN_UPDATES = 0.5
 
@@ -165,33 +166,35 @@ def evaluate(
         title: of the progress bar.
         class_weights: of the cross entropy, one weight a class; None: it is not computed.
         on_image: is called for each image, in order, with the image as it was loaded, its
-            predicted classes and its label (H x W).
+            predicted classes and its label (H x W, uint8 both).
 
     Returns:
         The weighted cross entropy over all labelled pixels, NaN where it was not asked for, and
         the confusion matrix.
     """
     model.eval()
-    device = next(model.parameters()).device
+    device = device_of(model)
     confusion = ConfusionMatrix(num_classes, device)
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     with _progress_bar(title, len(loader.dataset)) as bar:
         for images, labels in loader:
             # One image at a time: a batch of 19 planes at full resolution need not fit.
-            logits_of_each = _logits(model, images, prepare, amp_dtype)
+            logits_of_each = _logits(model, images, prepare, device, amp_dtype)
             for image, logits, label in zip(images, logits_of_each, labels, strict=True):
-                label = label.to(device, torch.int64, non_blocking=True)
-                logits = F.interpolate(logits, label.shape, mode="bilinear", align_corners=True)
-                prediction = logits.argmax(1)[0]
-                confusion.update(prediction, label)
-                if class_weights is not None:
+                label = label.to(device, non_blocking=True)
+                if class_weights is None:
+                    prediction = label_map(logits[0], label.shape)
+                else:
+                    logits = F.interpolate(logits, label.shape, mode="bilinear", align_corners=True)
+                    prediction = largest(logits[0])
                     total_loss += F.cross_entropy(
                         logits,
-                        label[None],
+                        label[None].long(),
                         class_weights,
                         ignore_index=IGNORE_INDEX,
                         reduction="sum",
                     )
+                confusion.update(prediction, label.long())
                 if on_image is not None:
                     on_image(image, prediction, label)
                 bar.update()
@@ -205,17 +208,19 @@ def _logits(
     model: nn.Module,
     images: list[Tensor],
     prepare: Callable[[Tensor], Tensor],
+    device: torch.device,
     amp_dtype: torch.dtype | None,
 ) -> Iterator[Tensor]:
     """The logits of each image, 1 x C x h x w, float32; neighbours of one size run together."""
     for _, same_size in groupby(images, lambda image: image.shape):
-        batch = prepare(torch.stack(list(same_size)))
+        # One by one onto the device, each out of pinned memory.
+        batch = prepare(torch.stack([image.to(device, non_blocking=True) for image in same_size]))
         with torch.autocast(batch.device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(batch)
         yield from logits.float().split(1)
 
 
-def label_map(logits: Tensor, size: tuple[int, int], rows: int = 256) -> Tensor:
+def label_map(logits: Tensor, size: tuple[int, int], rows: int = 64) -> Tensor:
     """The class of the largest logit of each pixel at another size, as `evaluate` finds it.
 
     Bilinear with align_corners=True, a band of rows at a time: all planes of a photo of 30
@@ -231,7 +236,7 @@ def label_map(logits: Tensor, size: tuple[int, int], rows: int = 256) -> Tensor:
     """
     _, height, _ = logits.shape
     if logits.shape[-2:] == size:
-        return logits.argmax(0).to(torch.uint8)
+        return largest(logits)
     labels = torch.empty(size, dtype=torch.uint8, device=logits.device)
     places = torch.linspace(0, height - 1, size[0], device=logits.device)
     for first in range(0, size[0], rows):
@@ -240,7 +245,19 @@ def label_map(logits: Tensor, size: tuple[int, int], rows: int = 256) -> Tensor:
         below = (above + 1).clamp(max=height - 1)
         band = torch.lerp(logits[:, above], logits[:, below], (place - above)[:, None])
         band = F.interpolate(band[None], (len(place), size[1]), mode="bilinear", align_corners=True)
-        labels[first : first + rows] = band[0].argmax(0)
+        labels[first : first + rows] = largest(band[0])
+    return labels
+
+
+def largest(logits: Tensor) -> Tensor:
+    """The class of the largest logit of each pixel, C x H x W to H x W, uint8."""
+    if logits.device.type != "cpu" or logits.stride(0) == 1:
+        return logits.argmax(0).to(torch.uint8)
+    # Class after class: where they lie apart in memory, argmax takes several times as long.
+    most, labels = logits[0].clone(), torch.zeros(logits.shape[1:], dtype=torch.uint8)
+    for number, plane in enumerate(logits[1:], 1):
+        labels.masked_fill_(plane > most, number)
+        torch.maximum(most, plane, out=most)
     return labels
 
 

@@ -1,13 +1,17 @@
-"""Size and speed of a network: parameters, multiply-adds, latency."""
+"""Size and speed of a network: parameters, multiply-adds, latency; and what makes it fast."""
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from models.deployed import Deployed
+from models.lednet import LEDNet
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,50 @@ class Latency:
     passes: int
 
 
+class InPrecision(nn.Module):
+    """A network of another floating-point type, which takes and returns float32."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.dtype = copy.deepcopy(network).to(dtype), dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images.to(self.dtype)).float()
+
+
+def deploy(
+    network: LEDNet,
+    labels: bool = False,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = True,
+) -> nn.Module:
+    """A trained network ready to serve, on the device that it is on; see `models.deployed`.
+
+    Args:
+        network: stays as it is; later changes of its weights are not seen.
+        labels: return the class of each pixel, N x H x W, uint8, in place of logits,
+            N x C x H x W, float32.
+        dtype: that it computes in, float16 or bfloat16 for half precision.
+        compiled: by torch.compile, on a GPU into CUDA graphs; on a CPU that takes a C++ compiler.
+            The first pass of each size of input takes a minute. On a GPU, what a pass returns
+            is overwritten by the next one.
+    """
+    device = device_of(network)
+    on_gpu = device.type == "cuda"
+    served = Deployed(network, labels, products=not on_gpu)
+    served.to(device, dtype, memory_format=torch.channels_last)
+    if not compiled:
+        return served
+    if on_gpu:
+        return torch.compile(served, mode="reduce-overhead")
+    return torch.compile(served, options={"freezing": True})  # weights become constants
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes; the CPU, if it has no parameters of torch's."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def count_parameters(module: nn.Module) -> int:
     """Number of trainable values; running statistics of batch norm are not among them."""
     return sum(p.numel() for p in module.parameters())
@@ -36,7 +84,7 @@ def count_multiply_adds(model: nn.Module, size: tuple[int, int]) -> int:
 
     torch.utils.flop_counter counts floating point operations, two for each multiply-add.
     """
-    image = torch.empty(1, 3, *size, device=next(model.parameters()).device)
+    image = torch.empty(1, 3, *size, device=device_of(model))
     training = model.training
     model.eval()
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -57,8 +105,8 @@ def measure_latency(
         warmup: passes before the first that is timed, cut short in the same way.
     """
     model.eval()
-    device = next(model.parameters()).device
-    image = torch.rand(1, 3, *size, device=device)
+    device = device_of(model)
+    image = torch.rand(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
 
     def timed_pass() -> float:
         _synchronize(device)
