@@ -81,8 +81,8 @@ class Segmentation(Dataset):
     """Pairs of image and trainId label of one split, in the order of their file names.
 
     A data set derives from it, says its CLASSES, SPLITS and TRAIN_ON, and lists its `files`.
-    An item is the image, 3 x H x W, uint8, RGB, and the label, H x W, uint8, trainIds with 255 =
-    ignore: every pixel of it where the split has no labels.
+    An item is the image, 3 x H x W, uint8, RGB, whose three values of a pixel lie together, and the
+    label, H x W, uint8, trainIds with 255 = ignore: every pixel where the split has no labels.
 
     Args:
         root: folder of the data set.
@@ -146,7 +146,7 @@ class Segmentation(Dataset):
             image = image.resize(size[::-1], Image.Resampling.BILINEAR)
             if self.resize_labels:
                 label = resize_label(label, size)
-        return F.pil_to_tensor(image), label
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), label
 
     def read_train_ids(self, index: int) -> np.ndarray:
         """Read one label map as trainIds at its full size, H x W, uint8, 255 = ignore.

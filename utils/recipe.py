@@ -57,7 +57,7 @@ PRESETS = {
     | {
         "height": 1024,
         "crop": [1024, 1024],
-        "cache": "off",  # 25 GB, at this height
+        "cache": "off",  # 29 GB at this height: give a folder that has the room
         "epochs": 800,
         "batch_size": 12,
         "lr": 1e-3,
