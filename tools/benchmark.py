@@ -1,0 +1,399 @@
+"""Measure LEDNet beside its peers on this machine, and write docs/benchmarks.md.
+
+    pip install -r requirements-dev.txt pytorchcv onnx onnxscript onnxruntime
+    python tools/benchmark.py                       on the CPU
+    python tools/benchmark.py --device cuda         on a GPU; fills in the GPU's part of the page
+    python tools/benchmark.py --page                write the page anew from what was measured
+
+Peers are the networks of the package pytorchcv, untrained: the weights change nothing of the speed.
+Each network runs beside a reference, pytorchcv's LEDNet in plain eager float32: a round is one pass
+of each of its forms and one of the reference, in turns, and every ratio is of medians in the same
+rounds. All forms of a table return the same output, logits at full resolution or label maps.
+
+What was measured is kept in docs/benchmarks/<device>.json; the page is made from these files alone.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmark_page import RESULTS, write_page
+
+from models.lednet import LEDNet
+from utils.cli import ArgumentParser, pick_device, positive_float, run
+from utils.onnx_model import MissingExtra, OnnxNetwork, export_onnx
+from utils.speed import InPrecision, count_multiply_adds, count_parameters, deploy
+
+REFERENCE = "LEDNet of pytorchcv"
+PEERS = {
+    REFERENCE: "lednet",
+    "ERFNet": "erfnet",
+    "ENet": "enet",
+    "ESNet": "esnet",
+    "EDANet": "edanet",
+    "DABNet": "dabnet",
+    "CGNet": "cgnet",
+    "Fast-SCNN": "fastscnn",
+}
+OURS = {"LEDNet D = 20": 20, "LEDNet D = 128": 128}
+# Forms of a network. "deployed" is utils.speed.deploy of ours, which a peer does not have.
+FORMS = ("eager", "eager half", "compiled", "compiled half", "onnx")
+DEPLOYED = ("deployed", "deployed half", "deployed compiled", "deployed compiled half")
+MATRIX = 2048
+LEAST_ROUNDS = 3
+BANDWIDTH_BYTES = 512 << 20
+
+Size = tuple[int, int]
+Runner = Callable[[Tensor], Any]
+
+
+class Labels(nn.Module):
+    """Any network, with the class of each pixel in place of its logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images).argmax(1).to(torch.uint8)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1; default cpu")
+    parser.add_argument(
+        "--seconds",
+        type=positive_float,
+        default=10,
+        help="of the passes of one network at one size, warm-up left out; default 10",
+    )
+    parser.add_argument(
+        "--networks", nargs="+", choices=[*OURS, *PEERS], metavar="NAME", help="these alone"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one image of 64x128: to see whether it all runs"
+    )
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.page:
+        write_page()
+        return
+    device = pick_device(args.device)
+    torch.backends.cudnn.benchmark = True
+    names = args.networks or [*OURS, *PEERS]
+    configurations = settings(device, args.quick)
+    figures: dict[str, Any] = {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "command": shown_command(),
+        "half": str(half_of(device)).removeprefix("torch."),
+        "rates": rates(device),
+        "networks": {name: size_of(name) for name in names},
+        "speed": [],
+    }
+    print(json.dumps(figures["rates"]), flush=True)
+    with torch.inference_mode():
+        for size, batch, labels, forms in configurations:
+            # A minute a round on a CPU, which says no more than batches of 1 do: those alone then.
+            slow = device.type == "cpu" and size[0] * batch > 4096
+            for name in [*OURS, REFERENCE] if slow and not args.networks else names:
+                row = measure(name, device, size, batch, labels, forms, args.seconds)
+                figures["speed"].append(row)
+                report(row)
+    if not args.quick:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{device.type}.json"
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+        write_page()
+
+
+def settings(device: torch.device, quick: bool) -> list[tuple[Size, int, bool, tuple[str, ...]]]:
+    """What is measured: size, batch, whether label maps come out, and the forms of networks."""
+    everything = FORMS + DEPLOYED
+    if quick:
+        return [((64, 128), 1, labels, everything) for labels in (False, True)]
+    small, large = (512, 1024), (1024, 2048)
+    if device.type == "cuda":
+        return [
+            (size, batch, labels, everything)
+            for labels in (True, False)
+            for size in (small, large)
+            for batch in (1, 8)
+        ]
+    # A CPU takes seconds for a pass at the larger ones, and half a minute to compile for each.
+    fewer = ("eager", "onnx", "deployed")
+    return [
+        (small, 1, False, ("eager", "eager half", "compiled", "onnx", *DEPLOYED[::2])),
+        (small, 1, True, fewer),
+        (small, 8, False, fewer),
+        (large, 1, False, fewer),
+        (large, 8, False, fewer),
+    ]
+
+
+def build(name: str, size: Size) -> nn.Module:
+    """A network, untrained, in evaluation mode; Fast-SCNN is built for one size of image."""
+    torch.manual_seed(0)
+    if name in OURS:
+        return LEDNet(apn_channels=OURS[name]).eval()
+    try:
+        from pytorchcv.model_provider import get_model
+    except ImportError as error:
+        raise MissingExtra(f"{error}: pip install pytorchcv") from error
+    # Without its second head, which serves training alone.
+    more = {"in_size": size, "aux": False} if name == "Fast-SCNN" else {}
+    return get_model(f"{PEERS[name]}_cityscapes", pretrained=False, **more).eval()
+
+
+def form_of(
+    name: str, form: str, device: torch.device, size: Size, batch: int, labels: bool
+) -> Runner:
+    """A network in one of its forms, as a function of images on the device."""
+    network = build(name, size).to(device)
+    dtype = half_of(device) if "half" in form else torch.float32
+    if form == "onnx":
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "network.onnx")
+            if name in OURS:
+                export_onnx(network, {}, path, labels)
+            else:
+                images = torch.rand(batch, 3, *size)
+                exported = Labels(network) if labels else network
+                torch.onnx.export(exported, (images,), path, dynamo=True, verbose=False,
+                                  input_names=["images"], external_data=False)  # fmt: skip
+            return OnnxNetwork(path)
+    if form.startswith("deployed"):
+        return deploy(network, labels, dtype, compiled="compiled" in form)
+    if dtype != torch.float32:
+        network = InPrecision(network, dtype)
+    if labels:
+        network = Labels(network)
+    if device.type == "cuda" or "compiled" in form:
+        network.to(memory_format=torch.channels_last)
+    if "compiled" in form and device.type == "cuda":
+        return torch.compile(network, mode="reduce-overhead")
+    if "compiled" in form:
+        return torch.compile(network, options={"freezing": True})
+    return network
+
+
+def measure(
+    name: str,
+    device: torch.device,
+    size: Size,
+    batch: int,
+    labels: bool,
+    forms: tuple[str, ...],
+    seconds: float,
+) -> dict[str, Any]:
+    """Time every form of a network in turns with the reference.
+
+    Returns:
+        What was measured, "forms" by name: "median_ms", "p5_ms" and "p95_ms" of a pass, "ratio",
+        how many times faster than the reference in the same rounds, "memory", the most bytes that
+        a pass takes; or "failed", why there is none.
+    """
+    row = {"network": name, "size": size, "batch": batch, "labels": labels, "forms": {}}
+    images = torch.rand(batch, 3, *size, device=device)
+    runners: dict[str, Runner] = {}
+    memory: dict[str, int] = {}
+    wanted = [form for form in forms if applies(form, name, device)]
+    for form in ("reference", *wanted):
+        try:
+            whose = (REFERENCE, "eager") if form == "reference" else (name, form)
+            runner = form_of(*whose, device, size, batch, labels)
+            if "compiled" in form or device.type == "cuda":
+                runner(images)  # compiles, or chooses kernels
+            memory[form] = peak_memory(runner, images, device)
+            runners[form] = runner
+        except Exception as error:  # exporters and compilers raise what they please
+            if isinstance(error, MissingExtra) or form == "reference":
+                raise
+            row["forms"][form] = {"failed": f"{type(error).__name__}: {first_line(error)}"}
+    times = {form: [] for form in runners}
+    started = time.perf_counter()
+    while len(times["reference"]) < LEAST_ROUNDS or (
+        time.perf_counter() - started < seconds and len(times["reference"]) < 100
+    ):
+        for form, runner in runners.items():
+            times[form].append(timed(runner, images, device))
+    reference = np.median(times.pop("reference"))
+    row["reference_ms"], row["rounds"] = 1e3 * reference, len(times[next(iter(times))])
+    for form, seconds_each in times.items():
+        median, p5, p95 = np.percentile(seconds_each, [50, 5, 95])
+        row["forms"][form] = {
+            "median_ms": 1e3 * median,
+            "p5_ms": 1e3 * p5,
+            "p95_ms": 1e3 * p95,
+            "ratio": reference / median,
+            "memory": memory[form],
+        }
+    torch._dynamo.reset()
+    return row
+
+
+def applies(form: str, name: str, device: torch.device) -> bool:
+    if form in DEPLOYED:
+        return name in OURS
+    return form != "onnx" or device.type == "cpu"
+
+
+def timed(runner: Runner, images: Tensor, device: torch.device) -> float:
+    """Seconds of one pass, until the device has finished it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    runner(images)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_memory(runner: Runner, images: Tensor, device: torch.device) -> int:
+    """The most bytes that a pass takes above what is held before, on the device; on a CPU of the
+    process, whose freed memory goes back to the system first."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        runner(images)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = process_memory("VmRSS")
+    runner(images)
+    return max(0, process_memory("VmHWM") - before)
+
+
+def process_memory(what: str) -> int:
+    """Bytes: VmRSS, what the process holds, or VmHWM, the most that it held."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{what}:"):
+            return 1024 * int(line.split()[1])
+    raise ValueError(what)
+
+
+def rates(device: torch.device) -> dict[str, float]:
+    """The best rates that this device shows: FLOP/s of float32 matrices of 2048 x 2048, by each
+    library at hand, and bytes/s of a copy, read and written."""
+    a, b = torch.rand(2, MATRIX, MATRIX, device=device)
+    operations = 2 * MATRIX**3
+
+    def best(work: Runner) -> float:
+        for _ in range(3):
+            work(a)
+        return min(timed(work, a, device) for _ in range(20))
+
+    found = {"matrix_torch": operations / best(lambda x: torch.mm(x, b))}
+    if device.type == "cpu":
+        found["matrix_numpy"] = operations / best(lambda x: x.numpy() @ b.numpy())
+        found["matrix_onnx"] = operations / best(onnx_product(b))
+    source = torch.empty(BANDWIDTH_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found["bytes"] = 2 * BANDWIDTH_BYTES / best(lambda x: target.copy_(source))
+    return found
+
+
+def onnx_product(b: Tensor) -> Runner:
+    """A product with a matrix in ONNX Runtime."""
+    product = nn.Linear(MATRIX, MATRIX, bias=False)
+    with torch.no_grad():
+        product.weight.copy_(b)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "product.onnx")
+        torch.onnx.export(product, (b,), path, dynamo=True, verbose=False,
+                          input_names=["images"], external_data=False)  # fmt: skip
+        return OnnxNetwork(path)
+
+
+def size_of(name: str) -> dict[str, int]:
+    """Parameters, and for one image of 1024x512 the multiply-adds of the convolutions and the bytes
+    that they read and write in float32, each once."""
+    size = (512, 1024)
+    network = build(name, size)
+    counted = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal counted
+        counted += 4 * (inputs[0].numel() + output.numel() + module.weight.numel())
+
+    hooks = [
+        module.register_forward_hook(count)
+        for module in network.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    with torch.inference_mode():
+        network(torch.zeros(1, 3, *size))
+    for hook in hooks:
+        hook.remove()
+    return {
+        "parameters": count_parameters(network),
+        "multiply_adds": count_multiply_adds(network, size),
+        "bytes": counted,
+    }
+
+
+def half_of(device: torch.device) -> torch.dtype:
+    """CPUs compute in bfloat16, if in any half precision."""
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def shown_command() -> str:
+    return " ".join(["python tools/benchmark.py", *sys.argv[1:]])
+
+
+def first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:120] if lines else ""
+
+
+def report(row: dict[str, Any]) -> None:
+    height, width = row["size"]
+    forms = ", ".join(
+        f"{form} {found['median_ms']:.1f}" if "median_ms" in found else f"{form} failed"
+        for form, found in row["forms"].items()
+    )
+    print(
+        f"{row['network']}, {row['batch']} x {width}x{height}, "
+        f"{'labels' if row['labels'] else 'logits'}, ms: {forms} (reference "
+        f"{row['reference_ms']:.1f}, {row['rounds']} rounds)",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    run(main, MissingExtra)

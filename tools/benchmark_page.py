@@ -1,0 +1,177 @@
+"""docs/benchmarks.md and its plot, out of what tools/benchmark.py measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "benchmarks"
+PAGE = ROOT / "docs" / "benchmarks.md"
+PLOT = RESULTS / "speed_accuracy.png"
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+
+# Class mIoU on Cityscapes test in %, from the papers, after training on fine annotations; LEDNet's
+# letter has coarse ones as well.
+PUBLISHED = {
+    "LEDNet D = 20": 70.6,
+    "LEDNet D = 128": 72.2,  # "1.6 more"
+    "ERFNet": 68.0,
+    "ENet": 58.3,
+    "ESNet": 70.7,
+    "EDANet": 67.3,
+    "DABNet": 70.1,
+    "CGNet": 64.8,
+    "Fast-SCNN": 68.0,
+}
+INTRODUCTION = """# Benchmarks
+
+How fast LEDNet runs beside its peers, on one machine, in one run, with the same output and the same
+precision on both sides of every ratio. This page is written by `tools/benchmark.py` from
+[what it measured](benchmarks/); nothing in it was typed.
+
+- **eager**: as the code stands, by plain PyTorch. **compiled**: by `torch.compile`, with frozen
+  weights on a CPU, in CUDA graphs on a GPU. **onnx**: exported, by ONNX Runtime. **deployed**: by
+  `utils/speed.py: deploy`, batch norms folded and the channels never split; "onnx" of ours is that
+  form as well, since `export.py` exports it. **half**: computing in half precision.
+- **x**: how many times faster than the reference, pytorchcv's LEDNet in eager float32, which ran in
+  turns with it. The time is the median, and in brackets the 5th and 95th percentile.
+- Peers are those of the package pytorchcv, untrained. Multiply-adds are those of the convolutions.
+"""
+
+
+def write_page() -> None:
+    """Write the page anew, with a part for each device, and the plot."""
+    parts = [INTRODUCTION]
+    for kind, title in DEVICES.items():
+        path = RESULTS / f"{kind}.json"
+        if path.exists():
+            parts.append(device_part(title, json.loads(path.read_text())))
+        else:
+            parts.append(
+                f"## {title}\n\nNot measured yet. `python tools/benchmark.py --device {kind}` on a "
+                "machine that has one fills this in.\n"
+            )
+    PAGE.write_text("\n".join(parts))
+    draw_plot()
+
+
+def device_part(title: str, figures: dict[str, Any]) -> str:
+    lines = [
+        f"## {title}\n",
+        f"{figures['device']}; torch {figures['torch']}; {figures['date']}; "
+        f"`{figures['command']}`; half precision is {figures['half']}.\n",
+    ]
+    seen = []
+    for row in figures["speed"]:
+        setting = row["size"], row["batch"], row["labels"]
+        if setting not in seen:
+            seen.append(setting)
+            lines.append(speed_table(figures, *setting))
+    lines.append(floor_part(figures))
+    return "\n".join(lines)
+
+
+def speed_table(figures: dict[str, Any], size: list[int], batch: int, labels: bool) -> str:
+    rows = [
+        row
+        for row in figures["speed"]
+        if (row["size"], row["batch"], row["labels"]) == (size, batch, labels)
+    ]
+    lines = [
+        f"### {size[1]}x{size[0]}, batch {batch}, {'label maps' if labels else 'logits'} out\n",
+        "| network | parameters | multiply-adds | form | ms | FPS | x | peak memory |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    notes = []
+    for row in rows:
+        whole = figures["networks"][row["network"]]
+        scale = size[0] * size[1] / (512 * 1024)
+        first = (
+            f"{row['network']} | {whole['parameters'] / 1e6:.2f} M | "
+            f"{scale * whole['multiply_adds'] / 1e9:.1f} G"
+        )
+        for form, found in row["forms"].items():
+            if "failed" in found:
+                notes.append(f"{row['network']}, {form}: {found['failed']}")
+                continue
+            lines.append(
+                f"| {first} | {form} | {found['median_ms']:.1f} ({found['p5_ms']:.1f} to "
+                f"{found['p95_ms']:.1f}) | {1e3 * row['batch'] / found['median_ms']:.1f} | "
+                f"{found['ratio']:.2f} | {found['memory'] / 1e6:.0f} MB |"
+            )
+            first = " | | "
+    rounds = [row["rounds"] for row in rows]
+    lines.append(f"\n{min(rounds)} to {max(rounds)} rounds each.")
+    if notes:
+        lines.append("No figure: " + "; ".join(notes) + ".")
+    return "\n".join(lines) + "\n"
+
+
+def floor_part(figures: dict[str, Any]) -> str:
+    """How far the fastest form of LEDNet is above what the machine needs for its operations."""
+    rates = figures["rates"]
+    best = max(rate for name, rate in rates.items() if name.startswith("matrix"))
+    shown = ", ".join(
+        f"{name.removeprefix('matrix_')} {rate / 1e9:.0f}"
+        for name, rate in rates.items()
+        if name.startswith("matrix")
+    )
+    lines = [
+        "### The floor\n",
+        f"Float32 matrices of 2048x2048 are multiplied at {shown} GFLOP/s, by library; the fastest "
+        f"one counts. Memory is copied at {rates['bytes'] / 1e9:.1f} GB/s, read and "
+        "written. At 1024x512, batch 1, float32, logits out:\n",
+        "| network | operations take | convolutions' bytes take | fastest form | ms | over the "
+        "floor of operations |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in figures["speed"]:
+        if row["size"] != [512, 1024] or row["batch"] != 1 or row["labels"]:
+            continue
+        forms = {
+            form: found["median_ms"]
+            for form, found in row["forms"].items()
+            if "median_ms" in found and "half" not in form
+        }
+        form = min(forms, key=forms.get)
+        size = figures["networks"][row["network"]]
+        floor = 1e3 * 2 * size["multiply_adds"] / best
+        moved = 1e3 * size["bytes"] / rates["bytes"]
+        lines.append(
+            f"| {row['network']} | {floor:.1f} ms | {moved:.1f} ms | {form} | {forms[form]:.1f} | "
+            f"{forms[form] / floor:.2f} times |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw_plot() -> None:
+    """Speed of the fastest form against the published accuracy, a panel for each device."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = {kind: RESULTS / f"{kind}.json" for kind in DEVICES}
+    found = {kind: json.loads(path.read_text()) for kind, path in found.items() if path.exists()}
+    figure, panels = plt.subplots(1, len(found), figsize=(7 * len(found), 4.5), squeeze=False)
+    for axes, (kind, figures) in zip(panels[0], found.items(), strict=True):
+        for row in figures["speed"]:
+            if row["size"] != [512, 1024] or row["batch"] != 1 or row["labels"]:
+                continue
+            if row["network"] not in PUBLISHED:
+                continue
+            times = [
+                form["median_ms"]
+                for name, form in row["forms"].items()
+                if "median_ms" in form and "half" not in name
+            ]
+            ours = row["network"].startswith("LEDNet")
+            point = 1e3 / min(times), PUBLISHED[row["network"]]
+            axes.scatter(*point, color="tab:red" if ours else "tab:blue")
+            axes.annotate(row["network"], point, xytext=(5, 4), textcoords="offset points")
+        axes.set_xlabel(f"FPS at 1024x512, measured: {DEVICES[kind]}, float32, fastest form")
+        axes.set_ylabel("class mIoU on Cityscapes test in %, published")
+        axes.margins(0.15)
+    figure.tight_layout()
+    figure.savefig(PLOT, dpi=110)
+    plt.close(figure)
