@@ -333,9 +333,11 @@ def main() -> None:
 
 
 def build_optimizer(recipe: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    # In one kernel on a GPU; on a CPU that would gain next to nothing, and round otherwise.
+    options = {"lr": lr, "fused": next(model.parameters()).is_cuda or None}
     if recipe == "paper":
-        return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=SGD_DECAY)
-    return torch.optim.AdamW(model.parameters(), lr, weight_decay=ADAMW_DECAY)
+        return torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=SGD_DECAY, **options)
+    return torch.optim.AdamW(model.parameters(), weight_decay=ADAMW_DECAY, **options)
 
 
 def build_schedule(

@@ -76,6 +76,35 @@ def test_ohem_keeps_the_hardest_where_all_are_easy():
     assert loss.item() == pytest.approx(-(math.log(0.9) + math.log(0.95)) / 2)
 
 
+@pytest.mark.parametrize("ease", [0.0, 3.0, 8.0])
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 0.95])
+def test_ohem_keeps_what_its_definition_says(ease, ignored):
+    """From all pixels below the threshold to the least share, which counts the labelled alone."""
+    torch.manual_seed(0)
+    labels = torch.randint(0, 5, (2, 16, 24))
+    logits = torch.randn(2, 5, 16, 24).scatter_add_(
+        1, labels[:, None], torch.full((2, 1, 16, 24), ease)
+    )
+    labels[torch.rand(labels.shape) < ignored] = 255
+    weight = torch.rand(5) + 0.5
+    losses = F.cross_entropy(logits, labels, ignore_index=255, reduction="none")[labels != 255]
+    hard = (losses > -math.log(0.7)).sum().item()
+    fewest = int(len(losses) / 16)
+    assert (hard < fewest) == (ease == 8)
+    kept = losses.sort(descending=True).indices[: max(hard, fewest)]
+    weights = weight[labels[labels != 255]][kept]
+    expected = (losses[kept] * weights).sum() / weights.sum()
+    assert torch.allclose(ohem_cross_entropy(logits, labels, weight), expected)
+
+
+@pytest.mark.parametrize("name", ["ce", "ohem"])
+def test_losses_read_no_value_which_would_wait_for_a_gpu(batch, name):
+    """Tensors on the device "meta" have none to read."""
+    logits, labels, weight = (tensor.detach().to("meta") for tensor in batch)
+    outputs = logits, logits[..., ::2, ::2]
+    assert with_auxiliary(build_loss(name, weight), 0.4)(outputs, labels).shape == ()
+
+
 def test_ohem_weighs_the_classes():
     truth = torch.tensor([0.5, 0.5]).view(1, 1, 2)
     logits = torch.stack([truth.log() + 1, (1 - truth).log()], dim=1)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from utils.recipe import OPTIMIZERS, SCHEDULES, ema_of
 
@@ -76,3 +77,22 @@ def test_running_statistics_are_averaged_and_the_model_left_alone():
     assert ema.module.running_mean.tolist() == pytest.approx([0.1, 0.1])
     assert model.running_mean.tolist() == [1, 1]
     assert ema.n_averaged == 2
+
+
+def test_the_average_is_torchs_but_for_the_counts_of_batches(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    ours = ema_of(model, 100)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(3):
+        model(torch.rand(2, 3, 4, 4)).sum().backward()
+        for parameter in model.parameters():
+            parameter.data.add_(torch.rand_like(parameter))
+        theirs.update_parameters(model)
+        with monkeypatch.context() as patch:  # to send a number to a GPU is to wait for it
+            patch.setattr(torch.Tensor, "to", None)
+            ours.update_parameters(model)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, weight in ours.state_dict().items():
+        if name != "module.1.num_batches_tracked":
+            assert torch.equal(weight, theirs.state_dict()[name]), name
+    assert ours.n_averaged == 3

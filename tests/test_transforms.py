@@ -68,6 +68,18 @@ def test_what_is_kept_in_memory_stays_as_it_is():
     assert torch.equal(image, kept[0]) and torch.equal(label, kept[1])
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("jitter", [0.0, 0.4])
+def test_how_an_image_lies_in_memory_changes_nothing(recipe, jitter):
+    image, label = make_pair(64, 128)
+    together = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert together.stride() != image.stride()
+    augment = Augment(RECIPES[recipe], to_floats([0.1] * 3, [0.3] * 3, CPU), CPU, jitter)
+    seeds = list(range(8))
+    ours, expected = (augment([same] * 8, [label] * 8, seeds)[0] for same in (together, image))
+    assert torch.equal(ours, expected)
+
+
 def test_stage_1_labels_have_the_resolution_of_the_encoder():
     pair = make_pair(70, 101)
     _, whole = augmented(Paper(), pair, seed=3)
@@ -220,6 +232,13 @@ def test_normalisation(dtype):
     assert normalised.dtype == torch.float32
     assert torch.allclose(normalised, expected, atol=1e-6)
     assert normalised.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalisation_leaves_what_it_is_given_alone(dtype):
+    images = torch.full((1, 3, 4, 4), 51).to(dtype, memory_format=torch.channels_last)
+    assert to_floats([0.1] * 3, [0.5] * 3, CPU)(images).mean().item() == pytest.approx(0.2)
+    assert (images == 51).all()
 
 
 def test_images_that_are_not_normalised_lie_between_0_and_1():

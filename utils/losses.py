@@ -1,5 +1,6 @@
 """Class weights and the losses of training."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -56,13 +57,13 @@ def ohem_cross_entropy(
     losses = F.cross_entropy(
         logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none"
     ).flatten()
-    weights = _pixel_weights(labels, weight).flatten()
-    kept = losses > -torch.log(losses.new_tensor(threshold))
-    fewest = max(1, int((labels != IGNORE_INDEX).sum() * min_kept))
-    if kept.sum() < fewest:
-        kept = torch.zeros_like(kept)
-        kept[losses.topk(fewest).indices] = True
-    weights = weights * kept
+    # How many pixels are labelled only the GPU knows, and to ask it would wait for all its work. So
+    # the losses are sorted as far as they could be asked for, and it finds the last of them itself.
+    most = max(1, int(losses.numel() * min_kept))
+    hardest = losses.detach().topk(most).values
+    fewest = ((labels != IGNORE_INDEX).sum() * min_kept).long().clamp(1, most)
+    kept = (losses > -math.log(threshold)) | (losses >= hardest.take(fewest - 1))
+    weights = _pixel_weights(labels, weight).flatten() * kept
     return (losses * weights).sum() / weights.sum().clamp_min(1e-12)
 
 

@@ -102,9 +102,26 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = {"poly": poly, "onecycle": one_cycle}
 
 
-def ema_of(model: nn.Module, steps: int) -> AveragedModel:
+class Average(AveragedModel):
+    """AveragedModel, whose own step sends the number of steps to the GPU and waits for that.
+
+    What is not a float, the counts of batches that nothing reads, stays as it was first.
+    """
+
+    def update_parameters(self, model: nn.Module) -> None:
+        ours, theirs = self.module.state_dict(), model.state_dict()
+        if self.n_averaged == 0:
+            self.module.load_state_dict(theirs)
+        else:
+            names = [name for name, weight in ours.items() if weight.is_floating_point()]
+            lists = ([weights[name] for name in names] for weights in (ours, theirs))
+            self.multi_avg_fn(*lists, self.n_averaged)
+        self.n_averaged += 1
+
+
+def ema_of(model: nn.Module, steps: int) -> Average:
     """An exponential average of a model's weights and running statistics, over about the last
     fiftieth of a run of so many steps: over 10 steps at least, 10,000 at most."""
     horizon = min(10_000, max(10, steps // 50))
     average = get_ema_multi_avg_fn(1 - 1 / horizon)
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    return Average(model, multi_avg_fn=average, use_buffers=True)
