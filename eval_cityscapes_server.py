@@ -173,7 +173,7 @@ def main() -> None:
         if args.datadir:
             figures |= {"datadir": args.datadir, "subset": args.subset, "images": len(dataset)}
             floats = to_floats(checkpoint["mean"], checkpoint["std"], device)
-            figures |= score(running, dataset, floats, device, args)
+            figures |= score(running, dataset, size, floats, device, args)
         tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
         with_tf32 = args.precision == "float32" and tf32
         figures["precision"] = args.precision + (" with TF32 in convolutions" if with_tf32 else "")
@@ -227,21 +227,25 @@ def on_runtime(network: LEDNet, runtime: str, dtype: torch.dtype, folder: str) -
 def score(
     network: nn.Module,
     dataset: Segmentation,
+    size: tuple[int, int],
     floats: Callable[[Tensor], Tensor],
     device: torch.device,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Run the network over a subset, write its label PNGs if asked, and print the scores."""
     on_gpu = device.type == "cuda"
+    batch_size = args.batch_size or (8 if on_gpu else 1)
     loader = DataLoader(
         dataset,
-        batch_size=args.batch_size or (8 if on_gpu else 1),
+        batch_size=batch_size,
         num_workers=args.workers,
         collate_fn=as_lists,
         pin_memory=on_gpu,
     )
     names = map(dataset.result_name, range(len(dataset)))
     print(f"scoring {len(dataset)} images of {args.subset}", flush=True)
+    with torch.inference_mode():  # what compiles does so before the time is taken
+        network(floats(torch.zeros(batch_size, 3, *size, dtype=torch.uint8)))
     started = time.perf_counter()
     with Saver(args.workers, "--save-results") as saver:
 
