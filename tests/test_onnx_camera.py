@@ -6,15 +6,13 @@ import sys
 from fractions import Fraction
 
 import numpy as np
+import onnx
 import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
 from datasets.cityscapes import Cityscapes
 from utils.video import VideoWriter
-
-pytest.importorskip("onnxruntime")
-onnx = pytest.importorskip("onnx")
 
 SHIPPED = ROOT / "weights" / "lednet_d20_camvid.pth"
 
