@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -32,10 +33,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import evaluation_speed
+import training_speed
 from benchmark_page import RESULTS, write_page
 
+from datasets.synthetic import make_synthetic
 from models.lednet import LEDNet
-from utils.cli import ArgumentParser, pick_device, positive_float, run
+from utils.cli import ArgumentParser, pick_amp_dtype, pick_device, positive_float, run
 from utils.onnx_model import MissingExtra, OnnxNetwork, export_onnx
 from utils.speed import InPrecision, count_multiply_adds, count_parameters, deploy
 
@@ -113,6 +117,8 @@ def main() -> None:
         "speed": [],
     }
     print(json.dumps(figures["rates"]), flush=True)
+    if not args.networks and not args.quick:
+        figures |= {"training": training(device), "evaluation": evaluation(device)}
     with torch.inference_mode():
         for size, batch, labels, forms in configurations:
             # A minute a round on a CPU, which says no more than batches of 1 do: those alone then.

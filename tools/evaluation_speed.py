@@ -2,7 +2,7 @@
 
     python tools/evaluation_speed.py --device cuda
 
-On drawn scenes of 2048x1024, by an untrained network: by eval_cityscapes_server.py, on a GPU compiled
+On drawn scenes of 2048x1024, an untrained network: by eval_cityscapes_server.py, on a GPU compiled
 and in half precision, and by a plain loop that reads an image, segments it, counts its pixels and
 writes its PNG before it turns to the next.
 """
