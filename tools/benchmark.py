@@ -134,6 +134,31 @@ def main() -> None:
         write_page()
 
 
+def training(device: torch.device) -> dict[str, Any]:
+    """Loading and training on drawn scenes of 2048x1024, with a cache and without."""
+    on_gpu = device.type == "cuda"
+    images, batch_size, workers = (64, 16, os.cpu_count()) if on_gpu else (10, 5, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        make_synthetic(folder, {"train": images}, height=1024, workers=os.cpu_count())
+        figures = training_speed.measure(
+            folder,
+            device,
+            pick_amp_dtype("auto", device),
+            images=images,
+            batch_size=batch_size,
+            workers=workers,
+        )
+    print(training_speed.table(figures), flush=True)
+    return figures
+
+
+def evaluation(device: torch.device) -> dict[str, Any]:
+    """Scoring drawn scenes of 2048x1024 and writing their label maps."""
+    figures = evaluation_speed.measure(device, 96 if device.type == "cuda" else 16)
+    print(f"evaluation: {figures}", flush=True)
+    return figures
+
+
 def settings(device: torch.device, quick: bool) -> list[tuple[Size, int, bool, tuple[str, ...]]]:
     """What is measured: size, batch, whether label maps come out, and the forms of networks."""
     everything = FORMS + DEPLOYED

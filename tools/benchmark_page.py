@@ -151,10 +151,10 @@ def training_part(figures: dict[str, Any]) -> str:
     height, width = figures["size"]
     lines = [
         "### Training\n",
-        f"Drawn scenes of 2048x1024, resized to {width}x{height}, published augmentation, batches of "
-        f"{figures['batch_size']}; the loader alone on one core of the CPU, steps with "
-        f"{figures['workers']} workers and amp {figures['amp']}. Plain steps are float32, contiguous, "
-        "without a fused optimizer. `tools/training_speed.py` measures this alone.\n",
+        f"Drawn scenes of 2048x1024, resized to {width}x{height}, published augmentation, batches "
+        f"of {figures['batch_size']}; the loader alone on one core of the CPU, steps with "
+        f"{figures['workers']} workers and amp {figures['amp']}. Plain steps are float32, "
+        "contiguous, without a fused optimizer. `tools/training_speed.py` measures this alone.\n",
         "| what | images/s | x |",
         "| --- | --- | --- |",
     ]
@@ -169,8 +169,8 @@ def evaluation_part(figures: dict[str, Any]) -> str:
     return (
         "### Evaluation\n\n"
         "Scenes of 2048x1024 scored and their label PNGs written: "
-        f"{figures['plain']:.2f} images/s by a plain loop, one after the other, {figures['ours']:.2f} "
-        f"by `{figures['command']}`, {figures['ratio']:.2f} times as many.\n"
+        f"{figures['plain']:.2f} images/s by a plain loop, one after the other, "
+        f"{figures['ours']:.2f} by `{figures['command']}`, {figures['ratio']:.2f} times as many.\n"
     )
 
 
