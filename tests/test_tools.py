@@ -1,6 +1,9 @@
+import json
 import re
 
 import numpy as np
+import pytest
+from conftest import ROOT
 from PIL import Image
 
 from datasets.cityscapes import Cityscapes
@@ -35,6 +38,36 @@ def test_strips_are_drawn(script, fails, trained, cityscapes, tmp_path):
     assert "strips.png exists" in line
     argv = (*argv, 3, "--output", "more.png")
     assert "val holds the images 0 to 2" in fails("tools/draw_strips.py", *argv)
+
+
+def test_benchmark_runs_every_form(script, tmp_path):
+    argv = ("--quick", "--seconds", 0.1, "--networks", "LEDNet D = 20")
+    result = script("tools/benchmark.py", *argv)
+    assert result.status == 0, result.err
+    line = result.out.splitlines()[-1]
+    assert line.startswith("LEDNet D = 20, 1 x 128x64, logits, ms: ") and "failed" not in line
+    for form in ("eager", "eager half", "compiled", "onnx", "deployed", "reference"):
+        assert re.search(rf"[ (]{form} [\d.]+[, ]", line), form
+    assert not list(tmp_path.iterdir())
+
+
+def test_page_of_benchmarks_is_that_of_its_figures(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from benchmark_page import PAGE, RESULTS, page
+
+    assert PAGE.read_text() == page()
+    figures = json.loads((RESULTS / "cpu.json").read_text())
+    for row in figures["speed"]:
+        for form in row["forms"].values():
+            if "failed" not in form:
+                ratio = row["reference_ms"] / form["median_ms"]
+                assert form["ratio"] == pytest.approx(ratio)
+
+
+def test_evaluation_is_compared(script):
+    result = script("tools/evaluation_speed.py", "--device", "cpu", "--images", 2)
+    assert result.status == 0
+    assert float(re.search(r"([\d.]+) times as many", result.out)[1]) > 0
 
 
 def test_loaders_are_compared(script, shapes):

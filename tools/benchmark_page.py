@@ -36,11 +36,19 @@ precision on both sides of every ratio. This page is written by `tools/benchmark
 - **x**: how many times faster than the reference, pytorchcv's LEDNet in eager float32, which ran in
   turns with it. The time is the median, and in brackets the 5th and 95th percentile.
 - Peers are those of the package pytorchcv, untrained. Multiply-adds are those of the convolutions.
+
+![FPS measured against mIoU published](benchmarks/speed_accuracy.png)
 """
 
 
 def write_page() -> None:
-    """Write the page anew, with a part for each device, and the plot."""
+    """Write the page and its plot anew."""
+    PAGE.write_text(page())
+    draw_plot()
+
+
+def page() -> str:
+    """The page, with a part for each device."""
     parts = [INTRODUCTION]
     for kind, title in DEVICES.items():
         path = RESULTS / f"{kind}.json"
@@ -51,8 +59,7 @@ def write_page() -> None:
                 f"## {title}\n\nNot measured yet. `python tools/benchmark.py --device {kind}` on a "
                 "machine that has one fills this in.\n"
             )
-    PAGE.write_text("\n".join(parts))
-    draw_plot()
+    return "\n".join(parts)
 
 
 def device_part(title: str, figures: dict[str, Any]) -> str:
