@@ -224,6 +224,7 @@ def on_runtime(network: LEDNet, runtime: str, dtype: torch.dtype, folder: str) -
     return network if dtype == torch.float32 else InPrecision(network, dtype)
 
 
+@torch.inference_mode()
 def score(
     network: nn.Module,
     dataset: Segmentation,
@@ -244,15 +245,19 @@ def score(
     )
     names = map(dataset.result_name, range(len(dataset)))
     print(f"scoring {len(dataset)} images of {args.subset}", flush=True)
-    with torch.inference_mode():  # what compiles does so before the time is taken
-        network(floats(torch.zeros(batch_size, 3, *size, dtype=torch.uint8)))
+    # What compiles does so before the time is taken, for the last batch too.
+    for count in sorted({min(batch_size, len(dataset)), len(dataset) % batch_size} - {0}):
+        for _ in range(3):
+            network(floats(torch.zeros(count, 3, *size, dtype=torch.uint8)))
     started = time.perf_counter()
     with Saver(args.workers, "--save-results") as saver:
 
-        def save(_image: Tensor, prediction: Tensor, _label: Tensor) -> None:
-            path = Path(args.save_results) / next(names)
+        def write(path: Path, prediction: Tensor) -> None:
             path.parent.mkdir(exist_ok=True)
-            saver.put(write_label, path, prediction.cpu(), dataset.classes)
+            write_label(path, prediction, dataset.classes)
+
+        def save(_image: Tensor, prediction: Tensor, _label: Tensor) -> None:
+            saver.put(write, Path(args.save_results) / next(names), prediction.cpu())
 
         title = f"scoring {args.subset}"
         on_image = save if args.save_results else None
@@ -260,6 +265,8 @@ def score(
             network, loader, floats, len(dataset.classes), title, on_image=on_image
         )
         saver.finish()
+    if saver.failures:
+        raise UsageError(f"{len(saver.failures)} label PNGs are missing: {saver.failures[0]}")
     rate = {"scored_images_per_second": len(dataset) / (time.perf_counter() - started)}
     print(f"{rate['scored_images_per_second']:.1f} images/s, files to scores")
     if not confusion.counts.any():

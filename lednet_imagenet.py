@@ -50,7 +50,7 @@ from utils.cli import (
 )
 from utils.engine import evaluate_classifier, train_one_epoch
 from utils.metrics import TopKAccuracy
-from utils.recipe import ema_of, one_cycle
+from utils.recipe import ema_of, one_cycle, resume_optimizer
 from utils.run import (
     BEST,
     ENCODER,
@@ -211,7 +211,7 @@ def main() -> None:
         if ema:
             fill(model, resumed["training_model"], folder / LAST)
             ema.n_averaged.fill_(resumed["ema_updates"])
-        optimizer.load_state_dict(resumed["optimizer"])
+        resume_optimizer(optimizer, resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
         if resumed["scaler"]:  # empty where the precision needed none
             scaler.load_state_dict(resumed["scaler"])

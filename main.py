@@ -70,7 +70,15 @@ from utils.cli import (
 from utils.engine import evaluate, train_one_epoch
 from utils.losses import LOSSES, build_loss, class_weights, with_auxiliary
 from utils.metrics import ConfusionMatrix, mean_score
-from utils.recipe import OPTIMIZERS, PAPER, PRESETS, SCHEDULES, WEIGHT_C, ema_of
+from utils.recipe import (
+    OPTIMIZERS,
+    PAPER,
+    PRESETS,
+    SCHEDULES,
+    WEIGHT_C,
+    ema_of,
+    resume_optimizer,
+)
 from utils.run import (
     BEST,
     COUNTS,
@@ -623,7 +631,7 @@ def train_stage(
         if ema:
             fill(scored, this.resumed["model"], folder / LAST)
             ema.n_averaged.fill_(this.resumed["ema_updates"])
-        optimizer.load_state_dict(this.resumed["optimizer"])
+        resume_optimizer(optimizer, this.resumed["optimizer"])
         if this.resumed.get("train_images") != len(this.train):
             raise UsageError(
                 f"{args.datadir} holds another number of training images than the run in "
@@ -635,8 +643,9 @@ def train_stage(
         restore_rng(this.resumed["rng"], this.shuffling, this.device)
         epoch_done, best = this.resumed["epoch"], this.resumed["best"]
 
-    # Beside the model, whose weights keep their names.
-    trained = torch.compile(model) if args.compile else model
+    # Beside the model, whose weights keep their names. A smaller last batch has a graph of its own:
+    # one graph for any size would make all steps slower.
+    trained = torch.compile(model, dynamic=False) if args.compile else model
     pictures_every = max(1, epochs // args.val_every // 10)  # validations
     for epoch in range(epoch_done + 1, epochs + 1):
         title = f"stage {stage} epoch {epoch}/{epochs}"

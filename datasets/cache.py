@@ -5,6 +5,7 @@ and then the label; where they lie follows from the sizes of the images. So ther
 nothing to be out of date: another height, or a file that was changed, makes another name.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -175,8 +176,7 @@ class InFile(Dataset):
         unfinished = self.path.with_suffix(UNFINISHED)
         try:
             with unfinished.open("wb") as file:
-                if hasattr(os, "posix_fallocate"):  # a full disk is found before all is decoded
-                    os.posix_fallocate(file.fileno(), 0, self.length)
+                _reserve(file.fileno(), self.length)
                 items = _decoded(dataset, self.shapes, workers)
                 for shapes, item in zip(self.shapes, items, strict=True):
                     part = torch.empty(_length(shapes), dtype=torch.uint8)
@@ -187,6 +187,17 @@ class InFile(Dataset):
             os.replace(unfinished, self.path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def _reserve(handle: int, length: int) -> None:
+    """Have a full disk found before all is decoded, where the file system can tell."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(handle, 0, length)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
 
 
 def _in_folder(

@@ -39,7 +39,7 @@ PROVIDERS = {  # of onnxruntime, the fastest first
 # The network takes 64 pixels each way, and pictures far wider than high would not fit in memory.
 SHORTEST, WIDEST = 64, 8
 
-Frames = Iterator[tuple[str, Image.Image]]  # names and pictures
+Frames = "Iterator[tuple[str, Image.Image]]"  # names and pictures; not evaluated by Python 3.8
 
 
 def main() -> None:
@@ -96,13 +96,12 @@ def open_session(path: str, threads: int, wanted: str | None) -> onnxruntime.Inf
     here = [name for name in PROVIDERS.values() if name in onnxruntime.get_available_providers()]
     if wanted and PROVIDERS[wanted] not in here:
         fail(f"--provider {wanted} is not in this onnxruntime, which has {', '.join(here)}")
+    providers = list(dict.fromkeys([PROVIDERS[wanted], PROVIDERS["cpu"]])) if wanted else here
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = max(0, threads)
     options.log_severity_level = 4  # what is wrong is said here
     try:
-        session = onnxruntime.InferenceSession(
-            path, options, providers=[PROVIDERS[wanted], PROVIDERS["cpu"]] if wanted else here
-        )
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:  # onnxruntime has a class for each kind of failure
         fail(f"--model {path} cannot be loaded ({' '.join(str(error).split())})")
     if wanted and session.get_providers()[0] != PROVIDERS[wanted]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from utils.recipe import OPTIMIZERS, SCHEDULES, ema_of
+from utils.recipe import OPTIMIZERS, SCHEDULES, ema_of, resume_optimizer
 
 
 def rates(schedule: str, steps: int, lr: float = 0.1, optimizer: str = "adam") -> list[float]:
@@ -96,3 +96,25 @@ def test_the_average_is_torchs_but_for_the_counts_of_batches(monkeypatch):
         if name != "module.1.num_batches_tracked":
             assert torch.equal(weight, theirs.state_dict()[name]), name
     assert ours.n_averaged == 3
+
+
+@pytest.mark.parametrize("before", [None, True])
+@pytest.mark.parametrize("now", [None, True])
+def test_fused_kernels_are_of_the_machine_and_not_of_the_run(before, now):
+    """A scaler of float16 hands its scale to a kernel that is fused, and to no other."""
+    weight = torch.nn.Parameter(torch.ones(3))
+
+    def step(fused, state=None):
+        optimizer = torch.optim.Adam([weight], 0.1, fused=fused)
+        if state:
+            resume_optimizer(optimizer, state)
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(weight.sum()).backward()
+        scaler.step(optimizer)
+        return optimizer.state_dict()
+
+    saved = step(before)
+    resumed = step(now, saved)
+    assert resumed["param_groups"][0]["fused"] is now
+    assert saved["param_groups"][0]["fused"] is before
+    assert resumed["state"][0]["step"] == 2

@@ -95,5 +95,5 @@ def test_training_is_measured_with_a_cache_and_without(script, fails, cityscapes
     assert list(figures["training"]) == ["plain, decoding", *figures["loader"]]
     assert min([*figures["loader"].values(), *figures["training"].values()]) > 0
     assert "figures.json exists" in fails(*argv)
-    assert "has 5 images to train on" in fails(*argv[:-2], "--batch-size", 6)
+    assert "--images 5 is less than a batch" in fails(*argv[:-2], "--batch-size", 6)
     assert not list(tmp_path.glob("*.bin"))

@@ -6,11 +6,13 @@
     python tools/benchmark.py --page                write the page anew from what was measured
 
 Peers are the networks of the package pytorchcv, untrained: the weights change nothing of the speed.
-Each network runs beside a reference, pytorchcv's LEDNet in plain eager float32: a round is one pass
-of each of its forms and one of the reference, in turns, and every ratio is of medians in the same
-rounds. All forms of a table return the same output, logits at full resolution or label maps.
+Each network runs beside a reference, pytorchcv's LEDNet in plain eager PyTorch: a round is one pass
+of each of its forms and one of the reference in each precision, in turns, and every ratio is of
+medians in the same rounds. All forms of a table return the same output, logits at full resolution
+or label maps.
 
-What was measured is kept in docs/benchmarks/<device>.json; the page is made from these files alone.
+What was measured is kept in docs/benchmarks/<device>.json, row by row: a run that was stopped goes
+on where it was. The page is made from these files alone.
 """
 
 import argparse
@@ -31,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import evaluation_speed
@@ -39,9 +42,22 @@ from benchmark_page import RESULTS, write_page
 
 from datasets.synthetic import make_synthetic
 from models.lednet import LEDNet
-from utils.cli import ArgumentParser, pick_amp_dtype, pick_device, positive_float, run
+from utils.cli import (
+    ArgumentParser,
+    UsageError,
+    pick_amp_dtype,
+    pick_device,
+    positive_float,
+    run,
+)
 from utils.onnx_model import MissingExtra, OnnxNetwork, export_onnx
-from utils.speed import InPrecision, count_multiply_adds, count_parameters, deploy
+from utils.speed import (
+    InPrecision,
+    compiled_for,
+    count_multiply_adds,
+    count_parameters,
+    deploy,
+)
 
 REFERENCE = "LEDNet of pytorchcv"
 PEERS = {
@@ -57,9 +73,10 @@ PEERS = {
 OURS = {"LEDNet D = 20": 20, "LEDNet D = 128": 128}
 # Forms of a network. "deployed" is utils.speed.deploy of ours, which a peer does not have.
 FORMS = ("eager", "eager half", "compiled", "compiled half", "onnx")
+QUICK = ("eager", "eager half", "compiled", "onnx", "deployed")
 DEPLOYED = ("deployed", "deployed half", "deployed compiled", "deployed compiled half")
 MATRIX = 2048
-LEAST_ROUNDS = 3
+LEAST_ROUNDS = 5
 BANDWIDTH_BYTES = 512 << 20
 
 Size = tuple[int, int]
@@ -104,44 +121,84 @@ def main() -> None:
     device = pick_device(args.device)
     torch.backends.cudnn.benchmark = True
     names = args.networks or [*OURS, *PEERS]
-    configurations = settings(device, args.quick)
-    figures: dict[str, Any] = {
+    if args.quick:
+        for name in names:
+            report(measure(name, device, (64, 128), 1, False, QUICK, args.seconds))
+        return
+
+    path = RESULTS / f"{device.type}.json"
+    figures = started_figures(path, device)
+    for name in names:
+        figures["networks"].setdefault(name, size_of(name))
+    if "training" not in figures:
+        figures["training"] = training(device)
+        keep(figures, path)
+    if "evaluation" not in figures:
+        figures["evaluation"] = evaluation(device)
+        keep(figures, path)
+    done = [(row["network"], row["size"], row["batch"], row["labels"]) for row in figures["speed"]]
+    for size, batch, labels, forms in settings(device):
+        # A minute a round on a CPU, which says no more than batches of 1 do: fewer networks then.
+        slow = device.type == "cpu" and size[0] * batch > 4096
+        for name in names:
+            if slow and name not in (*OURS, REFERENCE):
+                continue
+            if (name, list(size), batch, labels) in done:
+                continue
+            row = measure(name, device, size, batch, labels, forms, args.seconds)
+            figures["speed"].append(row)
+            report(row)
+            keep(figures, path)
+    write_page()
+
+
+def started_figures(path: Path, device: torch.device) -> dict[str, Any]:
+    """What an earlier run has measured on the same device, or a new beginning.
+
+    Raises:
+        UsageError: it was another device, or another torch.
+    """
+    where = {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "date": date.today().isoformat(),
         "torch": torch.__version__,
-        "command": shown_command(),
+    }
+    if path.exists():
+        figures = json.loads(path.read_text())
+        if {key: figures[key] for key in where} != where:
+            raise UsageError(
+                f"{path} was measured on {figures['device']} with torch {figures['torch']}: move "
+                "it away to measure anew"
+            )
+        print(f"going on with {path}")
+        return figures
+    return where | {
+        "date": date.today().isoformat(),
+        "command": " ".join(["python tools/benchmark.py", *sys.argv[1:]]),
         "half": str(half_of(device)).removeprefix("torch."),
         "rates": rates(device),
-        "networks": {name: size_of(name) for name in names},
+        "networks": {},
         "speed": [],
     }
-    print(json.dumps(figures["rates"]), flush=True)
-    if not args.networks and not args.quick:
-        figures |= {"training": training(device), "evaluation": evaluation(device)}
-    with torch.inference_mode():
-        for size, batch, labels, forms in configurations:
-            # A minute a round on a CPU, which says no more than batches of 1 do: those alone then.
-            slow = device.type == "cpu" and size[0] * batch > 4096
-            for name in [*OURS, REFERENCE] if slow and not args.networks else names:
-                row = measure(name, device, size, batch, labels, forms, args.seconds)
-                figures["speed"].append(row)
-                report(row)
-    if not args.quick:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{device.type}.json"
-        path.write_text(json.dumps(figures, indent=1) + "\n")
-        write_page()
+
+
+def keep(figures: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def training(device: torch.device) -> dict[str, Any]:
     """Loading and training on drawn scenes of 2048x1024, with a cache and without."""
     on_gpu = device.type == "cuda"
-    images, batch_size, workers = (64, 16, os.cpu_count()) if on_gpu else (10, 5, 0)
+    batch_size, workers = (16, os.cpu_count() or 1) if on_gpu else (5, 0)
+    # Workers load whole batches: enough of them that the wait for the first ones weighs little.
+    images = 4 * workers * batch_size if on_gpu else 2 * batch_size
     with tempfile.TemporaryDirectory() as folder:
-        make_synthetic(folder, {"train": images}, height=1024, workers=os.cpu_count())
+        drawn = {"train": min(images, 64)}
+        scenes = Path(folder, "scenes")
+        make_synthetic(scenes, drawn, height=1024, workers=os.cpu_count() or 1)
         figures = training_speed.measure(
-            folder,
+            str(scenes),
             device,
             pick_amp_dtype("auto", device),
             images=images,
@@ -159,28 +216,31 @@ def evaluation(device: torch.device) -> dict[str, Any]:
     return figures
 
 
-def settings(device: torch.device, quick: bool) -> list[tuple[Size, int, bool, tuple[str, ...]]]:
-    """What is measured: size, batch, whether label maps come out, and the forms of networks."""
-    everything = FORMS + DEPLOYED
-    if quick:
-        return [((64, 128), 1, False, ("eager", "eager half", "compiled", "onnx", "deployed"))]
+def settings(device: torch.device) -> list[tuple[Size, int, bool, tuple[str, ...]]]:
+    """What is measured: size, batch, whether label maps come out, and the forms of networks.
+
+    Each form that is compiled takes half a minute before its first pass, and on a CPU the larger
+    sizes take seconds for each: so not all forms are measured everywhere.
+    """
     small, large = (512, 1024), (1024, 2048)
     if device.type == "cuda":
+        fewer = ("eager", "eager half", "compiled half", "deployed compiled half")
         return [
-            (size, batch, labels, everything)
-            for labels in (True, False)
-            for size in (small, large)
-            for batch in (1, 8)
+            (small, 1, True, FORMS + DEPLOYED),
+            (small, 1, False, FORMS + DEPLOYED),
+            (large, 1, True, fewer),
+            (small, 8, True, fewer),
+            (large, 8, True, fewer),
         ]
-    # A CPU takes seconds for a pass at the larger ones, and half a minute to compile for each.
     fewer = ("eager", "onnx", "deployed")
     return [
-        (small, 1, False, ("eager", "eager half", "compiled", "onnx", *DEPLOYED[::2])),
+        (small, 1, False, ("eager", "eager half", "compiled", "onnx", "deployed", "deployed half",
+                           "deployed compiled")),
         (small, 1, True, fewer),
         (small, 8, False, fewer),
         (large, 1, False, fewer),
         (large, 8, False, fewer),
-    ]
+    ]  # fmt: skip
 
 
 def build(name: str, size: Size) -> nn.Module:
@@ -216,16 +276,12 @@ def form_of(
             return OnnxNetwork(path)
     if form.startswith("deployed"):
         return deploy(network, labels, dtype, compiled="compiled" in form)
-    if dtype != torch.float32:
-        network = InPrecision(network, dtype)
     if labels:
         network = Labels(network)
-    if device.type == "cuda" or "compiled" in form:
-        network.to(memory_format=torch.channels_last)
-    if "compiled" in form and device.type == "cuda":
-        return torch.compile(network, mode="reduce-overhead")
+    if dtype != torch.float32:
+        network = InPrecision(network, dtype)
     if "compiled" in form:
-        return torch.compile(network, options={"freezing": True})
+        return compiled_for(network.to(memory_format=torch.channels_last), device)
     return network
 
 
@@ -241,45 +297,45 @@ def measure(
     """Time every form of a network in turns with the reference.
 
     Returns:
-        What was measured, "forms" by name: "median_ms", "p5_ms" and "p95_ms" of a pass, "ratio",
-        how many times faster than the reference in the same rounds, "memory", the most bytes that
-        a pass takes; or "failed", why there is none.
+        What was measured, "forms" by name: "median_ms", "p5_ms" and "p95_ms" of a pass; "ratio",
+        how many times faster than the reference in float32 in the same rounds, and "ratio_half"
+        than the reference in half precision; "memory", the bytes that passes take; or "failed", why
+        there is none.
     """
-    row = {"network": name, "size": size, "batch": batch, "labels": labels, "forms": {}}
+    row = {"network": name, "size": list(size), "batch": batch, "labels": labels, "forms": {}}
     images = torch.rand(batch, 3, *size, device=device)
-    runners: dict[str, Runner] = {}
-    memory: dict[str, int] = {}
     wanted = [form for form in forms if applies(form, name, device)]
-    for form in ("reference", *wanted):
+    half = any("half" in form for form in wanted)
+    references = {"eager": "reference_ms"} | ({"eager half": "reference_half_ms"} if half else {})
+    runners: dict[tuple[str, str], Runner] = {}
+    memory: dict[str, int] = {}
+    for form in references:
+        runners["reference", form] = form_of(REFERENCE, form, device, size, batch, labels)
+        peak_memory(runners["reference", form], images, device)
+    for form in wanted:
         try:
-            whose = (REFERENCE, "eager") if form == "reference" else (name, form)
-            runner = form_of(*whose, device, size, batch, labels)
-            if "compiled" in form or device.type == "cuda":
-                runner(images)  # compiles, or chooses kernels
+            runner = form_of(name, form, device, size, batch, labels)
             memory[form] = peak_memory(runner, images, device)
-            runners[form] = runner
+            runners["network", form] = runner
         except Exception as error:  # exporters and compilers raise what they please
-            if isinstance(error, MissingExtra) or form == "reference":
-                raise
             row["forms"][form] = {"failed": f"{type(error).__name__}: {first_line(error)}"}
-    times = {form: [] for form in runners}
-    started = time.perf_counter()
-    while len(times["reference"]) < LEAST_ROUNDS or (
-        time.perf_counter() - started < seconds and len(times["reference"]) < 100
-    ):
-        for form, runner in runners.items():
-            times[form].append(timed(runner, images, device))
-    reference = np.median(times.pop("reference"))
-    row["reference_ms"], row["rounds"] = 1e3 * reference, len(times[next(iter(times))])
-    for form, seconds_each in times.items():
-        median, p5, p95 = np.percentile(seconds_each, [50, 5, 95])
-        row["forms"][form] = {
-            "median_ms": 1e3 * median,
-            "p5_ms": 1e3 * p5,
-            "p95_ms": 1e3 * p95,
-            "ratio": reference / median,
-            "memory": memory[form],
-        }
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in runners}
+    rounds, started = 0, time.perf_counter()
+    while rounds < LEAST_ROUNDS or (time.perf_counter() - started < seconds and rounds < 200):
+        for key, runner in runners.items():
+            times[key].append(timed(runner, images, device))
+        rounds += 1
+    row["rounds"] = rounds
+    for form, title in references.items():
+        row[title] = 1e3 * float(np.median(times["reference", form]))
+    for (whose, form), taken in times.items():
+        if whose == "network":
+            median, p5, p95 = (1e3 * np.percentile(taken, [50, 5, 95])).tolist()
+            found = {"median_ms": median, "p5_ms": p5, "p95_ms": p95, "memory": memory[form]}
+            found["ratio"] = row["reference_ms"] / median
+            if "half" in form:
+                found["ratio_half"] = row["reference_half_ms"] / median
+            row["forms"][form] = found
     torch._dynamo.reset()
     return row
 
@@ -290,6 +346,7 @@ def applies(form: str, name: str, device: torch.device) -> bool:
     return form != "onnx" or device.type == "cpu"
 
 
+@torch.inference_mode()
 def timed(runner: Runner, images: Tensor, device: torch.device) -> float:
     """Seconds of one pass, until the device has finished it."""
     if device.type == "cuda":
@@ -301,22 +358,32 @@ def timed(runner: Runner, images: Tensor, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+@torch.inference_mode()
 def peak_memory(runner: Runner, images: Tensor, device: torch.device) -> int:
-    """The most bytes that a pass takes above what is held before, on the device; on a CPU of the
-    process, whose freed memory goes back to the system first."""
+    """Warm up, and return the most bytes that the passes take above what is held before: on a GPU
+    what torch reserves, workspaces and graphs included; on a CPU what the process holds, whose
+    freed memory goes back to the system first."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        runner(images)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        for _ in range(10):
+            runner(images)
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    gc.collect()
+        return torch.cuda.memory_reserved() - before
+    runner = runner if isinstance(runner, OnnxNetwork) else warm(runner, images)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = process_memory("VmRSS")
     runner(images)
     return max(0, process_memory("VmHWM") - before)
+
+
+def warm(runner: Runner, images: Tensor) -> Runner:
+    """A runner after its first pass, which may compile; ONNX Runtime keeps the memory of that."""
+    runner(images)
+    return runner
 
 
 def process_memory(what: str) -> int:
@@ -328,20 +395,27 @@ def process_memory(what: str) -> int:
 
 
 def rates(device: torch.device) -> dict[str, float]:
-    """The best rates that this device shows: FLOP/s of float32 matrices of 2048 x 2048, by each
-    library at hand, and bytes/s of a copy, read and written."""
+    """The best rates that this device shows: FLOP/s of products of matrices of 2048 x 2048 in
+    float32, by each library at hand (on a GPU with TF32, as its convolutions compute), and in half
+    precision; bytes/s of a copy, read and written."""
     a, b = torch.rand(2, MATRIX, MATRIX, device=device)
     operations = 2 * MATRIX**3
 
-    def best(work: Runner) -> float:
+    def best(work: Runner, x: Tensor = a) -> float:
         for _ in range(3):
-            work(a)
-        return min(timed(work, a, device) for _ in range(20))
+            work(x)
+        return min(timed(work, x, device) for _ in range(20))
 
-    found = {"matrix_torch": operations / best(lambda x: torch.mm(x, b))}
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    found = {"float32_torch": operations / best(lambda x: torch.mm(x, b))}
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     if device.type == "cpu":
-        found["matrix_numpy"] = operations / best(lambda x: x.numpy() @ b.numpy())
-        found["matrix_onnx"] = operations / best(onnx_product(b))
+        found["float32_numpy"] = operations / best(lambda x: x.numpy() @ b.numpy())
+        found["float32_onnx"] = operations / best(onnx_product(b))
+    half = half_of(device)
+    product = b.to(half)
+    found["half_torch"] = operations / best(lambda x: torch.mm(x, product), a.to(half))
     source = torch.empty(BANDWIDTH_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     found["bytes"] = 2 * BANDWIDTH_BYTES / best(lambda x: target.copy_(source))
@@ -401,10 +475,6 @@ def device_name(device: torch.device) -> str:
         if line.startswith("model name")
     ]
     return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def shown_command() -> str:
-    return " ".join(["python tools/benchmark.py", *sys.argv[1:]])
 
 
 def first_line(error: Exception) -> str:

@@ -25,16 +25,17 @@ PUBLISHED = {
 }
 INTRODUCTION = """# Benchmarks
 
-How fast LEDNet runs beside its peers, on one machine, in one run, with the same output and the same
-precision on both sides of every ratio. This page is written by `tools/benchmark.py` from
+How fast LEDNet runs beside its peers, on one machine, in one run, with the same output on both
+sides of every ratio. This page is written by `tools/benchmark.py` from
 [what it measured](benchmarks/); nothing in it was typed.
 
 - **eager**: as the code stands, by plain PyTorch. **compiled**: by `torch.compile`, with frozen
   weights on a CPU, in CUDA graphs on a GPU. **onnx**: exported, by ONNX Runtime. **deployed**: by
   `utils/speed.py: deploy`, batch norms folded and the channels never split; "onnx" of ours is that
   form as well, since `export.py` exports it. **half**: computing in half precision.
-- **x**: how many times faster than the reference, pytorchcv's LEDNet in eager float32, which ran in
-  turns with it. The time is the median, and in brackets the 5th and 95th percentile.
+- **x**: how many times faster than the reference, pytorchcv's LEDNet in eager PyTorch, in the same
+  precision and in the same rounds. **x float32**: than the reference in float32. The time is the
+  median, and in brackets the 5th and 95th percentile, of few rounds the extremes.
 - Peers are those of the package pytorchcv, untrained. Multiply-adds are those of the convolutions.
 
 ![FPS measured against mIoU published](benchmarks/speed_accuracy.png)
@@ -88,8 +89,8 @@ def speed_table(figures: dict[str, Any], size: list[int], batch: int, labels: bo
     ]
     lines = [
         f"### {size[1]}x{size[0]}, batch {batch}, {'label maps' if labels else 'logits'} out\n",
-        "| network | parameters | multiply-adds | form | ms | FPS | x | peak memory |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| network | parameters | multiply-adds | form | ms | FPS | x | x float32 | memory |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     notes = []
     for row in rows:
@@ -106,50 +107,59 @@ def speed_table(figures: dict[str, Any], size: list[int], batch: int, labels: bo
             lines.append(
                 f"| {first} | {form} | {found['median_ms']:.1f} ({found['p5_ms']:.1f} to "
                 f"{found['p95_ms']:.1f}) | {1e3 * row['batch'] / found['median_ms']:.1f} | "
-                f"{found['ratio']:.2f} | {found['memory'] / 1e6:.0f} MB |"
+                f"{found.get('ratio_half', found['ratio']):.2f} | {found['ratio']:.2f} | "
+                f"{found['memory'] / 1e6:.0f} MB |"
             )
             first = " | | "
     rounds = [row["rounds"] for row in rows]
-    lines.append(f"\n{min(rounds)} to {max(rounds)} rounds each.")
+    references = [f"{min(row[key] for row in rows):.1f} to {max(row[key] for row in rows):.1f} ms"
+                  for key in ("reference_ms", "reference_half_ms") if key in rows[0]]  # fmt: skip
+    lines.append(
+        f"\n{min(rounds)} to {max(rounds)} rounds for each network; the reference took "
+        f"{', in half precision '.join(references)}."
+    )
     if notes:
         lines.append("No figure: " + "; ".join(notes) + ".")
     return "\n".join(lines) + "\n"
 
 
 def floor_part(figures: dict[str, Any]) -> str:
-    """How far the fastest form of LEDNet is above what the machine needs for its operations."""
+    """How far the fastest form of each network is above what its operations take."""
     rates = figures["rates"]
-    best = max(rate for name, rate in rates.items() if name.startswith("matrix"))
     shown = ", ".join(
-        f"{name.removeprefix('matrix_')} {rate / 1e9:.0f}"
+        f"{rate / 1e9:.0f} GFLOP/s in {name.replace('_', ' by ')}"
         for name, rate in rates.items()
-        if name.startswith("matrix")
+        if name != "bytes"
     )
     lines = [
         "### The floor\n",
-        f"Float32 matrices of 2048x2048 are multiplied at {shown} GFLOP/s, by library; the fastest "
-        f"one counts. Memory is copied at {rates['bytes'] / 1e9:.1f} GB/s, read and "
-        "written. At 1024x512, batch 1, float32, logits out:\n",
-        "| network | operations take | convolutions' bytes take | fastest form | ms | over the "
+        f"Matrices of 2048x2048 are multiplied at {shown}; the fastest of a precision counts. "
+        f"Memory is copied at {rates['bytes'] / 1e9:.1f} GB/s, read and written. At 1024x512, "
+        "batch 1, logits out; bytes are those that convolutions read and write, each once:\n",
+        "| network | precision | operations take | bytes take | fastest form | ms | times the "
         "floor of operations |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in figures["speed"]:
         if row["size"] != [512, 1024] or row["batch"] != 1 or row["labels"]:
             continue
-        forms = {
-            form: found["median_ms"]
-            for form, found in row["forms"].items()
-            if "median_ms" in found and "half" not in form
-        }
-        form = min(forms, key=forms.get)
         size = figures["networks"][row["network"]]
-        floor = 1e3 * 2 * size["multiply_adds"] / best
-        moved = 1e3 * size["bytes"] / rates["bytes"]
-        lines.append(
-            f"| {row['network']} | {floor:.1f} ms | {moved:.1f} ms | {form} | {forms[form]:.1f} | "
-            f"{forms[form] / floor:.2f} times |"
-        )
+        for precision, width in (("float32", 4), ("half", 2)):
+            forms = {
+                form: found["median_ms"]
+                for form, found in row["forms"].items()
+                if "median_ms" in found and ("half" in form) == (precision == "half")
+            }
+            if not forms:
+                continue
+            best = max(rate for name, rate in rates.items() if name.startswith(precision))
+            form = min(forms, key=forms.get)
+            floor = 1e3 * 2 * size["multiply_adds"] / best
+            moved = 1e3 * size["bytes"] * width / 4 / rates["bytes"]
+            lines.append(
+                f"| {row['network']} | {precision} | {floor:.1f} ms | {moved:.1f} ms | {form} | "
+                f"{forms[form]:.1f} | {forms[form] / floor:.2f} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -202,6 +212,8 @@ def draw_plot() -> None:
                 for name, form in row["forms"].items()
                 if "median_ms" in form and "half" not in name
             ]
+            if not times:
+                continue
             ours = row["network"].startswith("LEDNet")
             point = 1e3 / min(times), PUBLISHED[row["network"]]
             axes.scatter(*point, color="tab:red" if ours else "tab:blue")

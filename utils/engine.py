@@ -220,7 +220,7 @@ def _logits(
         yield from logits.float().split(1)
 
 
-def label_map(logits: Tensor, size: tuple[int, int], rows: int = 64) -> Tensor:
+def label_map(logits: Tensor, size: tuple[int, int], rows: int | None = None) -> Tensor:
     """The class of the largest logit of each pixel at another size, as `evaluate` finds it.
 
     Bilinear with align_corners=True, a band of rows at a time: all planes of a photo of 30
@@ -229,7 +229,7 @@ def label_map(logits: Tensor, size: tuple[int, int], rows: int = 64) -> Tensor:
     Args:
         logits: C x h x w.
         size: height and width, H and W, of the result.
-        rows: of a band.
+        rows: of a band; None: as many as a CPU's caches hold, or a GPU's kernels are worth.
 
     Returns:
         H x W, uint8, on the device of the logits.
@@ -237,6 +237,8 @@ def label_map(logits: Tensor, size: tuple[int, int], rows: int = 64) -> Tensor:
     _, height, _ = logits.shape
     if logits.shape[-2:] == size:
         return largest(logits)
+    if rows is None:
+        rows = 64 if logits.device.type == "cpu" else 1024
     labels = torch.empty(size, dtype=torch.uint8, device=logits.device)
     places = torch.linspace(0, height - 1, size[0], device=logits.device)
     for first in range(0, size[0], rows):

@@ -1,5 +1,7 @@
 """Recipes of training: presets of options, and the optimizers and schedules that they name."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR
@@ -125,3 +127,13 @@ def ema_of(model: nn.Module, steps: int) -> Average:
     horizon = min(10_000, max(10, steps // 50))
     average = get_ema_multi_avg_fn(1 - 1 / horizon)
     return Average(model, multi_avg_fn=average, use_buffers=True)
+
+
+def resume_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state that an optimizer was saved with; whether its kernels are fused is up to the
+    machine that it runs on now."""
+    groups = [
+        saved | {"fused": group["fused"]}
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict(state | {"param_groups": groups})

@@ -31,14 +31,27 @@ class Latency:
 
 
 class InPrecision(nn.Module):
-    """A network of another floating-point type, which takes and returns float32."""
+    """A network in another floating-point type, which takes and returns float32 (or labels)."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.network, self.dtype = copy.deepcopy(network).to(dtype), dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(images.to(self.dtype)).float()
+        outputs = self.network(images.to(self.dtype))
+        return outputs.float() if outputs.is_floating_point() else outputs
+
+
+class WithoutGradients(nn.Module):
+    """A network in inference mode, without which compiled weights would not become constants."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
 
 
 def deploy(
@@ -54,9 +67,9 @@ def deploy(
         labels: return the class of each pixel, N x H x W, uint8, in place of logits,
             N x C x H x W, float32.
         dtype: that it computes in, float16 or bfloat16 for half precision.
-        compiled: by torch.compile, on a GPU into CUDA graphs; on a CPU that takes a C++ compiler.
-            The first pass of each size of input takes a minute. On a GPU, what a pass returns
-            is overwritten by the next one.
+        compiled: by torch.compile, for each size and number of images by itself, in a minute at
+            its first pass; on a CPU that takes a C++ compiler. On a GPU the passes become CUDA
+            graphs: what one returns is overwritten by the next.
     """
     device = device_of(network)
     on_gpu = device.type == "cuda"
@@ -64,9 +77,15 @@ def deploy(
     served.to(device, dtype, memory_format=torch.channels_last)
     if not compiled:
         return served
-    if on_gpu:
-        return torch.compile(served, mode="reduce-overhead")
-    return torch.compile(served, options={"freezing": True})  # weights become constants
+    return WithoutGradients(compiled_for(served, device))
+
+
+def compiled_for(network: nn.Module, device: torch.device) -> nn.Module:
+    """A network for inference by torch.compile, with what pays on the device."""
+    # Sizes that vary in one graph would cost speed at every one of them.
+    if device.type == "cuda":
+        return torch.compile(network, mode="reduce-overhead", dynamic=False)
+    return torch.compile(network, options={"freezing": True}, dynamic=False)
 
 
 def device_of(model: nn.Module) -> torch.device:
