@@ -69,6 +69,8 @@ def test_half_precision_agrees_on_labels(network, dtype, share, products):
     served = Deployed(network, products=products).to(dtype)(images)
     assert served.dtype == torch.float32
     assert (served.argmax(1) == labels).float().mean() >= share
+    inside = Deployed(network, labels=True, products=products).to(dtype)(images)
+    assert inside.dtype == torch.uint8 and (inside == labels).float().mean() >= share
     plain = InPrecision(network, dtype)(images)
     assert plain.dtype == torch.float32
     assert (plain.argmax(1) == labels).float().mean() >= share

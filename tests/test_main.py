@@ -290,9 +290,9 @@ def test_a_compiled_run_ends_with_the_same_weights(script, cityscapes, tmp_path,
     assert script("main.py", *argv, "--savedir", "plain").status == 0
     compiled = []
 
-    def compile_eagerly(model: torch.nn.Module, compile=torch.compile) -> torch.nn.Module:
+    def compile_eagerly(model, compile=torch.compile, **options) -> torch.nn.Module:
         compiled.append(type(model).__name__)
-        return compile(model, backend="eager")
+        return compile(model, backend="eager", **options)
 
     monkeypatch.setattr(torch, "compile", compile_eagerly)
     assert script("main.py", *argv, "--savedir", "compiled", "--compile").status == 0
