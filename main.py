@@ -276,6 +276,12 @@ def parse_args() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="score and keep an exponential average of the weights in stage 2; " + by_preset("ema"),
     )
+    recipe.add_argument(
+        "--compile",
+        action="store_true",
+        help="train through torch.compile, which takes minutes to begin with; for long runs on a "
+        "GPU: on a CPU the steps get slower",
+    )
     output = add_run_options(parser)
     output.add_argument(
         "--val-every",
@@ -303,7 +309,7 @@ def parse_args() -> argparse.Namespace:
         "--iouVal", action=Obsolete, nargs=0, reason="every validation measures the mIoU"
     )
 
-    return parse_run_args(parser, settle, free=("val_every", "epochs_save", "cache"))
+    return parse_run_args(parser, settle, free=("val_every", "epochs_save", "cache", "compile"))
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -629,6 +635,8 @@ def train_stage(
         restore_rng(this.resumed["rng"], this.shuffling, this.device)
         epoch_done, best = this.resumed["epoch"], this.resumed["best"]
 
+    # Beside the model, whose weights keep their names.
+    trained = torch.compile(model) if args.compile else model
     pictures_every = max(1, epochs // args.val_every // 10)  # validations
     for epoch in range(epoch_done + 1, epochs + 1):
         title = f"stage {stage} epoch {epoch}/{epochs}"
@@ -641,7 +649,7 @@ def train_stage(
 
         row = {"stage": stage, "epoch": epoch, "lr": lr}
         row |= train_one_epoch(
-            model,
+            trained,
             train_loader,
             prepare=prepare,
             loss_function=loss_function,

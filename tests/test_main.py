@@ -284,6 +284,29 @@ def test_where_images_are_kept_may_change_on_resume(trained, script, tmp_path):
     assert script("main.py", "--savedir", folder, "--resume", "--cache", "ram").status == 0
 
 
+def test_a_compiled_run_ends_with_the_same_weights(script, cityscapes, tmp_path, monkeypatch):
+    """By a backend that leaves all operations as they are: the default one compiles for minutes."""
+    argv = ("--datadir", cityscapes, *QUICK, "--D", 4, "--aux-weight", 0.4, "--ema")
+    assert script("main.py", *argv, "--savedir", "plain").status == 0
+    compiled = []
+
+    def compile_eagerly(model: torch.nn.Module, compile=torch.compile) -> torch.nn.Module:
+        compiled.append(type(model).__name__)
+        return compile(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    assert script("main.py", *argv, "--savedir", "compiled", "--compile").status == 0
+    assert compiled == ["EncoderClassifier", "AuxiliaryHead"]
+    for name in ("encoder.pth", "best.pth", "last.pth"):
+        ours, theirs = (
+            load_checkpoint(tmp_path / "save" / run / name) for run in ("compiled", "plain")
+        )
+        assert same_weights(ours["model"], theirs["model"])
+    assert same_weights(ours["training_model"], theirs["training_model"])
+    # Where it runs may change.
+    assert script("main.py", "--savedir", "plain", "--resume", "--compile").status == 0
+
+
 def test_the_same_command_with_resume_goes_on(script, cityscapes, tmp_path):
     argv = ("--datadir", cityscapes, *QUICK, "--decoder", "--port", 1, "--D", 4, "--savedir", "a")
     assert script("main.py", *argv).status == 0

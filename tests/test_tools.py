@@ -80,3 +80,20 @@ def test_loaders_are_compared(script, shapes):
     assert len(ratios) == 2 and min(ratios) > 0
     differences = [float(x) for x in re.findall(r"([\d.]+) of 255", result.out)]
     assert len(differences) == 4 and max(differences) < 30 and differences[0] < 2
+
+
+def test_training_is_measured_with_a_cache_and_without(script, fails, cityscapes, tmp_path):
+    argv = ("--datadir", cityscapes, "--height", 64, "--images", 5, "--batch-size", 2)
+    argv = ("tools/training_speed.py", *argv, "--turns", 1, "--json", "figures.json")
+    result = script(*argv)
+    assert result.status == 0, result.err
+    assert "5 images of 128x64 in batches of 2" in result.out
+    assert re.search(r"loader, one core +images/s +ratio\n  decoding +[\d.]+ +1.00\n", result.out)
+    assert re.search(r"  plain, decoding +[\d.]+ +1.00\n", result.out)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures["loader"]) == ["decoding", "--cache ram", "--cache DIR"]
+    assert list(figures["training"]) == ["plain, decoding", *figures["loader"]]
+    assert min([*figures["loader"].values(), *figures["training"].values()]) > 0
+    assert "figures.json exists" in fails(*argv)
+    assert "has 5 images to train on" in fails(*argv[:-2], "--batch-size", 6)
+    assert not list(tmp_path.glob("*.bin"))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure on a GPU what the README's tables have no figure for yet: FPS of both versions at 1024x512,
 # a short training in mixed precision on the drawn street scenes, the speed of the presets, and that
-# of pretraining.
+# of pretraining. tools/benchmark.py --device cuda measures the network beside its peers.
 #
 #     tools/measure_gpu.sh results/gpu     # a new folder for the figures
 set -euo pipefail
