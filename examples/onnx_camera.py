@@ -39,8 +39,6 @@ PROVIDERS = {  # of onnxruntime, the fastest first
 # The network takes 64 pixels each way, and pictures far wider than high would not fit in memory.
 SHORTEST, WIDEST = 64, 8
 
-Frames = "Iterator[tuple[str, Image.Image]]"  # names and pictures; not evaluated by Python 3.8
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -119,8 +117,8 @@ def read_metadata(session: onnxruntime.InferenceSession, path: str) -> dict[str,
     return {name: json.loads(stored[name]) for name in names}
 
 
-def read_pictures(given: str) -> Frames:
-    """The upright picture of a file, or those of a folder."""
+def read_pictures(given: str) -> Iterator[tuple[str, Image.Image]]:
+    """Name and upright picture of a file, or those of a folder."""
     paths = [Path(given)]
     if os.path.isdir(given):
         paths = sorted(path for path in paths[0].iterdir() if path.suffix.lower() in PICTURES)
@@ -133,8 +131,8 @@ def read_pictures(given: str) -> Frames:
         yield path.stem, upright
 
 
-def open_video(given: str) -> tuple[Frames, float]:
-    """The frames of a video or a camera, and how many there are in a second."""
+def open_video(given: str) -> tuple[Iterator[tuple[str, Image.Image]], float]:
+    """The frames of a video or a camera, without names, and how many there are in a second."""
     # What OpenCV and FFmpeg would print of a file or camera that they cannot open is said here.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -147,7 +145,7 @@ def open_video(given: str) -> tuple[Frames, float]:
     if not capture.isOpened():
         fail(f"--input {given} cannot be opened as a {'camera' if number else 'video'}")
 
-    def frames() -> Frames:
+    def frames() -> Iterator[tuple[str, Image.Image]]:
         while True:
             more, pixels = capture.read()
             if not more:
@@ -158,7 +156,7 @@ def open_video(given: str) -> tuple[Frames, float]:
 
 
 def segment(
-    frames: Frames,
+    frames: Iterator[tuple[str, Image.Image]],
     session: onnxruntime.InferenceSession,
     about: dict[str, Any],
     seconds: list[np.ndarray],

@@ -37,7 +37,8 @@ from utils.onnx_model import MissingExtra, OnnxNetwork, export_onnx
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "lednet_d20_camvid.pth"
 IMAGES = 32  # of train, that ranges are measured on; 128 score the same on CamVid
-TURNS, PASSES = 10, 3  # of the timing; passes in a turn
+TURNS, PASSES = 10, 5  # of the timing; passes in a turn
+IDLE = 2  # passes of a turn that are not timed: threads of the network before still spin
 
 Network = Callable[[Tensor], Tensor]  # of images, N x 3 x H x W
 
@@ -132,12 +133,12 @@ def compare(networks: dict[str, Network], val: Segmentation, floats: Network) ->
     """Print the latency of each network, measured in turns, and its mIoU."""
     image = floats(val[0][0][None])
     seconds: dict[str, list[float]] = {name: [] for name in networks}
-    for turn in range(TURNS + 1):
+    for _ in range(TURNS):
         for name, network in networks.items():
-            for _ in range(PASSES):
+            for number in range(PASSES):
                 started = time.perf_counter()
                 network(image)
-                if turn > 0:  # the first one warms up
+                if number >= IDLE:
                     seconds[name].append(time.perf_counter() - started)
     print(f"images of {image.shape[3]}x{image.shape[2]} on {torch.get_num_threads()} CPU cores")
     for name, network in networks.items():
