@@ -119,8 +119,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=natural_int,
-        default=min(4, os.cpu_count() or 1),
-        help="processes that load images, and threads that write results; default %(default)s",
+        help="processes that load images, and threads that write results; default 0 on a CPU, where "
+        "the network needs all cores, on a GPU one for each core up to 8",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1; default auto")
     args = parser.parse_args()
@@ -236,10 +236,13 @@ def score(
     """Run the network over a subset, write its label PNGs if asked, and print the scores."""
     on_gpu = device.type == "cuda"
     batch_size = args.batch_size or (8 if on_gpu else 1)
+    workers = args.workers
+    if workers is None:
+        workers = min(8, os.cpu_count() or 1) if on_gpu else 0
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
-        num_workers=args.workers,
+        num_workers=workers,
         collate_fn=as_lists,
         pin_memory=on_gpu,
     )
@@ -250,7 +253,7 @@ def score(
         for _ in range(3):
             network(floats(torch.zeros(count, 3, *size, dtype=torch.uint8)))
     started = time.perf_counter()
-    with Saver(args.workers, "--save-results") as saver:
+    with Saver(workers, "--save-results") as saver:
 
         def write(path: Path, prediction: Tensor) -> None:
             path.parent.mkdir(exist_ok=True)
