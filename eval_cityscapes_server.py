@@ -119,8 +119,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=natural_int,
-        help="processes that load images, and threads that write results; default 0 on a CPU, where "
-        "the network needs all cores, on a GPU one for each core up to 8",
+        help="processes that load images, and threads that write results; default 0 on a CPU, "
+        "where the network needs all cores, on a GPU one for each core up to 8",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1; default auto")
     args = parser.parse_args()
