@@ -21,6 +21,7 @@ import gc
 import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -158,6 +159,7 @@ def started_figures(path: Path, device: torch.device) -> dict[str, Any]:
     Raises:
         UsageError: it was another device, or another torch.
     """
+    command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
     where = {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -171,10 +173,11 @@ def started_figures(path: Path, device: torch.device) -> dict[str, Any]:
                 "it away to measure anew"
             )
         print(f"going on with {path}")
+        figures["commands"].append(command)
         return figures
     return where | {
         "date": date.today().isoformat(),
-        "command": " ".join(["python tools/benchmark.py", *sys.argv[1:]]),
+        "commands": [command],
         "half": str(half_of(device)).removeprefix("torch."),
         "rates": rates(device),
         "networks": {},

@@ -39,6 +39,9 @@ sides of every ratio. This page is written by `tools/benchmark.py` from
 - Peers are those of the package pytorchcv, untrained. Multiply-adds are those of the convolutions.
 
 ![FPS measured against mIoU published](benchmarks/speed_accuracy.png)
+
+*Accuracy as each paper states it, at the size of image that it used (Fast-SCNN 2048x1024); speed at
+1024x512 for all.*
 """
 
 
@@ -67,14 +70,22 @@ def device_part(title: str, figures: dict[str, Any]) -> str:
     lines = [
         f"## {title}\n",
         f"{figures['device']}; torch {figures['torch']}; {figures['date']}; "
-        f"`{figures['command']}`; half precision is {figures['half']}.\n",
+        f"`{'`, then `'.join(figures['commands'])}`; half precision is {figures['half']}.\n",
     ]
-    seen = []
-    for row in figures["speed"]:
-        setting = row["size"], row["batch"], row["labels"]
-        if setting not in seen:
-            seen.append(setting)
-            lines.append(speed_table(figures, *setting))
+    # Runs that go on later append their rows: the order is that of the networks and of the sizes.
+    names = list(PUBLISHED)
+    figures["speed"].sort(
+        key=lambda row: (
+            row["size"],
+            row["batch"],
+            row["labels"],
+            names.index(row["network"]) if row["network"] in names else 2,
+        )
+    )
+    for size, batch, labels in dict.fromkeys(
+        (tuple(row["size"]), row["batch"], row["labels"]) for row in figures["speed"]
+    ):
+        lines.append(speed_table(figures, list(size), batch, labels))
     lines.append(floor_part(figures))
     if "training" in figures:
         lines += [training_part(figures["training"]), evaluation_part(figures["evaluation"])]
@@ -114,8 +125,9 @@ def speed_table(figures: dict[str, Any], size: list[int], batch: int, labels: bo
     rounds = [row["rounds"] for row in rows]
     references = [f"{min(row[key] for row in rows):.1f} to {max(row[key] for row in rows):.1f} ms"
                   for key in ("reference_ms", "reference_half_ms") if key in rows[0]]  # fmt: skip
+    count = f"{min(rounds)}" if len(set(rounds)) == 1 else f"{min(rounds)} to {max(rounds)}"
     lines.append(
-        f"\n{min(rounds)} to {max(rounds)} rounds for each network; the reference took "
+        f"\n{count} rounds for each network; the reference took "
         f"{', in half precision '.join(references)}."
     )
     if notes:
@@ -220,7 +232,8 @@ def draw_plot() -> None:
             axes.annotate(row["network"], point, xytext=(5, 4), textcoords="offset points")
         axes.set_xlabel(f"FPS at 1024x512, measured: {DEVICES[kind]}, float32, fastest form")
         axes.set_ylabel("class mIoU on Cityscapes test in %, published")
-        axes.margins(0.15)
+        axes.set_xscale("log")
+        axes.margins(0.3, 0.15)
     figure.tight_layout()
     figure.savefig(PLOT, dpi=110)
     plt.close(figure)
