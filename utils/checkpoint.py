@@ -20,17 +20,16 @@ that training goes on with, where `model` may be an average (EMA) of `ema_update
 
 import math
 import os
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.lednet import Encoder, ImageClassifier, LEDNet
+from utils.atomic import written_whole
 from utils.original_names import original_names
 
 # What a checkpoint must say of its network to rebuild it and its preprocessing.
@@ -56,19 +55,19 @@ class CheckpointError(Exception):
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write a checkpoint beside `path`, sync it and rename it: the file is whole or absent."""
-    path = Path(path)
-    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
+    """Write a checkpoint beside `path`, sync it and rename it: the file is whole or absent.
+
+    Raises:
+        OSError: it cannot be written; the file that was there is as it was.
+    """
+    with written_whole(path) as unfinished, unfinished.open("wb") as file:
+        try:
             torch.save(dict(checkpoint), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(unfinished, 0o644)
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
+        except RuntimeError as error:
+            # Where writing failed, torch fails again to close its archive, and hides the reason.
+            if error.__context__ is not None:
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
