@@ -12,6 +12,7 @@ import argparse
 import math
 import shlex
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,12 @@ from torch.utils.tensorboard import SummaryWriter
 from datasets.drawn import draw_once
 from datasets.files import DatasetError, check_images
 from datasets.imagenet import MEAN, STD, ImageFolder, training_images, validation_images
-from datasets.seeded import Seeded, loader_options, training_loader
+from datasets.seeded import Seeded, ShuffledSeeds, loader_options, training_loader
 from datasets.shapes import make_shapes
 from datasets.transforms import to_floats
 from models.lednet import Encoder, ImageClassifier
-from utils.checkpoint import (
-    CheckpointError,
-    fill,
-    load_classifier,
-    load_run,
-    on_cpu,
-    restore_rng,
-    rng_state,
-    save_checkpoint,
-)
+from utils import distributed
+from utils.checkpoint import CheckpointError, load_classifier, on_cpu
 from utils.cli import (
     ArgumentParser,
     UsageError,
@@ -50,7 +43,7 @@ from utils.cli import (
 )
 from utils.engine import evaluate_classifier, train_one_epoch
 from utils.metrics import TopKAccuracy
-from utils.recipe import ema_of, one_cycle, resume_optimizer
+from utils.recipe import ema_of, one_cycle
 from utils.run import (
     BEST,
     ENCODER,
@@ -59,15 +52,23 @@ from utils.run import (
     add_run_options,
     append_row,
     check_free,
+    claimed,
     drop_rows_after,
+    load_run,
+    notes,
     parse_run_args,
     read_args,
+    resume_command,
     run_folder,
+    save_result,
+    save_run,
     start_run,
-    write_scalars,
+    write_events,
 )
 from utils.speed import count_parameters
+from utils.training import Training, seed_process
 from utils.visualize import captioned
+from utils.watch import Watch
 
 EMBEDDED = Path("data/shapes")
 
@@ -161,81 +162,101 @@ def check_size(size: int) -> None:
 def main() -> None:
     args = parse_args()
     device = pick_device(args.device)
+    if args.sync_bn and device.type == "cpu":
+        raise UsageError("--sync-bn needs GPUs: leave it out")
     amp_dtype = pick_amp_dtype(args.amp, device)
     torch.backends.cudnn.benchmark = True
+    distributed.start(device)
     if args.evaluate:
         evaluate_checkpoint(args, device, amp_dtype)
         return
     folder = Path(args.savedir)
-    resumed: dict[str, Any] | None = None
-    if not args.resume:
-        check_free(folder)
-    elif (folder / LAST).exists():
-        resumed = load_run(folder / LAST)
+    with claimed(folder) if distributed.is_first() else nullcontext():
+        pretrain(args, folder, device, amp_dtype)
 
-    if args.dataset == "shapes":
-        draw_once(args.datadir, make_shapes, "shapes and textures")
-    modern = args.recipe == "modern"
-    train = training_images(args.datadir, args.size, augment=modern)
-    val = validation_images(args.datadir, args.size, train.classes)
+
+def pretrain(
+    args: argparse.Namespace, folder: Path, device: torch.device, amp_dtype: torch.dtype | None
+) -> None:
+    """The run, from what lies on the disk to the trained encoder."""
+    resumed = distributed.first(lambda: load_run(folder) if args.resume else check_free(folder))
+    same_data = args.resume and read_args(folder)["datadir"] == args.datadir
+    # The first process looks at the files, and all go on with what it found.
+    train, val = distributed.first(lambda: find_data(args, check=not same_data))
     if len(train.classes) < 2:
         raise UsageError(f"{args.datadir} has one class alone: there is nothing to tell apart")
-    same_data = args.resume and read_args(folder)["datadir"] == args.datadir
     if resumed:
         check_same_run(args, resumed, train)
     elif args.resume and not same_data:
         raise UsageError(
-            f"no epoch of the run in {folder} was finished: start another run for other data"
+            f"nothing was saved of the run in {folder}: start another run for other data"
         )
-    if not same_data:
-        check_images([path for path, _ in train.samples + val.samples])
 
+    modern = args.recipe == "modern"
     torch.manual_seed(args.seed)
     model = ImageClassifier(Encoder(), len(train.classes))
+    if args.sync_bn:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)
-    shuffling = torch.Generator().manual_seed(args.seed)
+    sampler = ShuffledSeeds(len(train), args.seed, distributed.rank(), distributed.processes())
     loading = loader_options(args.batch_size, args.workers, device)
-    train_loader = training_loader(Seeded(train), shuffling, **loading)
-    val_loader = DataLoader(val, **loading)
+    train_loader = training_loader(Seeded(train, args.skip_broken), sampler, **loading)
+    val_loader = DataLoader(distributed.share(val), **loading)
+    if not train_loader:
+        raise UsageError(f"{args.datadir} has fewer training images than there are processes")
 
     loss_function = nn.CrossEntropyLoss(label_smoothing=0.1 if modern else 0.0)
+    steps = len(train_loader)
     optimizer = build_optimizer(args.recipe, model, args.lr)
-    scheduler = build_schedule(args.recipe, optimizer, args.epochs, len(train_loader))
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    ema = ema_of(model, args.epochs * len(train_loader)) if modern else None
-    network = ema.module if ema else model  # what is scored and kept
-    epoch_done, best = 0, {"epoch": 0, "val_top1": math.nan, "val_top5": math.nan}
-    if resumed:
-        epoch_done, best = resumed["epoch"], resumed["best"]
-        fill(network, resumed["model"], folder / LAST)
-        if ema:
-            fill(model, resumed["training_model"], folder / LAST)
-            ema.n_averaged.fill_(resumed["ema_updates"])
-        resume_optimizer(optimizer, resumed["optimizer"])
-        scheduler.load_state_dict(resumed["scheduler"])
-        if resumed["scaler"]:  # empty where the precision needed none
-            scaler.load_state_dict(resumed["scaler"])
-        restore_rng(resumed["rng"], shuffling, device)
+    training = Training(
+        model,
+        model,
+        optimizer,
+        scheduler=build_schedule(args.recipe, optimizer, args.epochs, steps),
+        scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
+        batch_size=args.batch_size,
+        steps=steps,
+        ema=ema_of(model, args.epochs * steps) if modern else None,
+    )
+    best = {"epoch": 0, "val_top1": math.nan, "val_top5": math.nan}
 
+    count = distributed.processes()
+    each = f" in each of {count} processes" if count > 1 else ""
     print(
         f"LEDNet's encoder: {count_parameters(model.encoder):,} parameters, under a linear layer, "
         f"on {device} in {amp_dtype or 'full precision'}\n"
         f"data: {args.datadir}: {len(train)} images of {len(train.classes)} classes to train on, "
         f"{len(val)} to validate\n"
-        f"images: {args.size}x{args.size}, in batches of {args.batch_size}, by {args.workers} "
-        f"workers; {args.epochs} epochs of the {args.recipe} recipe\n"
+        f"images: {args.size}x{args.size}, in batches of {args.batch_size}{each}, by "
+        f"{args.workers} workers; {args.epochs} epochs of the {args.recipe} recipe\n"
         f"output: {folder}",
         flush=True,
     )
-    if args.resume:
-        done = f"after epoch {epoch_done}" if resumed else "from the start: no epoch was finished"
-        print(f"resuming {done}")
+    seed_process(args.seed)
+    watch = Watch(
+        folder / LAST,
+        args.checkpoint_minutes,
+        resume_command(folder),
+        files=lambda index: train.samples[index][:1],
+        mistakes=(DatasetError,),
+    )
+    differs = training.restore(resumed, folder / LAST) if resumed else []
+    watch.begin(training, lambda: save())
+    if resumed:
+        best = resumed["best"]
+        print(f"resuming after {watch.place}")
+    elif args.resume:
+        print("resuming from the start: nothing had been saved")
+    for difference in differs:
+        print(f"note: {difference}")
 
     # Nothing was written so far: a mistake found above leaves no folder behind.
-    if not args.resume:
-        start_run(folder, vars(args))
-    drop_rows_after(folder / LOG, epoch=epoch_done)
-    writer = SummaryWriter(folder, purge_step=epoch_done + 1)
+    writer = None
+    if distributed.is_first():
+        if not args.resume:
+            start_run(folder, vars(args))
+        drop_rows_after(folder / LOG, epoch=training.epoch)
+        writer = SummaryWriter(folder, purge_step=training.epoch + 1)
     floats = to_floats(MEAN, STD, device)
 
     def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,75 +273,89 @@ def main() -> None:
         "height": args.size,
         "args": vars(args),
     }
-    for epoch in range(epoch_done + 1, args.epochs + 1):
-        title = f"epoch {epoch}/{args.epochs}"
-        started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["weight_decay"] = weight_decay(args.recipe, epoch)
-        accuracy = TopKAccuracy(device=device)
-        row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0]}
-        row |= train_one_epoch(
-            model,
-            train_loader,
-            prepare=prepare,
-            # Sums of half precision are coarse.
-            loss_function=lambda logits, labels: loss_function(logits.float(), labels),
-            optimizer=optimizer,
-            scaler=scaler,
-            amp_dtype=amp_dtype,
-            title=title,
-            steps_loss=args.steps_loss,
-            scheduler=scheduler,
-            on_step=(lambda: ema.update_parameters(model)) if ema else None,
-            on_batch=accuracy.update,
-            figures=accuracy.figures,
-        )
-        if not math.isfinite(row["train_loss"]):
-            raise UsageError(
-                f"the training loss is {row['train_loss']} in epoch {epoch}: training has "
-                "diverged, start another run with a smaller --lr"
+
+    def checkpoint() -> dict[str, Any]:
+        weights = on_cpu(training.scored)
+        return description | {"model": weights, "epoch": training.epoch, "best": best}
+
+    def save() -> None:
+        state = checkpoint() | training.state()
+        distributed.first(lambda: save_run(state, folder))
+
+    trained = distributed.parallel(model, device)
+    with watch:
+        while training.epoch < args.epochs:
+            epoch = training.epoch + 1
+            title = f"epoch {epoch}/{args.epochs}"
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["weight_decay"] = weight_decay(args.recipe, epoch)
+            sampler.begin(epoch, training.step * args.batch_size)
+            accuracy = TopKAccuracy(device=device)
+            training.begin_epoch(accuracy=accuracy.counts)
+            accuracy.counts = training.totals["accuracy"]
+            figures = train_one_epoch(
+                training,
+                trained,
+                train_loader,
+                prepare=prepare,
+                # Sums of half precision are coarse.
+                loss_function=lambda logits, labels: loss_function(logits.float(), labels),
+                watch=watch,
+                amp_dtype=amp_dtype,
+                title=title,
+                steps_loss=args.steps_loss,
+                count=accuracy.update,
+                figures=accuracy.figures,
             )
-        row["train_top1"], row["train_top5"] = accuracy.shares()
-        pictures = Pictures(val.classes, len(val))
-        row |= evaluate_classifier(
-            network, val_loader, floats, f"{title}, validation", amp_dtype, pictures.keep
-        )
-        improved = best["epoch"] == 0 or row["val_top1"] > best["val_top1"]
-        if improved:
-            best = {"epoch": epoch} | {name: row[name] for name in ("val_top1", "val_top5")}
-        row["seconds"] = time.perf_counter() - started
+            pictures = Pictures(val.classes, len(val_loader.dataset))
+            distributed.share_buffers(training.scored)
+            scores = evaluate_classifier(
+                training.scored,
+                val_loader,
+                floats,
+                f"{title}, validation",
+                amp_dtype,
+                pictures.keep,
+                watch,
+            )
+            totals = training.end_epoch()
+            accuracy.counts = totals["accuracy"]
+            row = {"epoch": epoch, "lr": training.lr}
+            row |= {"train_loss": (totals["loss"] / totals["images"]).item()}
+            row |= figures | {name: totals[name].item() for name in ("skipped_steps", "left_out")}
+            row["train_top1"], row["train_top5"] = accuracy.shares()
+            row |= scores
+            improved = best["epoch"] == 0 or row["val_top1"] > best["val_top1"]
+            if improved:
+                best = {"epoch": epoch} | {name: row[name] for name in ("val_top1", "val_top5")}
+            row["seconds"] = time.perf_counter() - started
+            # TensorBoard shows ten pictures of a kind: there is no point in keeping hundreds.
+            shown = epoch == args.epochs or epoch % max(1, args.epochs // 10) == 0
 
-        append_row(folder / LOG, row)
-        write_scalars(writer, row, epoch)
-        # TensorBoard shows ten pictures of a kind: there is no point in keeping hundreds.
-        if epoch == args.epochs or epoch % max(1, args.epochs // 10) == 0:
-            for number, picture in enumerate(pictures.kept):
-                writer.add_image(f"val/{number}", picture, epoch)
-        writer.flush()
-        print(
-            f"{title}: train loss {row['train_loss']:.4f}, top-1 {100 * row['train_top1']:.2f} %, "
-            f"top-5 {100 * row['train_top5']:.2f} %; val loss {row['val_loss']:.4f}, "
-            f"top-1 {100 * row['val_top1']:.2f} % (best {100 * best['val_top1']:.2f}), "
-            f"top-5 {100 * row['val_top5']:.2f} %; {row['images_per_second']:.1f} images/s, "
-            f"{100 * row['data_wait']:.0f} % of the time waiting for data, {row['seconds']:.0f} s",
-            flush=True,
-        )
+            def write(row=row, improved=improved, shown=pictures.kept if shown else []) -> None:
+                if improved:
+                    network = training.scored
+                    encoder = {f"encoder.{name}": w for name, w in on_cpu(network.encoder).items()}
+                    save_result(checkpoint(), folder / BEST)
+                    save_result(checkpoint() | {"model": encoder}, folder / ENCODER)
+                append_row(folder / LOG, row)
+                write_events(writer, row, row["epoch"], shown)
 
-        checkpoint = description | {"model": on_cpu(network), "epoch": epoch, "best": best}
-        if improved:
-            save_checkpoint(checkpoint, folder / BEST)
-            encoder = {f"encoder.{name}": w for name, w in on_cpu(network.encoder).items()}
-            save_checkpoint(checkpoint | {"model": encoder}, folder / ENCODER)
-        state = {
-            "training_model": on_cpu(model) if ema else {},
-            "ema_updates": ema.n_averaged.item() if ema else 0,
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "scaler": scaler.state_dict(),
-            "rng": rng_state(shuffling, device),
-        }
-        save_checkpoint(checkpoint | state, folder / LAST)
-    writer.close()
+            distributed.first(write)
+            # Last of all: what is written above by a run that is killed here is written again.
+            watch.save()
+            print(
+                f"{title}: train loss {row['train_loss']:.4f}, top-1 "
+                f"{100 * row['train_top1']:.2f} %, top-5 {100 * row['train_top5']:.2f} %; val loss "
+                f"{row['val_loss']:.4f}, top-1 {100 * row['val_top1']:.2f} % (best "
+                f"{100 * best['val_top1']:.2f}), top-5 {100 * row['val_top5']:.2f} %; "
+                f"{row['images_per_second']:.1f} images/s, {100 * row['data_wait']:.0f} % of the "
+                f"time waiting for data, {row['seconds']:.0f} s{notes(row)}",
+                flush=True,
+            )
+    if writer:
+        writer.close()
 
     cityscapes = "" if args.dataset == "shapes" else "--datadir CITYSCAPES "
     print(
@@ -330,6 +365,21 @@ def main() -> None:
         f"  python main.py {cityscapes}--pretrained-encoder {shlex.quote(str(folder / ENCODER))}\n"
         f"  tensorboard --logdir {shlex.quote(str(folder))} --host localhost"
     )
+
+
+def find_data(args: argparse.Namespace, check: bool) -> tuple[ImageFolder, ImageFolder]:
+    """The images of train and of val.
+
+    Args:
+        check: look at the header and the end of every file.
+    """
+    if args.dataset == "shapes":
+        draw_once(args.datadir, make_shapes, "shapes and textures")
+    train = training_images(args.datadir, args.size, augment=args.recipe == "modern")
+    val = validation_images(args.datadir, args.size, train.classes)
+    if check:
+        check_images([path for path, _ in train.samples + val.samples])
+    return train, val
 
 
 def build_optimizer(recipe: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -412,9 +462,8 @@ def evaluate_checkpoint(
     val = validation_images(datadir, size, checkpoint["class_names"])
     loading = loader_options(args.batch_size or 64, args.workers, device)
     floats = to_floats(checkpoint["mean"], checkpoint["std"], device)
-    scores = evaluate_classifier(
-        model.to(device), DataLoader(val, **loading), floats, "val", amp_dtype
-    )
+    shared = DataLoader(distributed.share(val), **loading)
+    scores = evaluate_classifier(model.to(device), shared, floats, "val", amp_dtype)
     print(
         f"{args.evaluate} on the {len(val)} images of {datadir}/val at {size}x{size}: "
         f"loss {scores['val_loss']:.4f}, top-1 {100 * scores['val_top1']:.2f} %, "

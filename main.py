@@ -13,11 +13,11 @@ python main.py --savedir NAME --resume                go on with an interrupted 
 """
 
 import argparse
-import json
 import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,25 +32,21 @@ from datasets.cache import keep_decoded
 from datasets.drawn import draw_once
 from datasets.files import DatasetError, check_headers
 from datasets.folder import read_classes
-from datasets.seeded import WithSeed, as_lists, loader_options, training_loader
-from datasets.segmentation import Classes, resized_size
+from datasets.seeded import ShuffledSeeds, WithSeed, as_lists, loader_options, training_loader
+from datasets.segmentation import Classes, Segmentation, resized_size
 from datasets.statistics import count_pixels
 from datasets.synthetic import make_synthetic
 from datasets.transforms import Augment, Paper, Strong, to_floats
 from models.lednet import AuxiliaryHead, EncoderClassifier, LEDNet
+from utils import distributed
 from utils.checkpoint import (
     CheckpointError,
     apn_channels_of,
-    fill,
     init_network,
     load_checkpoint,
     load_encoder,
-    load_run,
     normalisation,
     on_cpu,
-    restore_rng,
-    rng_state,
-    save_checkpoint,
 )
 from utils.cli import (
     ArgumentParser,
@@ -77,7 +73,6 @@ from utils.recipe import (
     SCHEDULES,
     WEIGHT_C,
     ema_of,
-    resume_optimizer,
 )
 from utils.run import (
     BEST,
@@ -88,16 +83,25 @@ from utils.run import (
     add_run_options,
     append_row,
     check_free,
+    claimed,
     drop_rows_after,
+    load_run,
+    notes,
     parse_run_args,
     read_args,
     read_json,
+    resume_command,
     run_folder,
+    save_result,
+    save_run,
     start_run,
-    write_scalars,
+    write_events,
+    write_json,
 )
 from utils.speed import count_parameters
+from utils.training import Training, seed_process
 from utils.visualize import score_table, strip
+from utils.watch import Watch
 
 EMBEDDED = Path("data/synthetic")
 
@@ -385,23 +389,28 @@ class Run:
     augment: Paper | Strong
     floats: Callable[[Tensor], Tensor]
     counts: Tensor  # training pixels of each class, then of the ignored ones
-    shuffling: torch.Generator
-    writer: SummaryWriter
+    watch: Watch
+    writer: SummaryWriter | None  # of the first process
     description: dict[str, Any]  # what every checkpoint says of the network
     resumed: dict[str, Any] | None  # the checkpoint to go on from
 
 
 def main() -> None:
     args = parse_args()
-    folder = Path(args.savedir)
     device = pick_device(args.device)
+    if args.sync_bn and device.type == "cpu":
+        raise UsageError("--sync-bn needs GPUs: leave it out")
+    distributed.start(device)
+    folder = Path(args.savedir)
+    with claimed(folder) if distributed.is_first() else nullcontext():
+        train(args, folder, device)
+
+
+def train(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
+    """The run, from what lies on the disk to the trained network."""
     amp_dtype = pick_amp_dtype(args.amp, device)
     torch.backends.cudnn.benchmark = True
-    resumed = None
-    if not args.resume:
-        check_free(folder)
-    elif (folder / LAST).exists():
-        resumed = load_run(folder / LAST)
+    resumed = distributed.first(lambda: load_run(folder) if args.resume else check_free(folder))
     stage_done, epoch_done = (resumed["stage"], resumed["epoch"]) if resumed else (0, 0)
 
     kind = DATASETS[args.dataset]
@@ -412,24 +421,28 @@ def main() -> None:
     torch.manual_seed(args.seed)
     network, mean, std = build_network(args, classes, resumed)
 
-    if args.dataset == "synthetic":
-        draw_once(args.datadir, make_synthetic, "street scenes")
-    parts = [
-        kind(args.datadir, split, classes, args.height) for split in kind.TRAIN_ON[args.train_on]
-    ]
-    val = kind(args.datadir, "val", classes, args.height, resize_labels=False)
-    sizes = {part: check_headers(part.pairs) for part in (*parts, val)}
+    # The first process looks at the files, and all go on with what it found.
+    sizes = distributed.first(lambda: find_data(args, classes))
+    *parts, val = sizes
     size, augment = pick_augment(args, [size for part in parts for size in sizes[part]])
-    if sum(map(len, parts)) < 2:
-        raise UsageError(f"{args.datadir} has one training image: training needs 2")
+    count = distributed.processes()
+    if sum(map(len, parts)) < 2 * count:
+        images = f"{sum(map(len, parts))} training images"
+        raise UsageError(
+            f"{args.datadir} has one training image: training needs 2"
+            if count == 1
+            else f"{args.datadir} has {images}: training needs 2 for each of {count} processes"
+        )
     sources = " + ".join(f"{len(part)} of {part.split}" for part in parts)
+    each = f" in each of {count} processes" if count > 1 else ""
     print(
         f"LEDNet, D = {args.apn_channels}: {count_parameters(network):,} parameters, on {device} "
         f"in {amp_dtype or 'full precision'}\n"
         f"data: {args.datadir}: {sources} to train on, {len(val)} of val to validate, "
         f"{len(classes)} classes\n"
-        f"images: {size[1]}x{size[0]}, in batches of {args.batch_size}, by {args.workers} workers; "
-        f"{args.encoder_epochs} epochs of stage 1, {args.epochs} of stage 2, preset {args.preset}\n"
+        f"images: {size[1]}x{size[0]}, in batches of {args.batch_size}{each}, by {args.workers} "
+        f"workers; {args.encoder_epochs} epochs of stage 1, {args.epochs} of stage 2, preset "
+        f"{args.preset}\n"
         f"output: {folder}",
         flush=True,
     )
@@ -437,52 +450,61 @@ def main() -> None:
         print(f"images are normalised with mean {mean} and std {std}")
     if {pair for part in parts for pair in part.pairs} & set(val.pairs):
         print("val is trained on: its scores say nothing of images that are new to the network")
-    if args.resume:
-        print(
-            f"resuming after epoch {epoch_done} of stage {stage_done}"
-            if resumed
-            else "resuming from the start: no epoch had been finished"
-        )
+    if args.resume and not resumed:
+        print("resuming from the start: nothing had been saved")
 
     same_data = args.resume and read_args(folder)["datadir"] == args.datadir
     named = read_json(folder / COUNTS) if same_data else None
     if named is None:
-        print("class weights: counting the pixels of the labels", flush=True)
-        counts = count_pixels(parts, len(classes), args.workers)
-        count_pixels([val], len(classes), args.workers)  # finds unknown ids before training
-        named = dict(zip([*classes.names, "ignored"], counts.tolist(), strict=True))
+        named = distributed.first(lambda: count_classes(parts, val, classes, args.workers))
     workers = args.workers
     if args.cache != "off":
-        *parts, val = keep_decoded(sizes, args.cache, args.workers, device)
+        caching = (sizes, args.cache, args.workers, device, distributed.local_processes())
+        if args.cache != "ram":
+            distributed.first(lambda: bool(keep_decoded(*caching)))  # the others find the files
+        *cached, cached_val = keep_decoded(*caching)
+    else:
+        cached, cached_val = parts, val
     if args.cache == "ram":
         # There is nothing left to read. From a folder there is: workers hide a slow disk, and cost
         # 2 ms of a core an image where it is not.
         workers = 0
 
     # Nothing was written so far: a mistake found above leaves no folder behind.
-    if not args.resume:
-        start_run(folder, vars(args))
-    (folder / COUNTS).write_text(json.dumps(named, indent=2))
-    drop_rows_after(folder / LOG, stage=stage_done, epoch=epoch_done)
     steps_done = epoch_done + (args.encoder_epochs if stage_done == 2 else 0)
+    writer = None
+    if distributed.is_first():
+        if not args.resume:
+            start_run(folder, vars(args))
+        write_json(folder / COUNTS, named)
+        drop_rows_after(folder / LOG, stage=stage_done, epoch=epoch_done)
+        writer = SummaryWriter(folder, purge_step=steps_done + 1)
+    pairs = [pair for part in parts for pair in part.pairs]
+    watch = Watch(
+        folder / LAST,
+        args.checkpoint_minutes,
+        resume_command(folder),
+        files=lambda index: pairs[index],
+        mistakes=(DatasetError,),
+    )
     this = Run(
         args=args,
         folder=folder,
         device=device,
         amp_dtype=amp_dtype,
         classes=classes,
-        train=ConcatDataset(parts),
-        val=val,
+        train=ConcatDataset(cached),
+        val=distributed.share(cached_val),
         loading=loader_options(args.batch_size, workers, device) | {"collate_fn": as_lists},
         augment=augment,
         floats=to_floats(mean, std, device),
         counts=torch.tensor(list(named.values())),
-        shuffling=torch.Generator().manual_seed(args.seed),
-        writer=SummaryWriter(folder, purge_step=steps_done + 1),
+        watch=watch,
+        writer=writer,
         description={
             "dataset": args.dataset,
             **classes.to_checkpoint(),
-            "train_images": sum(map(len, parts)),
+            "train_images": len(pairs),
             "apn_channels": args.apn_channels,
             "mean": list(mean),
             "std": list(std),
@@ -491,16 +513,20 @@ def main() -> None:
         },
         resumed=resumed,
     )
-    if args.cache == "ram" and val[0][0].is_cuda:
+    if args.cache == "ram" and cached_val[0][0].is_cuda:
         this.loading["pin_memory"] = False  # what lies on the GPU cannot be pinned
-    if args.encoder_epochs and stage_done < 2:
-        encoder = EncoderClassifier(network.encoder, len(classes))
-        train_stage(this, 1, encoder, encoder)
-        weights = {f"encoder.{name}": w for name, w in on_cpu(network.encoder).items()}
-        save_checkpoint(this.description | {"model": weights, "stage": 1}, folder / ENCODER)
-    training = AuxiliaryHead(network, len(classes)) if args.aux_weight else network
-    best = train_stage(this, 2, training, network)
-    this.writer.close()
+    seed_process(args.seed)
+    with watch:
+        if args.encoder_epochs and stage_done < 2:
+            encoder = EncoderClassifier(network.encoder, len(classes))
+            train_stage(this, 1, encoder, encoder)
+            weights = {f"encoder.{name}": w for name, w in on_cpu(network.encoder).items()}
+            checkpoint = this.description | {"model": weights, "stage": 1}
+            distributed.first(lambda: save_result(checkpoint, folder / ENCODER))
+        training = AuxiliaryHead(network, len(classes)) if args.aux_weight else network
+        best = train_stage(this, 2, training, network)
+    if writer:
+        writer.close()
 
     print(f"\nclass IoU in % on val after epoch {best['epoch']}, the best:")
     print(score_table(classes.names, best["class_iou"]))
@@ -512,6 +538,28 @@ def main() -> None:
         f"  python predict.py --checkpoint {shlex.quote(str(folder / BEST))} --input PICTURES\n"
         f"  tensorboard --logdir {shlex.quote(str(folder))} --host localhost"
     )
+
+
+def find_data(args: argparse.Namespace, classes: Classes) -> dict[Segmentation, list]:
+    """The parts of the data set to train on and, last, val, each with the sizes of its images."""
+    if args.dataset == "synthetic":
+        draw_once(args.datadir, make_synthetic, "street scenes")
+    kind = DATASETS[args.dataset]
+    parts = [
+        kind(args.datadir, split, classes, args.height) for split in kind.TRAIN_ON[args.train_on]
+    ]
+    val = kind(args.datadir, "val", classes, args.height, resize_labels=False)
+    return {part: check_headers(part.pairs) for part in (*parts, val)}
+
+
+def count_classes(
+    parts: list[Segmentation], val: Segmentation, classes: Classes, workers: int
+) -> dict[str, int]:
+    """The pixels of each class in the training labels, and of what is ignored, by name."""
+    print("class weights: counting the pixels of the labels", flush=True)
+    counts = count_pixels(parts, len(classes), workers)
+    count_pixels([val], len(classes), workers)  # finds unknown ids before training
+    return dict(zip([*classes.names, "ignored"], counts.tolist(), strict=True))
 
 
 def pick_augment(
@@ -598,11 +646,14 @@ def train_stage(
     args, folder = this.args, this.folder
     epochs = args.encoder_epochs if stage == 1 else args.epochs
     names = this.classes.names
+    if args.sync_bn:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(this.device, memory_format=torch.channels_last)
+    sampler = ShuffledSeeds(len(this.train), args.seed, distributed.rank(), distributed.processes())
     # A last batch of one image cannot train the batch norm on the pooled plane.
-    drop_last = len(this.train) % args.batch_size == 1
+    drop_last = len(sampler) % args.batch_size == 1
     train_loader = training_loader(
-        WithSeed(this.train), this.shuffling, drop_last=drop_last, **this.loading
+        WithSeed(this.train, args.skip_broken), sampler, drop_last=drop_last, **this.loading
     )
     val_loader = DataLoader(this.val, **this.loading)
     jitter = args.jitter if args.augment == "strong" else 0.0
@@ -620,64 +671,87 @@ def train_stage(
     optimizer = OPTIMIZERS[args.optimizer](
         model.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused
     )
-    steps = epochs * len(train_loader)
-    scheduler = SCHEDULES[args.schedule](optimizer, steps)
-    ema = ema_of(network, steps) if args.ema and stage == 2 else None
-    scored = ema.module if ema else network
-    scaler = torch.amp.GradScaler(this.device.type, enabled=this.amp_dtype == torch.float16)
-    epoch_done, best = 0, {"epoch": 0, "miou": math.nan, "class_iou": []}
+    steps = len(train_loader)
+    training = Training(
+        model,
+        network,
+        optimizer,
+        scheduler=SCHEDULES[args.schedule](optimizer, epochs * steps),
+        scaler=torch.amp.GradScaler(this.device.type, enabled=this.amp_dtype == torch.float16),
+        batch_size=args.batch_size,
+        steps=steps,
+        ema=ema_of(network, epochs * steps) if args.ema and stage == 2 else None,
+    )
+    best = {"epoch": 0, "miou": math.nan, "class_iou": []}
     if this.resumed and this.resumed["stage"] == stage:
-        fill(model, this.resumed["training_model"], folder / LAST)
-        if ema:
-            fill(scored, this.resumed["model"], folder / LAST)
-            ema.n_averaged.fill_(this.resumed["ema_updates"])
-        resume_optimizer(optimizer, this.resumed["optimizer"])
         if this.resumed.get("train_images") != len(this.train):
             raise UsageError(
                 f"{args.datadir} holds another number of training images than the run in "
                 f"{folder} began with: give the --datadir that it had, or start another run"
             )
-        scheduler.load_state_dict(this.resumed["scheduler"])
-        if this.resumed["scaler"]:  # empty where the precision needed none
-            scaler.load_state_dict(this.resumed["scaler"])
-        restore_rng(this.resumed["rng"], this.shuffling, this.device)
-        epoch_done, best = this.resumed["epoch"], this.resumed["best"]
+        differs = training.restore(this.resumed, folder / LAST)
+        best = this.resumed["best"]
+    this.watch.begin(training, lambda: save(), f" of stage {stage}")
+    if this.resumed and this.resumed["stage"] == stage:
+        print(f"resuming after {this.watch.place}")
+        for difference in differs:
+            print(f"note: {difference}")
+
+    def checkpoint() -> dict[str, Any]:
+        return this.description | {
+            "model": on_cpu(training.scored),
+            "stage": stage,
+            "epoch": training.epoch,
+            "best": best,
+        }
+
+    def save() -> None:
+        state = checkpoint() | training.state()
+        distributed.first(lambda: save_run(state, folder))
 
     # Beside the model, whose weights keep their names. A smaller last batch has a graph of its own:
     # one graph for any size would make all steps slower.
-    trained = torch.compile(model, dynamic=False) if args.compile else model
+    trained = distributed.parallel(model, this.device)
+    trained = torch.compile(trained, dynamic=False) if args.compile else trained
     pictures_every = max(1, epochs // args.val_every // 10)  # validations
-    for epoch in range(epoch_done + 1, epochs + 1):
+    while training.epoch < epochs:
+        epoch = training.epoch + 1
         title = f"stage {stage} epoch {epoch}/{epochs}"
-        started, lr = time.perf_counter(), scheduler.get_last_lr()[0]
-        confusion = ConfusionMatrix(len(names), this.device) if args.iouTrain else None
+        started = time.perf_counter()
+        step = epoch + (args.encoder_epochs if stage == 2 else 0)  # of the log, over both stages
+        sampler.begin(step, training.step * args.batch_size)
+        confusion = ConfusionMatrix(len(names), this.device)
+        training.begin_epoch(**({"confusion": confusion.counts} if args.iouTrain else {}))
+        confusion.counts = training.totals.get("confusion", confusion.counts)
 
-        def count(outputs: Any, labels: Tensor, confusion: Any = confusion) -> None:
+        def count(outputs: Any, labels: Tensor, confusion: ConfusionMatrix = confusion) -> None:
             logits = outputs[0] if isinstance(outputs, tuple) else outputs
             confusion.update_from_logits(logits.detach(), labels)
 
-        row = {"stage": stage, "epoch": epoch, "lr": lr}
-        row |= train_one_epoch(
+        figures = train_one_epoch(
+            training,
             trained,
             train_loader,
             prepare=prepare,
             loss_function=loss_function,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            scaler=scaler,
+            watch=this.watch,
             amp_dtype=this.amp_dtype,
             title=title,
             steps_loss=args.steps_loss,
-            on_step=(lambda: ema.update_parameters(network)) if ema else None,
-            on_batch=count if confusion else None,
+            count=count if args.iouTrain else None,
         )
-        row["train_miou"] = mean_score(confusion.class_iou()) if confusion else math.nan
         validated = epoch % args.val_every == 0 or epoch == epochs
         scores, strips = (
-            validate(this, scored, val_loader, weights, title)
+            validate(this, training.scored, val_loader, weights, title)
             if validated
             else (dict.fromkeys(val_columns(names), math.nan), [])
         )
+        totals = training.end_epoch()
+        confusion.counts = totals.get("confusion", confusion.counts)
+        row = {"stage": stage, "epoch": epoch, "lr": training.lr}
+        row |= {"train_loss": (totals["loss"] / totals["images"]).item()}
+        row |= figures | {name: totals[name].item() for name in ("skipped_steps", "left_out")}
+        row |= {"train_miou": mean_score(confusion.class_iou()) if args.iouTrain else math.nan}
         row |= scores
         improved = validated and (best["epoch"] == 0 or row["val_miou"] > best["miou"])
         if improved:
@@ -685,43 +759,29 @@ def train_stage(
             best = {"epoch": epoch, "miou": row["val_miou"], "class_iou": class_iou}
         row["seconds"] = time.perf_counter() - started
 
-        append_row(folder / LOG, row)
-        step = epoch + (args.encoder_epochs if stage == 2 else 0)
-        write_scalars(this.writer, row, step)
-        # TensorBoard shows ten pictures of a kind: there is no point in keeping hundreds.
-        if validated and (epoch == epochs or epoch // args.val_every % pictures_every == 0):
-            for number, picture in enumerate(strips):
-                this.writer.add_image(f"val/{number}", picture, step)
-        this.writer.flush()
         report = f"{title}: train loss {row['train_loss']:.4f}"
         if validated:
             report += (
                 f", val loss {row['val_loss']:.4f}, val mIoU {100 * row['val_miou']:.2f} % "
                 f"(best {100 * best['miou']:.2f})"
             )
-        print(
-            f"{report}, {row['images_per_second']:.1f} images/s, {row['seconds']:.0f} s", flush=True
-        )
-
-        checkpoint = this.description | {
-            "model": on_cpu(scored),
-            "stage": stage,
-            "epoch": epoch,
-            "best": best,
-        }
-        if improved and stage == 2:
-            save_checkpoint(checkpoint, folder / BEST)
+        report += f", {row['images_per_second']:.1f} images/s, {row['seconds']:.0f} s"
+        # TensorBoard shows ten pictures of a kind: there is no point in keeping hundreds.
+        shown = validated and (epoch == epochs or epoch // args.val_every % pictures_every == 0)
+        kept = [BEST] if improved and stage == 2 else []
         if args.epochs_save and epoch % args.epochs_save == 0:
-            save_checkpoint(checkpoint, folder / f"stage{stage}-epoch{epoch:03d}.pth")
-        state = {
-            "training_model": on_cpu(model),
-            "ema_updates": ema.n_averaged.item() if ema else 0,
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "scaler": scaler.state_dict(),
-            "rng": rng_state(this.shuffling, this.device),
-        }
-        save_checkpoint(checkpoint | state, folder / LAST)
+            kept.append(f"stage{stage}-epoch{epoch:03d}.pth")
+
+        def write(row=row, step=step, strips=strips if shown else [], kept=kept) -> None:
+            for name in kept:
+                save_result(checkpoint(), folder / name)
+            append_row(folder / LOG, row)
+            write_events(this.writer, row, step, strips)
+
+        distributed.first(write)
+        # Last of all: what is written above by a run that is killed here is written again.
+        this.watch.save()
+        print(report + notes(row), flush=True)
     return best
 
 
@@ -736,6 +796,7 @@ def validate(
         if len(strips) < 3:
             strips.append(strip(image, prediction, label, this.classes.colors))
 
+    distributed.share_buffers(model)
     loss, confusion = evaluate(
         model,
         loader,
@@ -745,6 +806,7 @@ def validate(
         class_weights=weights,
         amp_dtype=this.amp_dtype,
         on_image=keep_strip,
+        watch=this.watch,
     )
     class_iou = confusion.class_iou().tolist()
     scores = [loss, mean_score(class_iou), confusion.pixel_accuracy(), *class_iou]

@@ -41,6 +41,7 @@ def keep_decoded(
     place: str,
     workers: int = 0,
     device: torch.device | str = "cpu",
+    processes: int = 1,
 ) -> list[Dataset]:
     """The same data sets, decoded and resized once; their items are the same, bit for bit.
 
@@ -49,13 +50,14 @@ def keep_decoded(
         place: "ram", the memory of the device, or of the CPU where the device lacks the room; or
             a folder, in which each data set has a file that any later run finds.
         workers: processes that decode.
+        processes: that keep them on this machine, each in its own memory.
 
     Raises:
         DatasetError: there is too little room, the folder cannot be written, or an image or label
             cannot be read.
     """
     if place == "ram":
-        return _in_memory(datasets, workers, torch.device(device))
+        return _in_memory(datasets, workers, torch.device(device), processes)
     return _in_folder(datasets, Path(place), workers)
 
 
@@ -83,17 +85,21 @@ class InMemory(Dataset):
 
 
 def _in_memory(
-    datasets: Mapping[Segmentation, list[Size]], workers: int, device: torch.device
+    datasets: Mapping[Segmentation, list[Size]],
+    workers: int,
+    device: torch.device,
+    processes: int,
 ) -> list[Dataset]:
     """Keep them on the device, or all on the CPU; half of the memory is left to everything else."""
     count = sum(_length(item) for part in datasets.items() for item in shapes_of(*part))
     if device.type == "cuda" and count > torch.cuda.mem_get_info(device)[0] / 2:
         device = torch.device("cpu")
     total = memory_limit()
-    if device.type == "cpu" and count > total / 2:
+    if device.type == "cpu" and processes * count > total / 2:
+        each = f" in each of {processes} processes" if processes > 1 else ""
         raise DatasetError(
-            f"{next(iter(datasets)).root} takes {_size(count)} of memory, and the machine has "
-            f"{_size(total)}: give --cache off, a folder, or a smaller --height"
+            f"{next(iter(datasets)).root} takes {_size(count)} of memory{each}, and the machine "
+            f"has {_size(total)}: give --cache off, a folder, or a smaller --height"
         )
     print(f"cache: {_size(count)} in the memory of {device}", flush=True)
     return [InMemory(dataset, sizes, workers, device) for dataset, sizes in datasets.items()]

@@ -20,7 +20,7 @@ from datasets.camvid import CamVid
 from datasets.cityscapes import Cityscapes
 from datasets.files import DatasetError, check_headers
 from datasets.folder import Folder, read_classes
-from datasets.seeded import WithSeed, as_lists, training_loader
+from datasets.seeded import ShuffledSeeds, WithSeed, as_lists, training_loader
 from datasets.segmentation import Classes, Segmentation
 from datasets.transforms import Augment, Paper, Strong, to_floats
 from utils.checkpoint import load_checkpoint
@@ -86,10 +86,10 @@ def test_augmented_batches_are_the_same(keep, camvid, recipe, workers):
     augment = Augment(recipe, to_floats([0.1] * 3, [0.2] * 3, cpu), cpu)
 
     def batches(dataset: Dataset) -> list[torch.Tensor]:
-        shuffling = torch.Generator().manual_seed(5)
+        sampler = ShuffledSeeds(len(dataset), seed=5)
         options = {"batch_size": 4, "collate_fn": as_lists, "num_workers": workers}
-        loader = training_loader(WithSeed(dataset), shuffling, **options)
-        return [tensor for batch in loader for tensor in augment(*batch)]
+        loader = training_loader(WithSeed(dataset), sampler, **options)
+        return [tensor for *batch, _, _ in loader for tensor in augment(*batch)]
 
     expected = batches(train)
     assert len(expected) == 4

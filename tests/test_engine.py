@@ -1,6 +1,7 @@
 import math
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from datasets.seeded import as_lists
+from utils.cli import UsageError
 from utils.engine import (
     Waiting,
     evaluate,
@@ -20,6 +22,8 @@ from utils.engine import (
 )
 from utils.losses import build_loss
 from utils.metrics import ConfusionMatrix
+from utils.training import Training
+from utils.watch import Diverged, Watch
 
 
 class Pixels(torch.utils.data.Dataset):
@@ -128,33 +132,53 @@ def test_evaluate_runs_neighbours_of_one_size_together(model):
         assert (logits.argmax(1)[0] == prediction).float().mean() > 0.99
 
 
-def train(model, data, dtype=None, confusion=None, batch_size=2):
+class Numbered(torch.utils.data.Dataset):
+    """Items as they come to be trained on: with their index, and nothing that they stand in for."""
+
+    def __init__(self, items: torch.utils.data.Dataset) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple:
+        return *self.items[index], index, ""
+
+
+def train(model, data, dtype=None, count=None, batch_size=2, scaled=False, **options):
+    """Train for one epoch; returns its figures and sums, and the state that it leaves."""
+    loader = DataLoader(Numbered(data), batch_size=batch_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    loader = DataLoader(data, batch_size=batch_size)
-    scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=2 * len(loader))
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loss = build_loss("ce", torch.ones(4))
-    figures = train_one_epoch(
+    training = Training(
         model,
-        loader,
-        as_they_are,
-        loss,
+        model,
         optimizer,
-        scaler,
-        dtype,
-        "epoch",
-        1,
-        scheduler=scheduler,
-        on_batch=confusion and confusion.update_from_logits,
+        torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=2 * len(loader)),
+        torch.amp.GradScaler("cpu", enabled=scaled),
+        batch_size,
+        len(loader),
+        options.pop("ema", None),
     )
-    return figures, scheduler.get_last_lr()[0]
+    watch = Watch(Path("last.pth"), math.inf, "python main.py", lambda index: [f"{index}.png"], ())
+    watch.begin(training, save=lambda: None)
+    training.begin_epoch()
+    prepare = options.pop("prepare", as_they_are)
+    loss = options.pop("loss_function", build_loss("ce", torch.ones(4)))
+    forward = options.pop("forward", model)
+    figures = train_one_epoch(
+        training, forward, loader, prepare, loss, watch, dtype, "epoch", 1, count, **options
+    )
+    totals = training.totals
+    figures["train_loss"] = (totals["loss"] / totals["images"]).item()
+    return figures, training
 
 
 def test_training_lowers_the_loss_and_steps_the_schedule_with_each_batch(model):
     data = Pixels(6, (16, 24))
     data.labels = (data.images[:, 0] > 0.5).long()
-    first, lr = train(model, data)
-    assert lr == pytest.approx(0.25)  # 3 of 6 steps
+    first, training = train(model, data)
+    assert training.step == 3 and training.totals["images"] == 6
+    assert training.scheduler.get_last_lr()[0] == pytest.approx(0.25)  # 3 of 6 steps
     second, _ = train(model, data)
     assert second["train_loss"] < first["train_loss"]
     assert first["images_per_second"] > 0
@@ -178,7 +202,7 @@ def test_train_loss_is_the_mean_over_images(model):
 
 def test_training_counts_its_predictions_where_asked(model):
     confusion = ConfusionMatrix(4)
-    train(model, Pixels(5, (16, 24)), confusion=confusion)
+    train(model, Pixels(5, (16, 24)), count=confusion.update_from_logits)
     assert confusion.counts.sum() == 5 * 13 * 24
 
 
@@ -197,14 +221,9 @@ def test_scaled_gradients_train_as_plain_ones():
     def trained(enabled: bool) -> tuple[torch.Tensor, dict]:
         torch.manual_seed(0)
         model = nn.Conv2d(3, 4, 3, padding=1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=4)
-        scaler = torch.amp.GradScaler("cpu", enabled=enabled)
-        loader = DataLoader(Pixels(4, (16, 24)), batch_size=2)
-        loss = build_loss("ce", torch.ones(4))
-        recipe = (as_they_are, loss, optimizer, scaler, None)
-        train_one_epoch(model, loader, *recipe, "", 0, scheduler=scheduler)
-        return model.weight, scaler.state_dict()
+        _, training = train(model, Pixels(4, (16, 24)), scaled=enabled)
+        assert training.totals["skipped_steps"] == 0
+        return model.weight, training.scaler.state_dict()
 
     (scaled, state), (plain, nothing) = trained(True), trained(False)
     assert torch.allclose(scaled, plain, atol=1e-6)
@@ -219,12 +238,31 @@ def test_progress_in_a_log_is_lines(model, capsys):
     assert re.search(r", waiting for data \d+ %, ", lines[0])
 
 
-def test_without_a_schedule_the_rate_stays(model):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loader, loss = DataLoader(Pixels(4, (16, 24)), batch_size=2), build_loss("ce", torch.ones(4))
-    train_one_epoch(model, loader, as_they_are, loss, optimizer, scaler, None, "", 0)
-    assert optimizer.param_groups[0]["lr"] == 0.5
+def test_steps_that_the_scaler_skips_are_counted_and_shown(model, capsys):
+    """A gradient that is not finite where the loss is: the weights stay, the run goes on."""
+    before = model[0].weight.detach().clone()
+    model[0].weight.register_hook(lambda gradient: gradient * math.inf)
+    _, training = train(model, Pixels(4, (16, 24)), scaled=True)
+    assert training.totals["skipped_steps"] == 2
+    assert torch.equal(model[0].weight, before)
+    assert "skipped steps 2" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_files(model):
+    data = Pixels(6, (16, 24))
+    data.images[3] = math.nan
+    with pytest.raises(Diverged) as raised:
+        train(model, data)
+    assert "the loss is nan in step 2 of epoch 1, of 2.png, 3.png: " in str(raised.value)
+    assert "no checkpoint was written yet" in str(raised.value)
+
+
+def test_a_gpu_without_memory_says_what_was_asked_of_it(model):
+    def full(images):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    with pytest.raises(UsageError, match=r"batch of 2 images of 24x16: .*--batch-size.*--height"):
+        train(model, Pixels(4, (16, 24)), forward=full)
 
 
 def linear_classifier():
@@ -252,35 +290,28 @@ def test_a_classifier_is_scored_by_hand(batch_size):
     assert torch.equal(torch.cat(seen), data.tensors[0]) and not model.training
 
 
-def test_training_prepares_batches_and_calls_after_each_step():
+def test_training_prepares_batches_and_averages_after_each_step():
     data, prepare = linear_classifier()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 3))
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     weights, given, counted = [], [], []
 
     def keep(images, labels):
         given.append((images, labels))
+        if len(given) > 1:
+            weights.append(model[1].weight.detach().clone())
         return prepare(images), 2 - labels
 
-    train_one_epoch(
+    train(
         model,
-        DataLoader(data, batch_size=2),
-        keep,
-        nn.CrossEntropyLoss(),
-        optimizer,
-        scaler,
-        None,
-        "",
-        0,
-        on_step=lambda: (
-            weights.append(model[1].weight.detach().clone()),
-            ema.update_parameters(model),
-        ),
-        on_batch=lambda logits, labels: counted.append((logits.shape, labels)),
+        data,
+        prepare=keep,
+        loss_function=nn.CrossEntropyLoss(),
+        ema=ema,
+        count=lambda logits, labels: counted.append((logits.shape, labels)),
     )
+    weights.append(model[1].weight.detach())
     assert torch.equal(torch.cat([images for images, _ in given]), data.tensors[0])
     # What is trained on and counted is what was prepared.
     assert torch.equal(torch.cat([labels for _, labels in counted]), 2 - data.tensors[1])
@@ -294,20 +325,12 @@ def test_a_loss_gets_whatever_the_model_returns():
         def forward(self, images):
             return super().forward(images), images.mean()
 
-    model, seen = TwoHeads(3, 4, 1), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    figures = train_one_epoch(
-        model,
-        DataLoader(Pixels(2, (16, 24)), batch_size=2),
-        as_they_are,
-        lambda outputs, labels: outputs[0].square().mean() + 3,
-        optimizer,
-        scaler,
-        None,
-        "",
-        0,
-        on_batch=lambda outputs, labels: seen.append(type(outputs)),
+    seen = []
+    figures, _ = train(
+        TwoHeads(3, 4, 1),
+        Pixels(2, (16, 24)),
+        loss_function=lambda outputs, labels: outputs[0].square().mean() + 3,
+        count=lambda outputs, labels: seen.append(type(outputs)),
     )
     assert figures["train_loss"] > 3 and seen == [tuple]
 

@@ -49,7 +49,7 @@ def test_a_run_leaves_what_it_promises(trained, cityscapes):
     assert best["mean"] == [0, 0, 0] and best["std"] == [1, 1, 1] and best["height"] == 64
     assert best["dataset"] == "cityscapes" and best["epoch"] == 1 and best["args"] == args
     assert best["best"]["miou"] == pytest.approx(float(rows[1]["val_miou"]))
-    resumable = {"optimizer", "scheduler", "scaler", "rng"}
+    resumable = {"optimizer", "scheduler", "scaler", "processes"}
     assert not resumable & best.keys()
     assert resumable < load_checkpoint(trained / "last.pth").keys()
 

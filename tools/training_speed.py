@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets.cache import keep_decoded
 from datasets.cityscapes import Cityscapes
 from datasets.files import DatasetError, check_headers
-from datasets.seeded import WithSeed, as_lists, loader_options, training_loader
+from datasets.seeded import ShuffledSeeds, WithSeed, as_lists, loader_options, training_loader
 from datasets.synthetic import make_synthetic
 from datasets.transforms import Augment, Paper, to_floats
 from eval_cityscapes_server import device_name
@@ -48,6 +48,8 @@ from utils.cli import (
 from utils.engine import train_one_epoch
 from utils.losses import build_loss
 from utils.recipe import OPTIMIZERS, PAPER
+from utils.training import Training
+from utils.watch import Watch
 
 CPU = torch.device("cpu")
 
@@ -177,7 +179,7 @@ def loading(dataset: Dataset, batch_size: int) -> Callable[[], float]:
         torch.set_num_threads(1)
         started = time.perf_counter()
         while (seconds := time.perf_counter() - started) < 1:
-            for images, labels, seeds in loader:
+            for images, labels, seeds, _, _ in loader:
                 augment(images, labels, seeds)
                 seen += len(images)
         torch.set_num_threads(threads)
@@ -201,24 +203,37 @@ def training(
     augment = Augment(Paper(), to_floats([0.0] * 3, [1.0] * 3, device), device)
     fused = (device.type == "cuda" and not plain) or None
     optimizer = OPTIMIZERS[PAPER["optimizer"]](network.parameters(), PAPER["lr"], fused=fused)
-    trained = torch.compile(network, dynamic=False) if compiled else network
+    state = Training(
+        network,
+        network,
+        optimizer,
+        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1),
+        torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
+        options["batch_size"],
+        len(loader),
+    )
+    forward = torch.compile(network, dynamic=False) if compiled else network
+    watch = Watch(Path(), math.inf, "", lambda index: (str(index),), ())
+    watch.begin(state, save=lambda: None)
 
     def prepare(*batch: list) -> tuple[Tensor, Tensor]:
         images, labels = augment(*batch)
         return images.contiguous(memory_format=memory_format), labels
 
     def epoch() -> float:
+        state.begin_epoch()
         figures = train_one_epoch(
-            trained,
+            state,
+            forward,
             loader,
             prepare,
             build_loss(PAPER["loss"], torch.ones(19, device=device)),
-            optimizer,
-            torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
+            watch,
             amp_dtype,
             title="training",
             steps_loss=0,
         )
+        state.end_epoch()
         return figures["images_per_second"]
 
     return epoch
@@ -226,9 +241,9 @@ def training(
 
 def batches_of(dataset: Dataset, options: dict[str, Any]) -> DataLoader:
     """Full batches of a data set, in random order."""
-    shuffling = torch.Generator().manual_seed(0)
+    sampler = ShuffledSeeds(len(dataset), seed=0)
     return training_loader(
-        WithSeed(dataset), shuffling, drop_last=True, collate_fn=as_lists, **options
+        WithSeed(dataset), sampler, drop_last=True, collate_fn=as_lists, **options
     )
 
 

@@ -14,8 +14,14 @@ A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts:
     args            options of the training run
     epoch, best     epochs done in this stage; the best one so far and its scores
 
-and in last.pth, to resume from: optimizer, scheduler, scaler, rng; `training_model`, the weights
-that training goes on with, where `model` may be an average (EMA) of `ema_updates` steps.
+and in last.pth what `utils.training` needs to go on from any step:
+
+    optimizer, scheduler, scaler
+    training_model  the weights that training goes on with, where `model` may be an average (EMA)
+    ema_updates     steps that are in the average
+    step, steps     done of the epoch after `epoch`, and all of it
+    lr, batch_size  of that epoch
+    processes       of each process its random states and sums
 """
 
 import math
@@ -45,9 +51,6 @@ DESCRIPTION = {
     "std": list,
     "height": int,
 }
-
-# What last.pth says beside that, to go on with a run.
-RUN_STATE = ("stage", "epoch", "best", "optimizer", "scheduler", "scaler", "rng")
 
 
 class CheckpointError(Exception):
@@ -107,22 +110,6 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     # DataParallel puts a prefix before every name.
     content["model"] = {name.removeprefix("module."): w for name, w in weights.items()}
     return content
-
-
-def load_run(path: str | os.PathLike) -> dict[str, Any]:
-    """Read the checkpoint that a run is resumed from, last.pth.
-
-    Raises:
-        CheckpointError: the file is not a checkpoint, or lacks what resuming needs.
-    """
-    checkpoint = load_checkpoint(path)
-    for key in RUN_STATE:
-        if key not in checkpoint:
-            raise CheckpointError(
-                f"{path} does not hold the {key} of a run: put back the file that the run wrote, "
-                "or start another run"
-            )
-    return checkpoint
 
 
 def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
@@ -326,21 +313,3 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLi
 def on_cpu(module: nn.Module) -> dict[str, Tensor]:
     """The weights of a module, loadable on any machine."""
     return {name: weight.cpu() for name, weight in module.state_dict().items()}
-
-
-def rng_state(shuffling: torch.Generator, device: torch.device) -> dict[str, Tensor]:
-    """Every random state that training on a device draws from."""
-    state = {"torch": torch.get_rng_state(), "shuffling": shuffling.get_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_rng(
-    state: Mapping[str, Tensor], shuffling: torch.Generator, device: torch.device
-) -> None:
-    """Put back what `rng_state` returned; on another kind of device, what applies to it."""
-    torch.set_rng_state(state["torch"])
-    shuffling.set_state(state["shuffling"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

@@ -10,9 +10,23 @@ from typing import NoReturn
 
 import torch
 
+from utils import distributed
+
 
 class UsageError(Exception):
     """The command line asks for something that cannot be done; the message is one line."""
+
+
+class Interrupted(Exception):
+    """A signal ended the program in good order; the message says how to go on.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + number
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -44,21 +58,37 @@ class Obsolete(argparse.Action):
 
 
 def run(main: Callable[[], None], *mistakes: type[Exception]) -> None:
-    """Run a script; a UsageError or one of `mistakes` ends it in one line and status 2."""
+    """Run a script; a UsageError or one of `mistakes` ends it in one line and status 2.
+
+    Of several processes, one that ends because another did says what the other said.
+    """
     name = os.path.basename(sys.argv[0])
     try:
         main()
+        distributed.stop()
+    except Interrupted as end:
+        if distributed.is_first():
+            print(f"{name}: {end}", file=sys.stderr)
+        sys.exit(end.status)
     except (UsageError, *mistakes) as error:
+        distributed.announce(one_line(error))
         print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        elsewhere = distributed.failure_elsewhere(error)
+        if elsewhere is None:
+            distributed.announce(one_line(error))
+            raise
+        print(f"{name}: error: {elsewhere}", file=sys.stderr)
+        sys.exit(2)
 
 
 def one_line(error: Exception) -> str:
     """The message of an error; of one that a DataLoader's worker raised, without its traceback."""
-    last = str(error).strip().splitlines()[-1]
+    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 
@@ -126,13 +156,22 @@ def make_results_folder(folder: Path, option: str) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name, checked; "auto" is the GPU where there is one.
+    """The device of that name, checked; "auto" is the GPU where there is one. Of the processes
+    that torchrun starts on a machine each gets a GPU of its own.
 
     Raises:
         UsageError: there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    number = distributed.local_rank()
+    if name == "cuda" and number is not None:
+        if number >= torch.cuda.device_count():
+            raise UsageError(
+                f"there are {torch.cuda.device_count()} GPUs for the processes of this machine: "
+                "give torchrun --nproc-per-node no more, or --device cpu"
+            )
+        name = f"cuda:{number}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

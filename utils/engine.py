@@ -1,21 +1,28 @@
 """One epoch of training, and one pass of evaluation."""
 
 import math
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from utils import distributed
+from utils.cli import UsageError
 from utils.losses import IGNORE_INDEX
 from utils.metrics import ConfusionMatrix, TopKAccuracy
 from utils.speed import device_of
+from utils.training import Training
+from utils.watch import Watch
 
 SECONDS_BETWEEN_UPDATES = 0.5
 
@@ -23,75 +30,104 @@ Batch = TypeVar("Batch")
 
 
 def train_one_epoch(
-    model: nn.Module,
+    training: Training,
+    forward: nn.Module,
     loader: DataLoader,
     prepare: Callable[..., tuple[Tensor, Tensor]],
     loss_function: Callable[[Any, Tensor], Tensor],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    watch: Watch,
     amp_dtype: torch.dtype | None,
     title: str,
     steps_loss: int,
-    scheduler: LRScheduler | None = None,
-    on_step: Callable[[], None] | None = None,
-    on_batch: Callable[[Any, Tensor], None] | None = None,
+    count: Callable[[Any, Tensor], None] | None = None,
     figures: Callable[[], dict[str, str]] | None = None,
 ) -> dict[str, float]:
-    """Train on every batch once.
+    """Train on every batch once, from the step on that `training` has come to.
 
     Args:
-        prepare: makes of what the loader gives images and labels on the model's device.
+        forward: the model of `training`, or what runs it: compiled, in parallel.
+        loader: batches whose last two values are, of each item, its index and the reason why it
+            stands in for a broken one, or "".
+        prepare: makes of the other values images and labels on the model's device.
         loss_function: of what the model returns and the labels, a scalar.
+        watch: is asked between the steps whether to save, and whether to stop.
         amp_dtype: of mixed precision, None for full precision.
         title: of the progress bar.
         steps_loss: steps between lines of progress where there is no terminal for a bar; 0: none.
-        scheduler: steps with each batch.
-        on_step: is called after each step, to average the weights.
-        on_batch: is called with what the model returned and the labels of each batch.
+        count: is called with what the model returned and the labels of each batch.
         figures: what the progress shows beside the loss.
 
     Returns:
-        "train_loss", the mean over images; "images_per_second"; and "data_wait", the share of
-        the time that the device had nothing to do but to wait for data.
+        "images_per_second", of all processes; and "data_wait", the share of the time that the
+        device had nothing to do but to wait for data. What was summed up lies in
+        `training.totals`: "loss" over "images", "skipped_steps" of the scaler, images "left_out",
+        and what `count` adds to.
     """
-    model.train()
-    device = next(model.parameters()).device
-    total_loss = torch.zeros((), device=device)  # stays there: reading it would wait for the GPU
+    training.model.train()
+    device, totals, scaler = training.device, training.totals, training.scaler
     waiting = Waiting(device)
-    seen, started = 0, time.perf_counter()
+    seen, steps, begun, started = 0, 0, training.step, time.perf_counter()
     updated = started
+    one = torch.ones((), device=device)
 
     def shown() -> dict[str, str]:
-        loss = {"loss": f"{total_loss.item() / seen:.4f}"}  # waits for the GPU
+        loss = {"loss": f"{(totals['loss'] / totals['images']).item():.4f}"}  # waits for the GPU
         more = figures() if figures is not None else {}
+        for name in ("skipped_steps", "left_out"):
+            if totals[name]:
+                more[name.replace("_", " ")] = str(totals[name].item())
         share = waiting.seconds() / (time.perf_counter() - started)
         return loss | more | {"waiting for data": f"{100 * share:.0f} %"}
 
+    batches = waiting.through(loader)
     with _progress_bar(title, len(loader.dataset)) as bar:
-        for step, batch in enumerate(waiting.through(loader), 1):
-            images, labels = prepare(*batch)
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                outputs = model(images)
-            loss = loss_function(outputs, labels)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            if scheduler is not None:
-                scheduler.step()
-            if on_step is not None:
-                on_step()
+        bar.update(begun * training.batch_size * distributed.processes())
+        while True:
+            batch, failure = None, None
+            if not watch.stopping:
+                try:
+                    batch = next(batches, None)
+                except Exception as error:
+                    failure = error
+            watch.look_up(failure)
+            if batch is None:
+                break
+            *inputs, indices, reasons = batch
+            for reason in filter(None, reasons):
+                bar.write(f"left out: {reason}", file=sys.stderr)
+                totals["left_out"] += len(reason.splitlines())
+            images, labels = prepare(*inputs)
+            with told_memory(images, "--batch-size, which may change with --resume, or --height"):
+                with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                    outputs = forward(images)
+                loss = loss_function(outputs, labels)
+                training.optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                before = scaler.scale(one)
+                scaler.step(training.optimizer)
+                scaler.update()
+                if scaler.is_enabled():
+                    # It falls where gradients were not finite, and the step was left out.
+                    totals["skipped_steps"] += scaler.scale(one) < before
+            training.scheduler.step()
+            if training.ema:
+                training.ema.update_parameters(training.network)
+            training.step += 1
+            watch.note_loss(loss, indices)
 
-            total_loss += loss.detach() * len(images)
-            seen += len(images)
-            if on_batch is not None:
-                on_batch(outputs, labels)
-            bar.update(len(images))
+            # Each process's loss is its share of the batch's, of which their mean is the whole.
+            totals["loss"] += loss.detach() * len(images)
+            totals["images"] += len(images)
+            if count is not None:
+                count(outputs, labels)
+            together = len(images) * distributed.processes()
+            seen, steps = seen + together, steps + 1
+            bar.update(together)
             now = time.perf_counter()
-            if bar.disable and steps_loss and step % steps_loss == 0:
-                left = (len(loader) - step) * (now - started) / step
+            if bar.disable and steps_loss and training.step % steps_loss == 0:
+                left = (training.steps - training.step) * (now - started) / steps
                 print(
-                    f"{title}: step {step}/{len(loader)}, "
+                    f"{title}: step {training.step}/{training.steps}, "
                     + ", ".join(f"{name} {value}" for name, value in shown().items())
                     + f", {seen / (now - started):.1f} images/s, {left:.0f} s left",
                     flush=True,
@@ -99,13 +135,29 @@ def train_one_epoch(
             elif not bar.disable and now - updated > SECONDS_BETWEEN_UPDATES:
                 bar.set_postfix(shown())
                 updated = now
-    mean_loss = total_loss.item() / seen  # waits for the GPU to finish
+    totals["loss"].item()  # waits for the GPU to finish
     seconds = time.perf_counter() - started
     return {
-        "train_loss": mean_loss,
         "images_per_second": seen / seconds,
         "data_wait": min(1.0, waiting.seconds() / seconds),
     }
+
+
+@contextmanager
+def told_memory(images: Tensor, options: str) -> Iterator[None]:
+    """Have a GPU that runs out of memory told with what it was given, and what to lower.
+
+    Raises:
+        UsageError: instead of torch.OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        count, _, height, width = images.shape
+        raise UsageError(
+            f"the GPU ran out of memory with a batch of {count} images of {width}x{height}: give a "
+            f"smaller {options}"
+        ) from error
 
 
 class Waiting:
@@ -124,6 +176,10 @@ class Waiting:
         """The same batches, with the time until each one measured."""
         before, end = self._now(), object()
         iterator = iter(batches)  # which may start workers
+        # The loader would raise an error about a worker that died at any moment, in the middle of
+        # a step too. It notices when it waits for the worker's next batch as well: that will do.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         while (batch := next(iterator, end)) is not end:
             self.gaps.append((before, self._now()))
             yield batch
@@ -156,8 +212,11 @@ def evaluate(
     class_weights: Tensor | None = None,
     amp_dtype: torch.dtype | None = None,
     on_image: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    watch: Watch | None = None,
 ) -> tuple[float, ConfusionMatrix]:
     """Score a network at the labels' own resolution: its logits are upsampled, then argmax.
+
+    Of several processes, each scores the images of its loader, and gets the scores of all images.
 
     Args:
         loader: batches of images, a list of 3 x h x w, and of labels, H x W, integers; each of
@@ -167,6 +226,7 @@ def evaluate(
         class_weights: of the cross entropy, one weight a class; None: it is not computed.
         on_image: is called for each image, in order, with the image as it was loaded, its
             predicted classes and its label (H x W, uint8 both).
+        watch: is asked whether to stop, and told of errors.
 
     Returns:
         The weighted cross entropy over all labelled pixels, NaN where it was not asked for, and
@@ -177,7 +237,7 @@ def evaluate(
     confusion = ConfusionMatrix(num_classes, device)
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     with _progress_bar(title, len(loader.dataset)) as bar:
-        for images, labels in loader:
+        for images, labels in _until_stopped(loader, watch):
             # One image at a time: a batch of 19 planes at full resolution need not fit.
             logits_of_each = _logits(model, images, prepare, device, amp_dtype)
             for image, logits, label in zip(images, logits_of_each, labels, strict=True):
@@ -198,8 +258,10 @@ def evaluate(
                 if on_image is not None:
                     on_image(image, prediction, label)
                 bar.update()
+    confusion.counts = distributed.total(confusion.counts)
     if class_weights is None:
         return math.nan, confusion
+    total_loss = distributed.total(total_loss)
     weights = (confusion.counts.sum(1) * class_weights.double()).sum()
     return (total_loss / weights).item(), confusion
 
@@ -271,14 +333,16 @@ def evaluate_classifier(
     title: str,
     amp_dtype: torch.dtype | None = None,
     on_batch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, float]:
-    """Score an image classifier.
+    """Score an image classifier; of several processes, each on the images of its loader.
 
     Args:
         loader: batches of images and labels, N, int64.
         prepare: makes of a batch of images what the model takes.
         title: of the progress bar.
         on_batch: is called with the images as they were loaded, their logits (N x C) and labels.
+        watch: is asked whether to stop, and told of errors.
 
     Returns:
         "val_loss", the mean cross entropy; "val_top1" and "val_top5", shares in [0, 1].
@@ -288,7 +352,7 @@ def evaluate_classifier(
     accuracy = TopKAccuracy(device=device)
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     with _progress_bar(title, len(loader.dataset)) as bar:
-        for loaded, labels in loader:
+        for loaded, labels in _until_stopped(loader, watch):
             labels = labels.to(device, non_blocking=True)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits = model(prepare(loaded)).float()
@@ -297,6 +361,8 @@ def evaluate_classifier(
             if on_batch is not None:
                 on_batch(loaded, logits, labels)
             bar.update(len(loaded))
+    accuracy.counts = distributed.total(accuracy.counts)
+    total_loss = distributed.total(total_loss)
     top1, top5 = accuracy.shares()
     return {
         "val_loss": (total_loss / accuracy.seen).item(),
@@ -305,6 +371,23 @@ def evaluate_classifier(
     }
 
 
+def _until_stopped(loader: DataLoader, watch: Watch | None) -> Iterator[Any]:
+    """The batches of a loader; after them, or where they end too early, the watch is asked."""
+    if watch is None:
+        yield from loader
+        return
+    failure = None
+    try:
+        for batch in loader:
+            if watch.stopping:
+                break
+            yield batch
+    except Exception as error:
+        failure = error
+    watch.look_up(failure)
+
+
 def _progress_bar(title: str, images: int) -> tqdm:
     """A bar that counts images, on a terminal only: a log would fill with control codes."""
-    return tqdm(total=images, desc=title, unit="img", leave=False, disable=None)
+    disable = None if distributed.is_first() else True
+    return tqdm(total=images, desc=title, unit="img", leave=False, disable=disable)

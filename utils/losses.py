@@ -1,4 +1,8 @@
-"""Class weights and the losses of training."""
+"""Class weights and the losses of training.
+
+Of several processes, each with its part of a batch, the mean of their losses is the loss of the
+whole batch, and so is the mean of their gradients, which is what DistributedDataParallel makes.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,6 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from utils import distributed
 
 IGNORE_INDEX = 255
 
@@ -28,7 +34,7 @@ def class_weights(counts: Tensor, c: float) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean cross entropy over the labelled pixels; 0 where there are none.
+    """Weighted mean cross entropy over the labelled pixels of the whole batch; 0 without any.
 
     Args:
         logits: N x C x H x W, of any precision; the loss is float32.
@@ -38,7 +44,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     total = F.cross_entropy(
         logits.float(), labels, weight, ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    return total / _pixel_weights(labels, weight).sum().clamp_min(1e-12)
+    return _mean(total, _pixel_weights(labels, weight).sum())
 
 
 def ohem_cross_entropy(
@@ -59,12 +65,15 @@ def ohem_cross_entropy(
     ).flatten()
     # How many pixels are labelled only the GPU knows, and to ask it would wait for all its work. So
     # the losses are sorted as far as they could be asked for, and it finds the last of them itself.
-    most = max(1, int(losses.numel() * min_kept))
-    hardest = losses.detach().topk(most).values
-    fewest = ((labels != IGNORE_INDEX).sum() * min_kept).long().clamp(1, most)
+    most = max(1, int(losses.numel() * distributed.processes() * min_kept))
+    hardest = losses.detach().topk(min(most, losses.numel())).values
+    if distributed.processes() > 1:  # the hardest of the whole batch may all lie in one process
+        hardest = distributed.joined(hardest).topk(most).values
+    labelled = distributed.total((labels != IGNORE_INDEX).sum())
+    fewest = (labelled * min_kept).long().clamp(1, most)
     kept = (losses > -math.log(threshold)) | (losses >= hardest.take(fewest - 1))
     weights = _pixel_weights(labels, weight).flatten() * kept
-    return (losses * weights).sum() / weights.sum().clamp_min(1e-12)
+    return _mean((losses * weights).sum(), weights.sum())
 
 
 LOSSES = {"ce": cross_entropy, "ohem": ohem_cross_entropy}
@@ -90,6 +99,14 @@ def with_auxiliary(loss: Loss, share: float) -> Callable[[tuple[Tensor, Tensor],
         return loss(logits, labels) + share * loss(auxiliary, smaller)
 
     return total
+
+
+def _mean(total: Tensor, weights: Tensor) -> Tensor:
+    """A sum of weighted losses over the sum of the weights in the whole batch.
+
+    Each process has its part of both; the mean of what they return is the mean of the batch.
+    """
+    return distributed.processes() * total / distributed.total(weights.detach()).clamp_min(1e-12)
 
 
 def _pixel_weights(labels: Tensor, weight: Tensor) -> Tensor:

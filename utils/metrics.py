@@ -67,24 +67,28 @@ class TopKAccuracy:
     """How often the label of an image is among the k classes of the largest logits.
 
     Attributes:
-        hits: one count for each k, int64, kept on one device.
-        seen: images counted.
+        counts: hits of each k, then the images counted, int64, kept on one device.
     """
 
     def __init__(self, ks: Sequence[int] = (1, 5), device: torch.device | str = "cpu") -> None:
-        self.ks, self.seen = tuple(ks), 0
-        self.hits = torch.zeros(len(self.ks), dtype=torch.int64, device=device)
+        self.ks = tuple(ks)
+        self.counts = torch.zeros(len(self.ks) + 1, dtype=torch.int64, device=device)
+
+    @property
+    def seen(self) -> int:
+        return int(self.counts[-1])
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: logits of N x C and labels of N; of k or fewer classes all hit."""
         classes = logits.topk(min(max(self.ks), logits.shape[1])).indices  # N x k, best first
         hit = classes == labels[:, None]
-        self.hits += torch.stack([hit[:, :k].sum() for k in self.ks])
-        self.seen += len(labels)
+        for place, k in enumerate(self.ks):
+            self.counts[place] += hit[:, :k].sum()
+        self.counts[-1] += len(labels)
 
     def shares(self) -> list[float]:
         """The share of the images that each k hits, in [0, 1]; NaN without any image."""
-        return (self.hits.double() / self.seen).tolist()
+        return (self.counts[:-1].double() / self.counts[-1]).tolist()
 
     def figures(self) -> dict[str, str]:
         """The shares as they are shown: {"top-1": "12.34 %", ...}."""

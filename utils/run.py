@@ -5,22 +5,47 @@ import csv
 import json
 import math
 import os
+import shlex
+import shutil
+import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.cli import ArgumentParser, UsageError, file_path, natural_int, seed_int
+from utils import distributed
+from utils.atomic import remove_unfinished, written_whole
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.cli import (
+    ArgumentParser,
+    UsageError,
+    file_path,
+    natural_float,
+    natural_int,
+    seed_int,
+)
 
-LAST, BEST, ENCODER = "last.pth", "best.pth", "encoder.pth"
-ARGS, LOG, COUNTS = "args.json", "log.csv", "class_counts.json"
+# The checkpoint to go on from, and the one before it, in case it is damaged.
+LAST, PREVIOUS = "last.pth", "previous.pth"
+BEST, ENCODER = "best.pth", "encoder.pth"
+ARGS, LOG, COUNTS, LOCK = "args.json", "log.csv", "class_counts.json", ".lock"
 
 # Options that may differ from the run's own when it is resumed.
 FREE_ON_RESUME = {
-    "datadir", "dataset", "device", "amp", "workers", "steps_loss", "resume", "savedir"
+    "datadir", "dataset", "device", "amp", "workers", "batch_size", "skip_broken",
+    "checkpoint_minutes", "steps_loss", "resume", "savedir",
 }  # fmt: skip
+
+# What last.pth says beside the weights and what they are, to go on with a run.
+RUN_STATE = (
+    "stage", "epoch", "step", "steps", "lr", "batch_size", "best", "training_model", "ema_updates",
+    "optimizer", "scheduler", "scaler", "processes",
+)  # fmt: skip
 
 # Columns of the log that TensorBoard shows, beside the IoU of every class.
 TAGS = {
@@ -32,6 +57,8 @@ TAGS = {
     "val_pixel_accuracy": "pixel accuracy/val",
     "images_per_second": "images per second/train",
     "data_wait": "share of time waiting for data/train",
+    "skipped_steps": "steps skipped by the scaler/train",
+    "left_out": "broken images left out/train",
     "train_top1": "top-1/train",
     "val_top1": "top-1/val",
     "train_top5": "top-5/train",
@@ -61,6 +88,17 @@ def add_run_options(parser: ArgumentParser) -> argparse._ArgumentGroup:
         help="mixed precision; auto: on a GPU only; default auto",
     )
     machine.add_argument("--seed", type=seed_int, default=0, help="default 0")
+    machine.add_argument(
+        "--sync-bn",
+        action="store_true",
+        help="batch norm over the images of all processes that torchrun started; on GPUs",
+    )
+    machine.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out images and labels that cannot be read, and count them; without it, the "
+        "first one ends the run",
+    )
 
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -69,6 +107,12 @@ def add_run_options(parser: ArgumentParser) -> argparse._ArgumentGroup:
         help="a name under save/, or a path; default: by data set and time",
     )
     output.add_argument("--resume", action="store_true", help="go on with the run in --savedir")
+    output.add_argument(
+        "--checkpoint-minutes",
+        type=natural_float,
+        default=10.0,
+        help="save what resuming needs this often within an epoch, and after each; default 10",
+    )
     output.add_argument(
         "--steps-loss",
         type=natural_int,
@@ -125,13 +169,49 @@ def run_folder(savedir: str | None, dataset: str) -> Path:
     return Path(savedir) if os.sep in savedir or savedir in (".", "..") else Path("save") / savedir
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep an output folder for this process, and the run that it is the first of, alone.
+
+    A folder that is made for it, and into which nothing is written, is removed at the end.
+
+    Raises:
+        UsageError: another run has it, or it cannot be written.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+        remove_unfinished(folder)
+    except Timeout as error:
+        raise UsageError(
+            f"another run is writing into {folder}: wait for its end, or give another --savedir"
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written ({error.strerror}): give another --savedir"
+        ) from error
+    try:
+        yield
+    finally:
+        if made and [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            for path in made:
+                path.rmdir()
+        lock.release()
+
+
 def check_free(folder: Path) -> None:
     """See that no run lies in the folder.
 
     Raises:
         UsageError: one does.
     """
-    names = (ARGS, LOG, COUNTS, LAST, BEST, ENCODER, "stage*-epoch*.pth", "events.out.tfevents.*")
+    names = (
+        ARGS, LOG, COUNTS, LAST, PREVIOUS, BEST, ENCODER, "stage*-epoch*.pth",
+        "events.out.tfevents.*",
+    )  # fmt: skip
     for found in (path for name in names for path in folder.glob(name)):
         raise UsageError(
             f"{folder} holds a run already ({found.name}): continue it with --resume or give "
@@ -140,20 +220,108 @@ def check_free(folder: Path) -> None:
 
 
 def start_run(folder: Path, args: Mapping[str, Any]) -> None:
-    """Make the folder and write the options of a new run into it.
+    """Write the options of a new run into its folder.
 
     Raises:
-        UsageError: the folder holds a run or cannot be written.
+        UsageError: the folder cannot be written.
     """
-    check_free(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ARGS).open("x") as file:
-            json.dump(dict(args), file, indent=2)
+        with written_whole(folder / ARGS) as unfinished:
+            unfinished.write_text(json.dumps(dict(args), indent=2))
     except OSError as error:
         raise UsageError(
             f"{folder} cannot be written ({error.strerror}): give another --savedir"
         ) from error
+
+
+def save_run(checkpoint: Mapping[str, Any], folder: Path) -> None:
+    """Write last.pth; the one before becomes previous.pth.
+
+    Raises:
+        UsageError: the disk takes no more; both are as they were.
+    """
+    last = folder / LAST
+    with told(folder / LAST):
+        if last.exists():
+            with written_whole(folder / PREVIOUS) as copy:
+                shutil.copyfile(last, copy)
+        save_checkpoint(checkpoint, last)
+
+
+def save_result(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint of a run that nothing is resumed from.
+
+    Raises:
+        UsageError: the disk takes no more; what was there is as it was.
+    """
+    with told(path):
+        save_checkpoint(checkpoint, path)
+
+
+def load_run(folder: Path) -> dict[str, Any] | None:
+    """Read the checkpoint that a run is resumed from: last.pth, or previous.pth where the last is
+    damaged or missing, which is said.
+
+    Returns:
+        None where there is neither.
+
+    Raises:
+        CheckpointError: neither can be read.
+    """
+    last, previous = folder / LAST, folder / PREVIOUS
+    if not last.exists() and not previous.exists():
+        return None
+    try:
+        return _load_state(last)
+    except CheckpointError as error:
+        if not previous.exists():
+            raise
+        checkpoint = _load_state(previous)
+        print(f"{error}; going on from {previous}")
+        # The next checkpoint would otherwise make of the damaged one the previous.
+        if last.exists():
+            os.replace(last, folder / f"damaged-{LAST}")
+        with written_whole(last) as copy:
+            shutil.copyfile(previous, copy)
+        return checkpoint
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    checkpoint = load_checkpoint(path)
+    for key in RUN_STATE:
+        if key not in checkpoint:
+            raise CheckpointError(
+                f"{path} does not hold the {key} of a run: put back the file that the run wrote, "
+                "or start another run"
+            )
+    return checkpoint
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Have a failure to write a file of a run told in one line.
+
+    Raises:
+        UsageError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or path} cannot be written ({error.strerror or error}): mend that, "
+            f"and go on with: {resume_command(path.parent)}"
+        ) from error
+
+
+def resume_command(folder: Path) -> str:
+    """The command line that goes on with a run that was stopped."""
+    start = "python"
+    if distributed.processes() > 1:
+        local = distributed.local_processes()
+        more = " ..." if distributed.processes() > local else ""  # as on the other machines
+        start = f"torchrun --nproc-per-node {local}{more}"
+    name = str(folder.relative_to("save")) if folder.parent == Path("save") else str(folder)
+    return f"{start} {shlex.quote(sys.argv[0])} --savedir {shlex.quote(name)} --resume"
 
 
 def read_args(folder: Path) -> dict[str, Any]:
@@ -180,52 +348,66 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a line to a CSV file; the first also writes the header, which the others follow."""
-    names = list(row)
-    if path.exists():
-        with path.open(newline="") as file:
-            names = next(csv.reader(file), names)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, names, restval=math.nan, extrasaction="ignore")
-        if file.tell() == 0:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with told(path), written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(dict(content), indent=2))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log, as strings; none where there is no log yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a log; its columns are those of the first row.
+
+    Raises:
+        UsageError: it cannot be written, and is as it was.
+    """
+    with told(path), written_whole(path) as unfinished, unfinished.open("w", newline="") as file:
+        if rows:
+            writer = csv.DictWriter(file, list(rows[0]), restval=math.nan, extrasaction="ignore")
             writer.writeheader()
-        writer.writerow(row)
+            writer.writerows(rows)
 
 
-def write_scalars(writer: SummaryWriter, row: Mapping[str, float], step: int) -> None:
-    """A row of the log to TensorBoard; what was not measured in this epoch is left out."""
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row to a log, whose columns are those of its first row."""
+    write_log(path, [*read_log(path), dict(row)])
+
+
+def write_events(
+    writer: SummaryWriter, row: Mapping[str, float], step: int, pictures: Sequence[Tensor]
+) -> None:
+    """A row of the log, without what was not measured, and pictures of val to TensorBoard."""
     for name, value in row.items():
         if name in TAGS or name.startswith("iou "):
             tag = TAGS.get(name) or name.replace("iou ", "iou/", 1)
             if not math.isnan(value):
                 writer.add_scalar(tag, value, step)
+    for number, picture in enumerate(pictures):
+        writer.add_image(f"val/{number}", picture, step)
+    writer.flush()
+
+
+def notes(row: Mapping[str, float]) -> str:
+    """What a row of the log tells of steps and images that were left out, to end its report."""
+    named = {"skipped_steps": "steps skipped by the scaler", "left_out": "broken images left out"}
+    return "".join(f", {row[name]} {what}" for name, what in named.items() if row[name])
 
 
 def drop_rows_after(path: Path, **done: int) -> None:
-    """Cut from the log what was trained after the checkpoint that a run resumes from, and a
-    last row that was not written to its end.
+    """Cut from a log what was trained after the checkpoint that a run resumes from.
 
     Args:
         done: columns of the last row to keep, the slower one first: stage=1, epoch=3.
     """
-    if not path.exists():
-        return
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows, names = list(reader), reader.fieldnames
-    if names is None:  # not even the header was written
-        path.unlink()
-        return
+    rows = read_log(path)
     kept = [
-        row
-        for row in rows
-        if None not in row.values()  # fewer values than the header has names
-        and tuple(int(row[column]) for column in done) <= tuple(done.values())
+        row for row in rows if tuple(int(row[column]) for column in done) <= tuple(done.values())
     ]
-    unfinished = path.with_name(f".{path.name}")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=names)
-        writer.writeheader()
-        writer.writerows(kept)
-    os.replace(unfinished, path)
+    if len(kept) < len(rows):
+        write_log(path, kept)
