@@ -208,7 +208,8 @@ def overlay(picture: Image.Image, labels: np.ndarray, about: dict[str, Any]) -> 
 
 
 def new_folder(output: str | None, given: str) -> Path:
-    folder = Path(output or Path("results", Path(given).resolve().stem))
+    # A name of dots alone, which "...png" has without its suffix, would lead elsewhere.
+    folder = Path(output or Path("results", Path(given).resolve().stem.strip(".") or "pictures"))
     try:
         folder.mkdir(parents=True)
     except OSError as error:

@@ -6,7 +6,7 @@ import sys
 import onnx
 import pytest
 import torch
-from conftest import ROOT, street_scenes
+from conftest import ROOT, full_disk, street_scenes
 
 from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.onnx_model import METADATA, OnnxNetwork, export_onnx
@@ -67,6 +67,14 @@ def test_what_differs_is_not_kept(fails, monkeypatch, tmp_path):
     forward = OnnxNetwork.forward
     monkeypatch.setattr(OnnxNetwork, "forward", lambda self, images: 1.01 * forward(self, images))
     assert "is not the network: logits differ" in fails("export.py", "--output", "l.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [1000, 3_000_000])
+def test_a_full_disk_is_said(fails, tmp_path, size):
+    with full_disk(size):
+        line = fails("export.py", "--output", "l.onnx")
+    assert "l.onnx cannot be written (File too large): make room, or give another --output" in line
     assert not list(tmp_path.iterdir())
 
 
