@@ -78,6 +78,14 @@ def test_a_full_disk_is_said(fails, tmp_path, size):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    (tmp_path / "l.onnx").write_text("old")
+    network, checkpoint = load_network(SHIPPED)
+    with full_disk(3_000_000), pytest.raises(OSError, match=r"l\.onnx"):
+        export_onnx(network, checkpoint, tmp_path / "l.onnx")
+    assert (tmp_path / "l.onnx").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_without_its_extras(fails, monkeypatch, tmp_path):
     def export(*args, **kwargs):
         raise ImportError("No module named 'onnxscript'")
