@@ -225,8 +225,8 @@ def save(results: Iterator, folder: Path, label_ids: list[int]) -> None:
         path = folder / "labels" / f"{name}.png"
         if path.exists():
             fail(f"--input holds two pictures named {name}: rename one of them")
-        Image.fromarray(np.uint8(label_ids)[labels]).save(path)
-        page.save(folder / "overlays" / f"{name}.jpg", quality=90)
+        Image.fromarray(np.uint8(label_ids)[labels]).save(path, "PNG")
+        page.save(folder / "overlays" / f"{name}.jpg", "JPEG", quality=90)
 
 
 def film(results: Iterator, path: Path, rate: float, live: bool) -> None:
