@@ -33,6 +33,7 @@ from datasets.seeded import as_lists
 from datasets.segmentation import Classes, Segmentation, resized_size, write_label
 from datasets.transforms import to_floats
 from models.lednet import LEDNet
+from utils.atomic import written_whole
 from utils.checkpoint import CheckpointError, load_network
 from utils.cli import (
     ArgumentParser,
@@ -47,7 +48,8 @@ from utils.cli import (
 from utils.engine import evaluate
 from utils.metrics import ConfusionMatrix, mean_score
 from utils.onnx_model import MissingExtra, OnnxNetwork, export_onnx
-from utils.saver import Saver
+from utils.results import inside, save_result
+from utils.saver import Saver, cannot_write
 from utils.speed import (
     InPrecision,
     count_multiply_adds,
@@ -255,12 +257,12 @@ def score(
     started = time.perf_counter()
     with Saver(workers, "--save-results") as saver:
 
-        def write(path: Path, prediction: Tensor) -> None:
-            path.parent.mkdir(exist_ok=True)
-            write_label(path, prediction, dataset.classes)
+        def write(name: str, prediction: Tensor) -> None:
+            path = inside(Path(args.save_results), name)
+            save_result(path, lambda file: write_label(file, prediction, dataset.classes))
 
         def save(_image: Tensor, prediction: Tensor, _label: Tensor) -> None:
-            saver.put(write, Path(args.save_results) / next(names), prediction.cpu())
+            saver.put(write, next(names), prediction.cpu())
 
         title = f"scoring {args.subset}"
         on_image = save if args.save_results else None
@@ -334,14 +336,22 @@ def device_name(device: torch.device) -> str:
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
-    """Write the figures; NaN, which JSON does not have, becomes null."""
+    """Write the figures; NaN, which JSON does not have, becomes null.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(inner) for key, inner in value.items()}
         return None if isinstance(value, float) and math.isnan(value) else value
 
-    path.write_text(json.dumps(plain(figures), indent=2) + "\n")
+    try:
+        with written_whole(path) as unfinished:
+            unfinished.write_text(json.dumps(plain(figures), indent=2) + "\n")
+    except OSError as error:
+        raise cannot_write(error, "--json") from error
 
 
 if __name__ == "__main__":

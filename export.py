@@ -13,7 +13,6 @@ examples/onnx_camera.py shows how to use the model without torch.
 
 import argparse
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -21,9 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.lednet import LEDNet
+from utils.atomic import written_whole
 from utils.checkpoint import CheckpointError, load_network
 from utils.cli import ArgumentParser, UsageError, file_path, run
 from utils.onnx_model import LEAST, MissingExtra, OnnxNetwork, export_onnx
+from utils.saver import cannot_write
 
 SHIPPED = Path(__file__).parent / "weights" / "lednet_d20_camvid.pth"
 TOLERANCE = 1e-4  # of logits, relative to the largest
@@ -63,11 +64,12 @@ def main() -> None:
     network, checkpoint = load_network(args.checkpoint)
     print(f"exporting {args.checkpoint}", flush=True)
     # A model that fails the check must not be found where the good one was to be.
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=args.output.parent) as folder:
-        unchecked = Path(folder, args.output.name)
-        export_onnx(network, checkpoint, unchecked, args.labels)
-        compare(network, OnnxNetwork(unchecked), args.labels, checkpoint["height"])
-        os.replace(unchecked, args.output)
+    try:
+        with written_whole(args.output) as unchecked:
+            export_onnx(network, checkpoint, unchecked, args.labels)
+            compare(network, OnnxNetwork(unchecked), args.labels, checkpoint["height"])
+    except OSError as error:
+        raise cannot_write(error, "--output") from error
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
 
 

@@ -33,6 +33,7 @@ from datasets.pictures import (
     find_pictures,
     is_video,
     open_video,
+    result_name,
     stack,
     video_frames,
 )
@@ -50,6 +51,7 @@ from utils.cli import (
     run,
 )
 from utils.engine import label_map
+from utils.results import inside, save_result
 from utils.saver import Saver, cannot_write
 from utils.speed import deploy
 from utils.video import VideoWriter
@@ -104,7 +106,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1; default auto")
     args = parser.parse_args()
     if args.output is None:
-        name = Path(args.input[0]).resolve().stem.strip("*")
+        name = result_name(Path(args.input[0]).resolve().name).strip("*")
         args.output = str(Path("results") / (name or "pictures"))
     if args.height is not None and args.height < 64:
         raise UsageError(f"--height {args.height} is too small: LEDNet needs 64x64")
@@ -159,15 +161,18 @@ def main() -> None:
                     bar.reset(stream.frames or None)
                     rate = stream.average_rate or FRAMES_PER_SECOND
                 bar.set_description(Path(path).name)
-                shown = make_room(output / "overlays" / f"{name}.mp4")
+                shown = inside(output, f"overlays/{name}.mp4")
                 frames = video_frames(path, name, height)
                 with VideoWriter(shown, rate) as writer:
-                    for frame, labels in segment(network, frames, floats, args.batch_size):
-                        saver.put(save, output, frame, labels, classes)
-                        page = overlay(frame.image, labels, classes.names, classes.colors)
-                        writer.add(page)
-                        done += 1
-                        bar.update()
+                    try:
+                        for frame, labels in segment(network, frames, floats, args.batch_size):
+                            saver.put(save, output, frame, labels, classes)
+                            page = overlay(frame.image, labels, classes.names, classes.colors)
+                            writer.add(page)
+                            done += 1
+                            bar.update()
+                    except DatasetError as error:  # what was read until there is kept
+                        fail(str(error))
             except DatasetError as error:
                 fail(str(error))
             except OSError as error:
@@ -214,21 +219,18 @@ def batches(frames: Iterable[Frame], most: int) -> Iterator[list[Frame]]:
 
 def save(output: Path, frame: Frame, labels: Tensor, classes: Classes) -> None:
     """Write the classes of a picture, as label ids and as colours."""
-    write_label(make_room(output / "labels" / f"{frame.name}.png"), labels, classes)
+    path = inside(output, f"labels/{frame.name}.png")
+    save_result(path, lambda file: write_label(file, labels, classes))
     colors = paint(labels, classes.colors)
-    colors.save(make_room(output / "colors" / f"{frame.name}.png"))
+    path = inside(output, f"colors/{frame.name}.png")
+    save_result(path, lambda file: colors.save(file, "PNG"))
 
 
 def save_overlay(output: Path, frame: Frame, labels: Tensor, classes: Classes) -> None:
     page = overlay(frame.image, labels, classes.names, classes.colors)
-    suffix = ".jpg" if max(page.size) <= JPEG_MOST else ".png"
-    page.save(make_room(output / "overlays" / f"{frame.name}{suffix}"), quality=90)
-
-
-def make_room(path: Path) -> Path:
-    """The path, with a folder to lie in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    suffix, kind = (".jpg", "JPEG") if max(page.size) <= JPEG_MOST else (".png", "PNG")
+    path = inside(output, f"overlays/{frame.name}{suffix}")
+    save_result(path, lambda file: page.save(file, kind, quality=90))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from datasets.files import DatasetError
 from datasets.segmentation import Segmentation, resized_size
+from datasets.sync import sync
 
 # To be raised when the same files come to other bytes, so that no older file is read.
 FORMAT = 1
@@ -191,6 +192,7 @@ class InFile(Dataset):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, self.path)
+            sync(self.path.parent)
         finally:
             unfinished.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets.files import DatasetError
+from datasets.sync import sync
 
 
 def draw_once(root: str | os.PathLike, make: Callable[..., None], what: str) -> None:
@@ -64,6 +65,11 @@ def make_folder(
             for _ in tqdm(written, title, total=len(jobs), disable=None):
                 pass
         unfinished.chmod(0o755)
+        # A folder that is there is never drawn again: its files must not be lost from it.
+        for folder, _, files in os.walk(unfinished):
+            for path in (*(os.path.join(folder, name) for name in files), folder):
+                sync(path)
         unfinished.rename(root)
+        sync(root.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

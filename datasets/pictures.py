@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 # Formats whose further frames are moments of one scene; of others, such as the previews that
 # cameras put behind a photo, the first is the picture.
 ANIMATED = {"GIF", "PNG", "WEBP"}
+
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 
 # The network takes 64 pixels each way, and pictures far wider than high would not fit in memory.
 SHORTEST, WIDEST = 64, 8
@@ -54,12 +57,12 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
     for given in inputs:
         if os.path.isdir(given):
             inside = sorted(path for path in Path(given).rglob("*") if is_picture(path))
-            paths = {str(path): str(path.relative_to(given).with_suffix("")) for path in inside}
+            paths = {str(path): result_name(path.relative_to(given)) for path in inside}
         elif os.path.exists(given):
-            paths = {given: Path(given).stem}
+            paths = {given: result_name(Path(given).name)}
         else:
             matched = sorted(path for path in glob.glob(given, recursive=True))
-            paths = {path: Path(path).stem for path in matched if os.path.isfile(path)}
+            paths = {path: result_name(Path(path).name) for path in matched if os.path.isfile(path)}
         if not paths:
             what = "holds no picture or video" if os.path.isdir(given) else "is no file or folder"
             raise DatasetError(f"{given} {what}: give a picture, a folder, a glob or a video")
@@ -75,6 +78,17 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
         taken.add(unique)
         found[path] = unique
     return list(found.items())
+
+
+def result_name(path: str | os.PathLike) -> str:
+    """What the results of a file are called: its path without suffix.
+
+    Names of dots alone, which `...gif` has without its suffix, would lead elsewhere, and control
+    characters would break lines: each such character becomes an underscore.
+    """
+    path = Path(path)
+    parts = [UNPRINTABLE.sub("_", part) for part in (*path.parent.parts, path.stem)]
+    return "/".join("_" * len(part) if set(part) == {"."} else part for part in parts)
 
 
 def is_picture(path: Path) -> bool:

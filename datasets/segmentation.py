@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -167,10 +167,10 @@ class Segmentation(Dataset):
         return train_ids
 
 
-def write_label(path: str | os.PathLike, prediction: Tensor, classes: Classes) -> None:
+def write_label(file: str | os.PathLike | BinaryIO, prediction: Tensor, classes: Classes) -> None:
     """Write predicted trainIds, H x W, as a PNG of the data set's own label ids."""
     to_label_ids = np.array(classes.label_ids, np.uint8)
-    Image.fromarray(to_label_ids[prediction.to("cpu", torch.uint8).numpy()]).save(path)
+    Image.fromarray(to_label_ids[prediction.to("cpu", torch.uint8).numpy()]).save(file, "PNG")
 
 
 def matched_files(

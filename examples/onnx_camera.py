@@ -208,7 +208,8 @@ def overlay(picture: Image.Image, labels: np.ndarray, about: dict[str, Any]) -> 
 
 
 def new_folder(output: str | None, given: str) -> Path:
-    folder = Path(output or Path("results", Path(given).resolve().stem))
+    # A name of dots alone, which "...png" has without its suffix, would lead elsewhere.
+    folder = Path(output or Path("results", Path(given).resolve().stem.strip(".") or "pictures"))
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -224,8 +225,8 @@ def save(results: Iterator, folder: Path, label_ids: list[int]) -> None:
         path = folder / "labels" / f"{name}.png"
         if path.exists():
             fail(f"--input holds two pictures named {name}: rename one of them")
-        Image.fromarray(np.uint8(label_ids)[labels]).save(path)
-        page.save(folder / "overlays" / f"{name}.jpg", quality=90)
+        Image.fromarray(np.uint8(label_ids)[labels]).save(path, "PNG")
+        page.save(folder / "overlays" / f"{name}.jpg", "JPEG", quality=90)
 
 
 def film(results: Iterator, path: Path, rate: float, live: bool) -> None:

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
-from conftest import run_script
+from conftest import full_disk, run_script
 from PIL import Image
 
 from datasets.cityscapes import Cityscapes
@@ -199,6 +199,26 @@ def test_results_that_cannot_be_written_are_said(fails, checkpoint, cityscapes, 
     monkeypatch.setattr("datasets.segmentation.write_label", broken)
     argv = ("--checkpoint", checkpoint, "--datadir", cityscapes, "--save-results", "out")
     assert "3 label PNGs are missing: a result cannot be saved (encoder" in fails(EVAL, *argv)
+
+
+@pytest.mark.parametrize("option", ["--json", "--save-results"])
+def test_a_full_disk_is_said(fails, checkpoint, cityscapes, tmp_path, option):
+    argv = ("--checkpoint", checkpoint, "--datadir", cityscapes, option, "out")
+    with full_disk(80):
+        line = fails(EVAL, *argv)
+    assert "/" * (option != "--json") in line and "out" in line
+    assert f"cannot be written (File too large): make room, or give another {option}" in line
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name", ["../../out.png", "/out.png", "../out.png"])
+def test_results_stay_in_their_folder(fails, checkpoint, cityscapes, tmp_path, monkeypatch, name):
+    if name.startswith("/"):
+        name = f"{tmp_path}{name}"
+    monkeypatch.setattr(Cityscapes, "result_name", lambda self, index: name)
+    argv = ("--checkpoint", checkpoint, "--datadir", cityscapes)
+    assert "it leads out of a/b" in fails(EVAL, *argv, "--save-results", "a/b")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_batches_are_as_large_as_asked_for(script, checkpoint, cityscapes, monkeypatch):

@@ -6,7 +6,7 @@ import sys
 import onnx
 import pytest
 import torch
-from conftest import ROOT, street_scenes
+from conftest import ROOT, full_disk, street_scenes
 
 from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.onnx_model import METADATA, OnnxNetwork, export_onnx
@@ -68,6 +68,22 @@ def test_what_differs_is_not_kept(fails, monkeypatch, tmp_path):
     monkeypatch.setattr(OnnxNetwork, "forward", lambda self, images: 1.01 * forward(self, images))
     assert "is not the network: logits differ" in fails("export.py", "--output", "l.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [1000, 3_000_000])
+def test_a_full_disk_is_said(fails, tmp_path, size):
+    with full_disk(size):
+        line = fails("export.py", "--output", "l.onnx")
+    assert "l.onnx cannot be written (File too large): make room, or give another --output" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    (tmp_path / "l.onnx").write_text("old")
+    network, checkpoint = load_network(SHIPPED)
+    with full_disk(3_000_000), pytest.raises(OSError, match=r"l\.onnx"):
+        export_onnx(network, checkpoint, tmp_path / "l.onnx")
+    assert (tmp_path / "l.onnx").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_without_its_extras(fails, monkeypatch, tmp_path):

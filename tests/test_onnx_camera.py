@@ -170,3 +170,11 @@ def test_what_cannot_be(models, mistake, cityscapes, tmp_path):
     assert "out cannot be made (File exists)" in mistake(*good, "--input", "a.png")
     argv = ("--model", models / "labels.onnx", "--input", "empty", "--output", "other")
     assert "empty gave no picture" in mistake(*argv)
+
+
+def test_a_name_of_dots_stays_under_results(models, robot, cityscapes, tmp_path):
+    scene(cityscapes).save(tmp_path / "...png", "PNG")
+    result = robot("--model", models / "labels.onnx", "--input", "...png")
+    assert result.returncode == 0, result.stderr
+    (path,) = (tmp_path / "results/pictures/labels").iterdir()
+    assert Image.open(path).size == (480, 360)

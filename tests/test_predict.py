@@ -1,14 +1,16 @@
 import re
+import shutil
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, run_script
+from conftest import QUICK, ROOT, full_disk, run_script
 from PIL import Image
 
-import datasets.segmentation
 from datasets.cityscapes import Cityscapes
+from datasets.files import DatasetError
+from datasets.pictures import video_frames
 from utils.video import VideoWriter
 
 av = pytest.importorskip("av")
@@ -200,15 +202,106 @@ def test_what_cannot_be(fails, checkpoint, cityscapes, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_a_full_disk_is_said(fails, checkpoint, cityscapes, tmp_path, monkeypatch):
-    def full(path, *_):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(datasets.segmentation, "write_label", full)
+@pytest.mark.parametrize(
+    ("size", "first"), [(50, "labels/a.png"), (1500, "overlays/a.jpg")], ids=["png", "jpg"]
+)
+def test_a_full_disk_is_said(fails, checkpoint, cityscapes, tmp_path, size, first):
     photo(cityscapes).save(tmp_path / "a.png")
     argv = ("--checkpoint", checkpoint, "--workers", 0, "--output", "out")
-    line = fails("predict.py", "--input", "a.png", *argv)
-    assert "labels/a.png cannot be written (No space left on device)" in line
+    with full_disk(size):
+        line = fails("predict.py", "--input", "a.png", *argv)
+    assert f"out/{first} cannot be written (File too large): make room" in line
+    left = {path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert all(path.stat().st_size < size for path in left)
+    for path in left:  # those that fit are whole
+        Image.open(path).load()
+    assert not [path for path in left if path.name.startswith(".") or str(path).endswith(first)]
+
+
+@pytest.mark.parametrize("size", [40, 4000, "the end"])
+def test_a_full_disk_while_a_video_is_written(
+    fails, predict, checkpoint, tmp_path, size, cityscapes
+):
+    image = photo(cityscapes)
+    with VideoWriter(tmp_path / "film.mp4", Fraction(5)) as writer:
+        for angle in range(7):
+            writer.add(image.rotate(angle))
+    if size == "the end":
+        assert predict(tmp_path / "film.mp4").status == 0
+        size = (tmp_path / "out/overlays/film.mp4").stat().st_size - 1
+        shutil.rmtree(tmp_path / "out")
+    argv = ("--checkpoint", checkpoint, "--workers", 0, "--output", "out")
+    with full_disk(size):
+        line = fails("predict.py", "--input", "film.mp4", *argv)
+    assert "film" in line and "cannot be written (File too large)" in line
+    assert not list((tmp_path / "out/overlays").iterdir())
+    for path in (tmp_path / "out").rglob("*.png"):
+        Image.open(path).load()
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "kept"), [(DatasetError, 1, 5), (KeyboardInterrupt, 130, 0)]
+)
+def test_a_video_that_breaks_off(predict, cityscapes, tmp_path, monkeypatch, end, status, kept):
+    """What could be read of it is kept; of a run that was interrupted, only what was done."""
+    image = photo(cityscapes)
+    with VideoWriter(tmp_path / "film.mp4", Fraction(5)) as writer:
+        for angle in range(7):
+            writer.add(image.rotate(angle))
+
+    def broken(*args):
+        for number, frame in enumerate(video_frames(*args)):
+            if number == 5:
+                raise end("film.mp4 breaks off")
+            yield frame
+
+    monkeypatch.setattr("datasets.pictures.video_frames", broken)
+    result = predict(tmp_path / "film.mp4", argv=("--batch-size", 1))
+    assert result.status == status
+    films = list((tmp_path / "out/overlays").iterdir())
+    assert len(films) == (kept > 0)
+    for film in films:
+        with av.open(film) as container:
+            assert sum(1 for _ in container.decode(video=0)) == kept
+
+
+def test_a_video_without_a_picture_is_no_file(tmp_path):
+    with VideoWriter(tmp_path / "film.mp4", Fraction(5)):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_lie_in_their_folder_whatever_files_are_called(predict, cityscapes, tmp_path):
+    folder, image = tmp_path / "in", photo(cityscapes)
+    names = (
+        "...gif",
+        "..gif",
+        "....gif",
+        "a\nb.png",
+        "-rf.png",
+        "a b;c.png",
+        "c:d.png",
+        "e\\f.png",
+    )
+    folder.mkdir()
+    for name in names:
+        image.save(
+            folder / name, name[-3:], save_all=name[0] == ".", append_images=[image.rotate(5)]
+        )
+    before = sorted(tmp_path.rglob("*"))
+    assert predict(*(folder / name for name in names)).status == 0
+    new = set(tmp_path.rglob("*")) - set(before)
+    assert all(path.is_relative_to(tmp_path / "out") for path in new)
+    stills = ("a_b", "-rf", "a b;c", "c:d", "e\\f")
+    moving = (f"{name}/00000{number}" for name in ("_", "__", "___") for number in range(2))
+    assert {*results(tmp_path / "out", "labels")} == {f"{name}.png" for name in (*stills, *moving)}
+
+
+def test_a_default_folder_of_results_lies_under_results(script, cityscapes, tmp_path, monkeypatch):
+    photo(cityscapes).save(tmp_path / "...png", "PNG")
+    assert script("predict.py", "--input", "...png", "--workers", 0).status == 0
+    assert (tmp_path / "results/__/labels/__.png").is_file()
 
 
 def test_a_fresh_clone_segments_a_photo_with_the_shipped_weights(script, cityscapes, tmp_path):

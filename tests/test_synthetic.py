@@ -1,4 +1,5 @@
 import filecmp
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,3 +84,18 @@ def test_coarsen_never_takes_one_class_for_another():
     rough = coarsen(ids, cell=16)
     assert ((rough == ids) | (rough == 0)).all()
     assert (rough == 1).any()
+
+
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    """The folder is never drawn again: a power cut must not leave empty files in it."""
+    synced = []
+
+    def sync(path):
+        path = Path(path)
+        synced.append("root" if path == tmp_path else path.name)
+        assert path == tmp_path or (path.exists() and not (tmp_path / "data").exists())
+
+    monkeypatch.setattr("datasets.drawn.sync", sync)
+    make_synthetic(tmp_path / "data", {"train": 1}, height=64)
+    files = {path.name for path in (tmp_path / "data").rglob("*")}
+    assert files and files <= set(synced) and synced[-1] == "root"

@@ -43,6 +43,7 @@ from benchmark_page import RESULTS, write_page
 
 from datasets.synthetic import make_synthetic
 from models.lednet import LEDNet
+from utils.atomic import written_whole
 from utils.cli import (
     ArgumentParser,
     UsageError,
@@ -187,7 +188,8 @@ def started_figures(path: Path, device: torch.device) -> dict[str, Any]:
 
 def keep(figures: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(figures, indent=1) + "\n")
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def training(device: torch.device) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from datasets.files import DatasetError
 from datasets.seeded import as_lists
 from datasets.segmentation import Classes
 from datasets.transforms import to_floats
+from utils.atomic import written_whole
 from utils.checkpoint import CheckpointError, load_network
 from utils.cli import ArgumentParser, UsageError, file_path, natural_int, run
 from utils.engine import evaluate
@@ -58,7 +59,8 @@ def main() -> None:
         on_image=lambda *panels: strips.append(strip(*panels, classes.colors)),
     )
     try:
-        to_pil_image(torch.cat(strips, dim=1)).save(args.output, quality=90)
+        with written_whole(args.output) as unfinished:
+            to_pil_image(torch.cat(strips, dim=1)).save(unfinished, quality=90)
     except (OSError, ValueError) as error:
         raise UsageError(f"--output {args.output} cannot be written: {error}") from error
 

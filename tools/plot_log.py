@@ -14,6 +14,7 @@ import matplotlib
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from utils.atomic import written_whole
 from utils.cli import ArgumentParser, UsageError, file_path, run
 
 matplotlib.use("Agg")  # files, without a display
@@ -47,7 +48,12 @@ def main() -> None:
     axes.set(xlabel="epoch", ylabel="IoU on val in %", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(args.output, dpi=110)
+    kind = Path(args.output).suffix[1:] or "png"
+    try:
+        with written_whole(args.output) as unfinished:
+            figure.savefig(unfinished, dpi=110, format=kind)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--output {args.output} cannot be written: {error}") from error
 
 
 if __name__ == "__main__":

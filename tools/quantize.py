@@ -30,10 +30,12 @@ from datasets import DATASETS
 from datasets.files import DatasetError
 from datasets.segmentation import Classes, Segmentation
 from datasets.transforms import to_floats
+from utils.atomic import written_whole
 from utils.checkpoint import CheckpointError, load_network
 from utils.cli import ArgumentParser, UsageError, file_path, run
 from utils.metrics import ConfusionMatrix, mean_score
 from utils.onnx_model import MissingExtra, OnnxNetwork, export_onnx
+from utils.saver import cannot_write
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "lednet_d20_camvid.pth"
 IMAGES = 32  # of train, that ranges are measured on; 128 score the same on CamVid
@@ -85,7 +87,11 @@ def main() -> None:
             networks["OpenVINO, bfloat16"] = openvino_network(exported, "bf16")
             networks["OpenVINO, int8"] = openvino_network(quantized, "f32")
         compare(networks, val, floats)
-        quantized.replace(output)
+        try:
+            with written_whole(output) as unfinished:
+                quantized.replace(unfinished)
+        except OSError as error:
+            raise cannot_write(error, "--output") from error
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 
 

@@ -35,6 +35,7 @@ from datasets.synthetic import make_synthetic
 from datasets.transforms import Augment, Paper, to_floats
 from eval_cityscapes_server import device_name
 from models.lednet import LEDNet
+from utils.atomic import written_whole
 from utils.cli import (
     ArgumentParser,
     UsageError,
@@ -89,7 +90,8 @@ def main() -> None:
         )  # fmt: skip
     print(table(figures))
     if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+        with written_whole(args.json) as unfinished:
+            unfinished.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def measure(

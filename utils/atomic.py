@@ -41,10 +41,10 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        # A failed write names no file, and nobody knows the unfinished one.
+        # A failed write names no file, or the unfinished one, which nobody knows.
         if isinstance(error, OSError) and error.errno is not None:
-            if error.filename is None or os.fspath(error.filename) == os.fspath(unfinished):
-                error.filename = os.fspath(path)
+            if error.filename in (None, unfinished, os.fspath(unfinished)):
+                raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
 
 

@@ -2,9 +2,7 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch.export import Dim
 
 from models.deployed import Deployed
 from models.lednet import LEDNet
+from utils.atomic import written_whole
 
 # What the model's metadata says beside its graph, each as JSON: what a program needs to prepare
 # images and to show labels.
@@ -48,6 +47,7 @@ def export_onnx(
 
     Raises:
         MissingExtra: the exporter's packages are not installed.
+        OSError: the file cannot be written.
     """
     free = {0: Dim("batch"), 2: Dim("height", min=LEAST), 3: Dim("width", min=LEAST)}
     try:
@@ -64,11 +64,8 @@ def export_onnx(
         raise MissingExtra(f"{error}: pip install onnx onnxscript onnxruntime") from error
     properties = {name: json.dumps(checkpoint[name]) for name in METADATA if name in checkpoint}
     program.model.metadata_props.update(properties)
-    path = Path(path)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        unfinished = Path(folder, path.name)
+    with written_whole(path) as unfinished:
         program.save(unfinished)
-        os.replace(unfinished, path)
 
 
 class OnnxNetwork(nn.Module):
