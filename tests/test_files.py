@@ -2,10 +2,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
+from datasets.check import check_headers, check_images
 from datasets.files import (
     DatasetError,
-    check_headers,
-    check_images,
     orientation,
     read_image,
     read_label,

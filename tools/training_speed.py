@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets.cache import keep_decoded
+from datasets.check import check_headers
 from datasets.cityscapes import Cityscapes
-from datasets.files import DatasetError, check_headers
+from datasets.files import DatasetError
 from datasets.seeded import WithSeed, as_lists, loader_options, training_loader
 from datasets.synthetic import make_synthetic
 from datasets.transforms import Augment, Paper, to_floats
