@@ -175,7 +175,7 @@ def look_through(
             except RuntimeError as error:
                 raise DatasetError(
                     f"checking ended after {bar.n} of {len(dataset)} images: "
-                    f"{' '.join(str(error).split())} Give fewer --workers if memory is short"
+                    f"{' '.join(str(error).split())}; give fewer --workers if memory is short"
                 ) from error
             if batch is None:
                 return
@@ -328,4 +328,4 @@ def collate_unbroken(
 def summary(problems: Iterable[Problem]) -> str:
     """How many problems there are of each kind, the most frequent first."""
     counts = Counter(problem.kind for problem in problems)
-    return ", ".join(f"{kind}: {count}" for kind, count in counts.most_common()) or "none"
+    return ", ".join(f"{kind}: {count}" for kind, count in counts.most_common())

@@ -169,18 +169,19 @@ Scan = tuple[bytes, int, int, int, int]  # channels, first and last frequency, b
 
 def _check_scans(data: bytes) -> None:
     """See that the scans of a JPEG, which are passes over its pixels, tell all of them."""
-    marker, channels, scan_start = _frame(data)
+    marker, channels, first_scan = _frame(data)
+    progressive = marker in PROGRESSIVE
+    if not progressive and data[first_scan + 4] == len(channels):
+        return  # as most are: all in one pass
     missing = {channel: [True] * 64 for channel in channels}  # the frequencies of each
-    for count, (of, first, last, bits_left, _) in enumerate(_scans(data, scan_start)):
+    for count, (of, first, last, bits_left, _) in enumerate(_scans(data, first_scan)):
         if count == MOST_SCANS:
             raise OSError(f"it has more than {MOST_SCANS} scans")
-        if marker not in PROGRESSIVE:
+        if not progressive:
             first, last, bits_left = 0, 63, 0
         for channel in of:
             if channel in missing and last < 64:
                 missing[channel][first : last + 1] = [bits_left > 0] * (last + 1 - first)
-        if marker not in PROGRESSIVE and not any(map(any, missing.values())):
-            return
     if any(map(any, missing.values())):
         raise OSError("a part of its scans is missing")
 
@@ -188,7 +189,7 @@ def _check_scans(data: bytes) -> None:
 def _frame(data: bytes) -> tuple[int, bytes, int]:
     """The marker of a JPEG's frame, the numbers of its channels, and where its first scan is."""
     marker, channels = 0, b""
-    for found, start, end, _ in _segments(data, 2):
+    for found, start, end in _segments(data, 2):
         if found in FRAMES:
             marker, channels = found, data[start + 6 : end : 3]
         elif found == START_OF_SCAN:
@@ -198,15 +199,14 @@ def _frame(data: bytes) -> tuple[int, bytes, int]:
 
 def _scans(data: bytes, position: int) -> Iterator[Scan]:
     """The scans of a JPEG, the first of which is at a position."""
-    for marker, start, end, after in _segments(data, position):
+    for marker, start, end in _segments(data, position):
         if marker == START_OF_SCAN:
             first, last, bits = data[end - 3 : end]
-            yield data[start + 1 : end - 3 : 2], first, last, bits & 15, after
+            yield data[start + 1 : end - 3 : 2], first, last, bits & 15, _scan_end(data, end)
 
 
-def _segments(data: bytes, position: int) -> Iterator[tuple[int, int, int, int]]:
-    """The marker of each segment of a JPEG up to its end, where its content starts and ends, and
-    where the next one is: after the pixels, if it is a scan."""
+def _segments(data: bytes, position: int) -> Iterator[tuple[int, int, int]]:
+    """The marker of each segment of a JPEG up to its end, and where its content starts and ends."""
     while found := ANY_MARKER.search(data, position):
         marker, start = data[found.end() - 1], found.end() + 2
         position = found.end()
@@ -215,16 +215,20 @@ def _segments(data: bytes, position: int) -> Iterator[tuple[int, int, int, int]]
         if marker in LONE_MARKERS:
             continue
         position += int.from_bytes(data[found.end() : start], "big")
-        end = position
-        if end < start or end > len(data):
+        if not start <= position <= len(data):
             break
+        yield marker, start, position
         if marker == START_OF_SCAN:
-            found = AFTER_SCAN.search(data, end)
-            if found is None:
-                break
-            position = found.start()
-        yield marker, start, end, position
+            position = _scan_end(data, position)
     raise OSError("the file is cut short")
+
+
+def _scan_end(data: bytes, position: int) -> int:
+    """Where the data of a scan end that begin at a position."""
+    found = AFTER_SCAN.search(data, position)
+    if found is None:
+        raise OSError("the file is cut short")
+    return found.start()
 
 
 def _is_mid_grey(image: Image.Image) -> bool:
