@@ -257,16 +257,24 @@ class _Checked(Dataset):
 
     def _decode_label(self, index: int) -> None:
         self.dataset.read_train_ids(index)
-        _check_every_pixel(self.dataset.pairs[index][1])
+        check_every_pixel(self.dataset.pairs[index][1])
 
 
 def _decode_all(path: str) -> None:
     read_image(path)
-    _check_every_pixel(path)
+    check_every_pixel(path)
 
 
-def _check_every_pixel(path: str) -> None:
-    """See that the pixels of an image file are there to the last, whatever they look like."""
+def check_every_pixel(path: str) -> None:
+    """See that the pixels of a PNG or JPEG are there to the last, at the cost of decoding it again.
+
+    To read one sees most of it. What only this finds: a JPEG of several scans whose last ends
+    early, a JPEG that lacks less than its last block, a PNG that holds more than it declares, or
+    parts of it twice.
+
+    Raises:
+        DatasetError: they are not, or the file cannot be read.
+    """
     with naming(path):
         data = read_bytes(path)
         with Image.open(BytesIO(data)) as image:

@@ -170,6 +170,8 @@ Scan = tuple[bytes, int, int, int, int]  # channels, first and last frequency, b
 def _check_scans(data: bytes) -> None:
     """See that the scans of a JPEG, which are passes over its pixels, tell all of them."""
     marker, channels, first_scan = _frame(data)
+    if data.rfind(b"\xff\xd9", first_scan) < 0:  # PIL does without, where zeros come instead
+        raise OSError("the file is cut short")
     progressive = marker in PROGRESSIVE
     if not progressive and data[first_scan + 4] == len(channels):
         return  # as most are: all in one pass

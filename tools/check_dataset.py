@@ -113,9 +113,10 @@ def find_splits(
     classes = read_classes(args.classes) if args.classes else None
     splits = args.split or (NEEDED if kind is None else kind.SPLITS)
     seen, errors = set(), {}
+    unknown = set(splits) - set(kind.SPLITS) if kind else None
+    if unknown:
+        raise UsageError(f"--split {min(unknown)}: {args.dataset} has {', '.join(kind.SPLITS)}")
     for split in splits:
-        if kind and split not in kind.SPLITS:
-            raise UsageError(f"--split {split}: {args.dataset} has {', '.join(kind.SPLITS)}")
         try:
             if kind:
                 dataset = kind(args.datadir, split, classes, need_labels=False)
