@@ -22,6 +22,9 @@ MOST_SCANS = 200
 FILLED = ("L", "P")
 UNFILLED = 254
 
+# What is put behind the data of a scan: more than pixels that are coded together take.
+OTHER_BYTES = b"\x5a\xa5" * 2048
+
 # Frames, as JPEG calls them: markers that say its size and channels, and those of several passes.
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
@@ -84,7 +87,7 @@ def check_pixels(image_format: str | None, data: bytes) -> None:
         # bytes there make no difference.
         longer, start = [], 0
         for end in [end for *_, end in _scans(data, _frame(data)[2])]:
-            longer += [data[start:end], b"\x5a\xa5" * 32]
+            longer += [data[start:end], OTHER_BYTES]
             start = end
         if (_pixels(data) != _pixels(b"".join([*longer, data[start:]]))).any():
             raise OSError("its pixels end early")
@@ -236,10 +239,10 @@ def _scan_end(data: bytes, position: int) -> int:
 def _is_mid_grey(image: Image.Image) -> bool:
     """Whether the last pixel of a JPEG is as dark as those are that the file does not tell of."""
     pixel = image.getpixel((image.width - 1, image.height - 1))
+    if image.mode == "CMYK":  # whose channels its neighbours may blur
+        return any(120 <= value <= 135 for value in pixel)
     if image.mode == "RGB":
         pixel = (299 * pixel[0] + 587 * pixel[1] + 114 * pixel[2] + 500) // 1000
-    elif image.mode == "CMYK":
-        pixel = pixel[3]
     return 126 <= pixel <= 129
 
 

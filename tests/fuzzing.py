@@ -1,4 +1,4 @@
-"""Damaged image and label files, drawn at random: what disks, downloads and enemies make of them."""
+"""Damaged image and label files, drawn at random."""
 
 import struct
 import zlib
