@@ -25,10 +25,13 @@ UNFILLED = 254
 # What is put behind the data of a scan: more than pixels that are coded together take.
 OTHER_BYTES = b"\x5a\xa5" * 2048
 
+# What a system that crashed may leave in place of a part of a file.
+ZEROS = bytes(512)
+
 # Frames, as JPEG calls them: markers that say its size and channels, and those of several passes.
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
-START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
+TABLES, START_OF_SCAN, END_OF_IMAGE = 0xC4, 0xDA, 0xD9
 LONE_MARKERS = {0x01, *range(0xD0, 0xD9)}  # that nothing belongs to
 ANY_MARKER = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
 # In the data of a scan, 0xff 0x00 is a byte of 0xff, and 0xd0 to 0xd7 are marks to restart at.
@@ -176,6 +179,10 @@ def _check_scans(data: bytes) -> None:
     if data.rfind(b"\xff\xd9", first_scan) < 0:  # PIL does without, where zeros come instead
         raise OSError("the file is cut short")
     progressive = marker in PROGRESSIVE
+    hole = data.find(ZEROS, first_scan)
+    if hole >= 0 and not progressive and hole < _scan_end(data, first_scan + 2):
+        if any(_first_symbols(data)):
+            raise OSError("there are zeros in place of a part of its pixels")
     if not progressive and data[first_scan + 4] == len(channels):
         return  # as most are: all in one pass
     missing = {channel: [True] * 64 for channel in channels}  # the frequencies of each
@@ -200,6 +207,19 @@ def _frame(data: bytes) -> tuple[int, bytes, int]:
         elif found == START_OF_SCAN:
             return marker, channels, start - 4
     raise OSError("it holds no pixels")
+
+
+def _first_symbols(data: bytes) -> Iterator[int]:
+    """What zeros stand for, in each of the Huffman tables of a JPEG before its first scan.
+
+    If it is 0 in all, for "as before" and "nothing more", zeros are an even surface.
+    """
+    for marker, start, end in _segments(data, 2):
+        if marker == START_OF_SCAN:
+            return
+        while marker == TABLES and start + 17 < end:
+            yield data[start + 17]
+            start += 17 + sum(data[start + 1 : start + 17])
 
 
 def _scans(data: bytes, position: int) -> Iterator[Scan]:
