@@ -1,8 +1,9 @@
-"""200 fuzzed files: each is read as it was, or refused by its name."""
+"""500 fuzzed files: each is read as it was, or refused by its name."""
 
 import tempfile
 from datetime import timedelta
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -33,10 +34,10 @@ class OneLabel(Segmentation):
 
 
 def fuzz(kind: str, check) -> None:
-    """Check 50 files of a kind: the same in every run, and each within 5 seconds."""
+    """Check 100 files of a kind: the same in every run, and each within 5 seconds."""
 
-    @settings(max_examples=50, derandomize=True, database=None, deadline=timedelta(seconds=5))
-    @given(st.randoms(use_true_random=False))
+    @settings(max_examples=100, derandomize=True, database=None, deadline=timedelta(seconds=5))
+    @given(st.integers(0, 2**32 - 1).map(Random))
     def run(random):
         with tempfile.TemporaryDirectory() as folder:
             fuzzed = fuzzed_file(random, Path(folder), kind)
@@ -105,6 +106,13 @@ def test_images_of_classes(kind):
     crops = [CropLoader(16, random) for random in (True, False)]
 
     def check(fuzzed: Fuzzed) -> None:
+        try:
+            read_image(str(fuzzed.path))
+        except DatasetError:
+            if "flip" not in fuzzed.how:  # a small decoding may not meet what is flipped
+                for crop in crops:
+                    with pytest.raises(DatasetError):
+                        crop(str(fuzzed.path))
         for crop in crops:
             image = crop(str(fuzzed.path))
             assert image.shape == (3, 16, 16) and image.dtype == torch.uint8, fuzzed

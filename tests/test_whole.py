@@ -90,10 +90,11 @@ def test_a_jpeg_whose_data_end_early(mode, part):
         check_reading(early)
 
 
-def test_a_jpeg_with_zeros_instead_of_its_end():
-    data = file_of(NOISE, "JPEG")
+@pytest.mark.parametrize("count", [2, 100, 1000])
+def test_a_jpeg_with_zeros_instead_of_its_end(count):
+    data = file_of(NOISE, "JPEG", quality=95)
     with pytest.raises(OSError, match="cut short"):
-        check_before(Image.open(BytesIO(data)), data[: len(data) // 2].ljust(len(data), b"\0"))
+        check_before(Image.open(BytesIO(data)), data[:-count] + bytes(count))
 
 
 @pytest.mark.parametrize("quality", [50, 97])
