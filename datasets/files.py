@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from datasets.whole import check_after, check_before
 
@@ -201,6 +201,8 @@ def unreadable(path: str, error: Exception) -> FileError:
     if isinstance(error, FileNotFoundError):
         return MissingFile(f"{path} does not exist: unpack the data set again")
     reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):  # whose message tells of PIL's objects
+        reason = "its content is none that is known"
     if isinstance(error, Image.DecompressionBombError):
         return AbsurdSize(f"{path} declares an absurd size ({reason}): remove it")
     return FileError(f"{path} cannot be read as an image ({reason}): fetch it again")
