@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from datasets import DATASETS
-from datasets.files import DatasetError, check_headers
+from datasets.check import LISTING, check_headers
+from datasets.files import DatasetError
 from datasets.seeded import as_lists
 from datasets.segmentation import Classes, Segmentation, resized_size, write_label
 from datasets.transforms import to_floats
@@ -162,7 +163,7 @@ def main() -> None:
         kind = DATASETS[checkpoint["dataset"]]
         classes = Classes.from_checkpoint(checkpoint)
         dataset = kind(args.datadir, args.subset, classes, height, resize_labels=False)
-        size = resized_size(*check_headers(dataset.pairs)[0], height)
+        size = resized_size(*check_headers(dataset.pairs, LISTING)[0], height)
     if min(size) < 64:
         raise UsageError(
             f"--height {height} makes images of {size[1]}x{size[0]}: LEDNet needs 64x64"

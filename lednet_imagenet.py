@@ -22,8 +22,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from datasets.check import check_images
 from datasets.drawn import draw_once
-from datasets.files import DatasetError, check_images
+from datasets.files import DatasetError
 from datasets.imagenet import MEAN, STD, ImageFolder, training_images, validation_images
 from datasets.seeded import Seeded, ShuffledSeeds, loader_options, training_loader
 from datasets.shapes import make_shapes

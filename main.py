@@ -29,8 +29,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from datasets import DATASETS
 from datasets.cache import keep_decoded
+from datasets.check import check_headers
 from datasets.drawn import draw_once
-from datasets.files import DatasetError, check_headers
+from datasets.files import DatasetError
 from datasets.folder import read_classes
 from datasets.seeded import ShuffledSeeds, WithSeed, as_lists, loader_options, training_loader
 from datasets.segmentation import Classes, Segmentation, resized_size

@@ -8,7 +8,7 @@ TPAMI 2017.
 import os
 from typing import ClassVar
 
-from datasets.segmentation import Classes, Segmentation, matched_files
+from datasets.segmentation import Classes, Segmentation, matched_files, png_files
 
 
 class CamVid(Segmentation):
@@ -31,11 +31,13 @@ class CamVid(Segmentation):
     TRAIN_ON: ClassVar = {"train": ["train"], "trainval": ["trainval"]}
 
     def files(self) -> list[tuple[str, str | None]]:
+        return [pair for folders in self._folders() for pair in matched_files(*folders)]
+
+    def label_files(self) -> list[str]:
+        return [path for _, labels in self._folders() for path in png_files(labels)]
+
+    def _folders(self) -> list[tuple[str, str]]:
+        """The folders of images and of their labels."""
         parts = ("train", "val") if self.split == "trainval" else (self.split,)
-        return [
-            pair
-            for part in parts
-            for pair in matched_files(
-                os.path.join(self.root, part), os.path.join(self.root, f"{part}annot")
-            )
-        ]
+        paths = [os.path.join(self.root, part) for part in parts]
+        return [(path, f"{path}annot") for path in paths]

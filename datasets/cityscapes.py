@@ -11,7 +11,7 @@ from typing import ClassVar
 import torchvision
 
 from datasets.files import IGNORE_INDEX, DatasetError
-from datasets.segmentation import Classes, Segmentation, check_labelled
+from datasets.segmentation import Classes, Segmentation
 
 # The official class table, in the order of the trainIds 0 to 18. The license plate's -1 is left
 # out: label files store it as 255, which is ignored anyway.
@@ -43,8 +43,7 @@ class Cityscapes(Segmentation):
     }
 
     def files(self) -> list[tuple[str, str | None]]:
-        coarse = self.split == "train_extra" or self.split.endswith("_coarse")
-        split, mode = self.split.removesuffix("_coarse"), "coarse" if coarse else "fine"
+        split, mode = self._split_and_mode()
         images, labels = f"leftImg8bit/{split}", f"gt{mode.capitalize()}/{split}"
         # Looked at first: where a folder is missing, torchvision unpacks archives unasked.
         for folder in (images, labels):
@@ -77,8 +76,20 @@ class Cityscapes(Segmentation):
             )
         if split == "test":
             return [(image, None) for image, _ in pairs]
-        check_labelled(pairs, images)
         return pairs
+
+    def label_files(self) -> list[str]:
+        split, mode = self._split_and_mode()
+        if split == "test":
+            return []
+        folder = Path(self.root, f"gt{mode.capitalize()}", split)
+        found = sorted(str(path) for path in folder.glob("*/*_labelIds.png"))
+        return [path for path in found if BROKEN_IMAGE not in path]
+
+    def _split_and_mode(self) -> tuple[str, str]:
+        """The split and the mode of its annotations, as torchvision calls them."""
+        coarse = self.split == "train_extra" or self.split.endswith("_coarse")
+        return self.split.removesuffix("_coarse"), "coarse" if coarse else "fine"
 
     def result_name(self, index: int) -> str:
         """As the official evaluation and the benchmark server look for it."""

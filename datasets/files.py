@@ -1,18 +1,23 @@
 """Reading image and label files, and the errors that a user can mend."""
 
-from concurrent.futures import ThreadPoolExecutor
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
-from tqdm import tqdm
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from datasets.whole import check_after, check_before
 
 # The label of pixels that are neither trained on nor scored.
 IGNORE_INDEX = 255
 # PIL modes whose pixels are one 8-bit id; in "P" the id is the palette index.
 LABEL_MODES = ("L", "P")
-# What PIL raises on a file that is not an image, is cut short, or declares an absurd size.
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# Larger files are not read at all: no image within PIL's limit of pixels needs so much.
+MOST_BYTES = 2**30
 
 Box = tuple[float, float, float, float]  # left, top, width and height, in pixels
 
@@ -34,18 +39,101 @@ class DatasetError(Exception):
     """The data set on disk is not usable; the message is one line that says what to do."""
 
 
+class FileError(DatasetError):
+    """One of its files is not usable; the message begins with the path of the file."""
+
+    kind = "unreadable"
+
+
+class MissingFile(FileError):
+    kind = "missing"
+
+
+class AbsurdSize(FileError):
+    kind = "absurd size"
+
+
+class WrongMode(FileError):
+    kind = "wrong mode"
+
+
+class WrongSize(FileError):
+    kind = "wrong size"
+
+
+class UnknownLabel(FileError):
+    kind = "unknown label"
+
+
 def read_image(path: str) -> Image.Image:
     """Read an image as upright RGB.
 
     Raises:
-        DatasetError: the file is missing, cut short or not an image.
+        DatasetError: the file is missing, damaged, cut short, too large or not an image.
+    """
+    with opened(path) as image:
+        return upright(to_rgb(image), orientation(image))
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Image.Image]:
+    """An image file, to be decoded inside; at the end it is seen to that all of it was there.
+
+    Raises:
+        DatasetError: the file is missing, damaged, cut short, too large or not an image.
+    """
+    with naming(path):
+        data = read_bytes(path)
+        with Image.open(BytesIO(data)) as image:
+            check_declared_size(image)
+            check_before(image, data)
+            yield image
+            check_after(image, data)
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Have whatever is raised inside, on reading an image file, name the file.
+
+    Raises:
+        DatasetError: instead of any other exception.
     """
     try:
-        with Image.open(path) as image:
-            turned = orientation(image)
-            return upright(to_rgb(image), turned)
-    except IMAGE_ERRORS as error:
+        yield
+    except DatasetError:
+        raise
+    except Exception as error:  # what PIL raises on damaged files is not documented
         raise unreadable(path, error) from error
+
+
+def read_bytes(path: str) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        OSError: it is missing, too large, or no file: to read from a pipe could wait forever.
+    """
+    check_is_file(path)
+    return Path(path).read_bytes()
+
+
+def check_is_file(path: str) -> None:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is no file")
+    if status.st_size > MOST_BYTES:
+        raise OSError(f"it has {status.st_size} bytes, which no image needs")
+
+
+def check_declared_size(image: Image.Image) -> None:
+    """Refuse before they are decoded the images that PIL only warns of.
+
+    Raises:
+        DecompressionBombError: the image has too many pixels.
+    """
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(
+            f"{image.width}x{image.height} are more than {Image.MAX_IMAGE_PIXELS} pixels"
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -93,87 +181,51 @@ def read_label(path: str) -> np.ndarray:
     """Read a label map as it is stored, H x W, uint8.
 
     Raises:
-        DatasetError: the file is missing, cut short, or not an image of one 8-bit channel.
+        DatasetError: the file is missing, damaged, cut short, too large, or not an image of one
+            8-bit channel.
     """
-    try:
-        with Image.open(path) as label:
-            check_label_mode(path, label.mode)
-            return np.array(label)
-    except IMAGE_ERRORS as error:
-        raise unreadable(path, error) from error
-
-
-def check_headers(pairs: list[tuple[str, str | None]]) -> list[tuple[int, int]]:
-    """Look at the header and the end of every file of a data set, without decoding pixels.
-
-    Args:
-        pairs: paths of each image and its label, None where there is no label.
-
-    Returns:
-        Height and width of each image.
-
-    Raises:
-        DatasetError: names the first file that is missing, not an image or cut short, or a label
-            of another size than its image or of a wrong mode.
-    """
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        checked = pool.map(_check_pair, pairs)
-        sizes = list(tqdm(checked, "checking files", len(pairs), leave=False, disable=None))
-    return [(height, width) for width, height in sizes]
-
-
-def check_images(paths: list[str]) -> None:
-    """Look at the header and the end of every image, without decoding pixels.
-
-    Raises:
-        DatasetError: names the first file that is missing, not an image or cut short.
-    """
-    with (
-        ThreadPoolExecutor(max_workers=8) as pool,
-        tqdm(total=len(paths), desc="checking files", leave=False, disable=None) as bar,
-    ):
-        for start in range(0, len(paths), 4096):  # at a time: ImageNet has over a million
-            for _ in pool.map(_read_header, paths[start : start + 4096]):
-                bar.update()
+    with opened(path) as label:
+        check_label_mode(path, label.mode)
+        return np.array(label)
 
 
 def check_label_mode(path: str, mode: str) -> None:
     if mode not in LABEL_MODES:
-        raise DatasetError(
+        raise WrongMode(
             f"{path} has pixels of mode {mode}: give a label map, one 8-bit channel of class ids"
         )
 
 
-def unreadable(path: str, error: Exception) -> DatasetError:
+def unreadable(path: str, error: Exception) -> FileError:
     """The error that names a file which PIL cannot read."""
     if isinstance(error, FileNotFoundError):
-        return DatasetError(f"{path} does not exist: unpack the data set again")
-    reason = " ".join(str(error).split())
-    return DatasetError(f"{path} cannot be read as an image ({reason}): fetch it again")
-
-
-def _check_pair(pair: tuple[str, str | None]) -> tuple[int, int]:
-    image_path, label_path = pair
-    size, _ = _read_header(image_path)
-    if label_path is not None:
-        label_size, mode = _read_header(label_path)
-        check_label_mode(label_path, mode)
-        check_sizes(label_path, label_size, size)
-    return size
+        return MissingFile(f"{path} does not exist: unpack the data set again")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):  # whose message tells of PIL's objects
+        reason = "its content is none that is known"
+    if isinstance(error, Image.DecompressionBombError):
+        return AbsurdSize(f"{path} declares an absurd size ({reason}): remove it")
+    return FileError(f"{path} cannot be read as an image ({reason}): fetch it again")
 
 
 def check_sizes(label_path: str, label_size: tuple[int, int], size: tuple[int, int]) -> None:
     if label_size != size:
-        raise DatasetError(
+        raise WrongSize(
             f"{label_path} is {label_size[0]}x{label_size[1]} but its image is "
             f"{size[0]}x{size[1]}: they must have one size, fetch them again"
         )
 
 
-def _read_header(path: str) -> tuple[tuple[int, int], str]:
-    """Upright width and height, and mode of an image whose beginning and end are in place."""
-    try:
+def read_header(path: str) -> tuple[tuple[int, int], str]:
+    """Upright width and height, and mode of an image whose beginning and end are in place.
+
+    Raises:
+        DatasetError: the file is missing, cut short, too large or not an image.
+    """
+    with naming(path):
+        check_is_file(path)
         with Image.open(path) as image:
+            check_declared_size(image)
             if image.format == "PNG" and not _ends_with(Path(path), b"IEND"):
                 raise OSError("the file is cut short")
             # A JPEG may lack its end, or have more after it, and be read all the same.
@@ -181,8 +233,6 @@ def _read_header(path: str) -> tuple[tuple[int, int], str]:
                 image.load()
             size = image.size[::-1] if orientation(image) in SIDEWAYS else image.size
             return size, image.mode
-    except IMAGE_ERRORS as error:
-        raise unreadable(path, error) from error
 
 
 def _ends_with(path: Path, mark: bytes) -> bool:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from datasets.files import DatasetError
-from datasets.segmentation import Classes, Segmentation, matched_files
+from datasets.segmentation import Classes, Segmentation, matched_files, png_files
 
 # Classes of these names, in any case, are neither trained on nor scored.
 IGNORED = {"ignore", "ignored", "unlabeled", "unlabelled", "void"}
@@ -20,11 +20,17 @@ class Folder(Segmentation):
     """
 
     def files(self) -> list[tuple[str, str | None]]:
-        images, labels = (
-            os.path.join(self.root, kind, self.split) for kind in ("images", "labels")
-        )
+        labels = self._label_folder()
         unlabelled = self.split == "test" and not os.path.isdir(labels)
+        images = os.path.join(self.root, "images", self.split)
         return matched_files(images, None if unlabelled else labels)
+
+    def label_files(self) -> list[str]:
+        labels = self._label_folder()
+        return png_files(labels) if os.path.isdir(labels) else []
+
+    def _label_folder(self) -> str:
+        return os.path.join(self.root, "labels", self.split)
 
 
 def read_classes(path: str | os.PathLike) -> Classes:

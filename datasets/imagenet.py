@@ -8,7 +8,7 @@ decoded at 1/2, 1/4 or 1/8 of its size, never below the size that the crop is re
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,13 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from datasets.files import (
-    IMAGE_ERRORS,
     SIDEWAYS,
     Box,
     DatasetError,
+    opened,
     orientation,
     to_rgb,
     to_stored,
-    unreadable,
     upright,
 )
 
@@ -100,6 +99,13 @@ class ImageFolder(torchvision.datasets.ImageFolder):
                     "put some in, or remove the folder"
                 )
 
+    def leave_out(self, indices: Collection[int]) -> None:
+        """Go on without some of the images."""
+        left = set(indices)
+        kept = [sample for index, sample in enumerate(self.samples) if index not in left]
+        self.samples = self.imgs = kept
+        self.targets = [target for _, target in kept]
+
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         found = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir())
         if not found:
@@ -130,14 +136,11 @@ class CropLoader:
         """Read an image file of any mode.
 
         Raises:
-            DatasetError: the file is missing, cut short or not an image.
+            DatasetError: the file is missing, damaged, cut short, too large or not an image.
         """
-        try:
-            with Image.open(path) as image:
-                box, _ = self.choose(image)
-                part = upright(to_rgb(image).crop(box), orientation(image))
-        except IMAGE_ERRORS as error:
-            raise unreadable(path, error) from error
+        with opened(path) as image:
+            box, _ = self.choose(image)
+            part = upright(to_rgb(image).crop(box), orientation(image))
         # PyTorch resizes bytes several times as fast as PIL does.
         return F.resize(F.pil_to_tensor(part), [self.size, self.size])
 

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as F
 from datasets.files import (
     IGNORE_INDEX,
     DatasetError,
+    UnknownLabel,
     check_sizes,
     read_image,
     read_label,
@@ -90,6 +91,7 @@ class Segmentation(Dataset):
         classes: instead of CLASSES.
         height: that images are resized to, in proportion; None: as they are.
         resize_labels: labels are resized with their images; else they keep their own size.
+        need_labels: refuse a split of which a label is missing; else its image is listed as well.
 
     Raises:
         DatasetError: folders or files are missing.
@@ -110,6 +112,7 @@ class Segmentation(Dataset):
         classes: Classes | None = None,
         height: int | None = None,
         resize_labels: bool = True,
+        need_labels: bool = True,
     ) -> None:
         if split not in self.SPLITS:
             raise ValueError(f"split is {split!r}, not one of {', '.join(self.SPLITS)}")
@@ -119,11 +122,24 @@ class Segmentation(Dataset):
         if not os.path.isdir(self.root):
             raise DatasetError(f"{self.root} does not exist: give the folder of the data set")
         self.pairs = self.files()
+        if need_labels:
+            self._check_labelled()
         self._to_train_ids = self.classes.to_train_ids()
 
     def files(self) -> list[tuple[str, str | None]]:
-        """The paths of each image and its label, None where the split has no labels."""
+        """The paths of each image and its label, which need not exist; None where the split has no
+        labels."""
         raise NotImplementedError
+
+    def label_files(self) -> list[str]:
+        """The paths of all label maps of the split, those included that belong to no image; by
+        default none of these is looked for."""
+        return [label for _, label in self.pairs if label is not None]
+
+    def leave_out(self, indices: Collection[int]) -> None:
+        """Go on without some of the pairs."""
+        left = set(indices)
+        self.pairs = [pair for index, pair in enumerate(self.pairs) if index not in left]
 
     def result_name(self, index: int) -> str:
         """Where the predicted label map of an image belongs, in a folder of results."""
@@ -160,11 +176,25 @@ class Segmentation(Dataset):
         if (train_ids == UNKNOWN).any():
             values = np.unique(label_ids[train_ids == UNKNOWN]).tolist()
             known = sorted({*self.classes.label_ids, *self.classes.ignored_ids})
-            raise DatasetError(
+            raise UnknownLabel(
                 f"{path} holds the label id {', '.join(map(str, values[:5]))}, which is no class "
                 f"of this data set: its label ids are {ranges(known)}, and 255 is ignored"
             )
         return train_ids
+
+    def _check_labelled(self) -> None:
+        """See that every image has its label.
+
+        Raises:
+            DatasetError: names the first label that is missing.
+        """
+        labels = [label for _, label in self.pairs if label is not None]
+        missing = [label for label in labels if not os.path.isfile(label)]
+        if missing:
+            raise DatasetError(
+                f"{len(missing)} of {len(labels)} images of {self.split} have no label, first "
+                f"missing: {missing[0]}; unpack the labels again or remove the image"
+            )
 
 
 def write_label(file: str | os.PathLike | BinaryIO, prediction: Tensor, classes: Classes) -> None:
@@ -182,7 +212,7 @@ def matched_files(
         labels: None where there are no labels.
 
     Raises:
-        DatasetError: a folder is missing, holds no image, or an image has no label or a twin.
+        DatasetError: a folder is missing, holds no image, or an image has a twin.
     """
     for folder in (images, labels):
         if folder is not None and not os.path.isdir(folder):
@@ -199,23 +229,13 @@ def matched_files(
         raise DatasetError(f"{images} holds no PNG or JPEG images: unpack the data set there")
     if labels is None:
         return [(path, None) for path in found.values()]
-    pairs = [(path, os.path.join(labels, f"{stem}.png")) for stem, path in found.items()]
-    check_labelled(pairs, images)
-    return pairs
+    return [(path, os.path.join(labels, f"{stem}.png")) for stem, path in found.items()]
 
 
-def check_labelled(pairs: list[tuple[str, str]], images: str | os.PathLike) -> None:
-    """See that every image of a folder has its label.
-
-    Raises:
-        DatasetError: names the first label that is missing.
-    """
-    missing = [label for _, label in pairs if not os.path.isfile(label)]
-    if missing:
-        raise DatasetError(
-            f"{len(missing)} of {len(pairs)} images of {images} have no label, first missing: "
-            f"{missing[0]}; unpack the labels again or remove the image"
-        )
+def png_files(folder: str | os.PathLike) -> list[str]:
+    """The PNG files of a folder, sorted."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    return [os.path.join(folder, name) for name in names if name.lower().endswith(".png")]
 
 
 def resized_size(height: int, width: int, new_height: int) -> tuple[int, int]:

@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 import datasets.cache
 from datasets.cache import InFile, keep_decoded, memory_limit
 from datasets.camvid import CamVid
+from datasets.check import check_headers
 from datasets.cityscapes import Cityscapes
-from datasets.files import DatasetError, check_headers
+from datasets.files import DatasetError
 from datasets.folder import Folder, read_classes
 from datasets.seeded import ShuffledSeeds, WithSeed, as_lists, training_loader
 from datasets.segmentation import Classes, Segmentation

@@ -4,8 +4,9 @@ import torch
 import torchvision
 from PIL import Image
 
+from datasets.check import check_headers
 from datasets.cityscapes import Cityscapes
-from datasets.files import DatasetError, check_headers
+from datasets.files import DatasetError
 
 CLASSES = Cityscapes.CLASSES
 

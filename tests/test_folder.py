@@ -149,6 +149,15 @@ def test_train_needs_its_labels(fields_copy):
         Folder(fields_copy, "train", read_classes(fields_copy / "classes.txt"))
 
 
+def test_an_image_without_its_label_is_named(fields_copy):
+    classes, missing = read_classes(fields_copy / "classes.txt"), fields_copy / "labels/train/2.png"
+    missing.unlink()
+    message = f"1 of 4 images of train have no label, first missing: {missing}; unpack"
+    with pytest.raises(DatasetError, match=message):
+        Folder(fields_copy, "train", classes)
+    assert len(Folder(fields_copy, "train", classes, need_labels=False)) == 4
+
+
 # Training and scoring
 
 QUICK = ("--preset", "camvid", "--height", 72, "--crop", 64, 64, "--batch-size", 2, "--D", 4)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.files import DatasetError, check_headers, read_image
+from datasets.check import check_headers
+from datasets.files import DatasetError, read_image
 from datasets.pictures import (
     Pictures,
     animation_frames,

@@ -83,14 +83,6 @@ def test_images_and_labels_are_matched_by_their_stems(folders):
     assert [label for _, label in matched_files(images, None)] == [None] * 3
 
 
-def test_an_image_without_its_label_is_named(folders):
-    images, labels = folders
-    (labels / "b.png").unlink()
-    message = f"1 of 3 images of {images} have no label, first missing: {labels / 'b.png'}"
-    with pytest.raises(DatasetError, match=message):
-        matched_files(images, labels)
-
-
 def test_twins_are_named(folders):
     images, labels = folders
     Image.new("RGB", (8, 6)).save(images / "b.jpg")

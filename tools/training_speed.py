@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets.cache import keep_decoded
+from datasets.check import LISTING, check_headers
 from datasets.cityscapes import Cityscapes
-from datasets.files import DatasetError, check_headers
+from datasets.files import DatasetError
 from datasets.seeded import ShuffledSeeds, WithSeed, as_lists, loader_options, training_loader
 from datasets.synthetic import make_synthetic
 from datasets.transforms import Augment, Paper, to_floats
@@ -125,7 +126,7 @@ def measure(
     train.pairs = (train.pairs * math.ceil(images / len(train)))[:images]
     if len(train) < batch_size:
         raise UsageError(f"--images {images} is less than a batch: give more, or --batch-size")
-    sizes = {train: check_headers(train.pairs)}
+    sizes = {train: check_headers(train.pairs, LISTING)}
     with tempfile.TemporaryDirectory() as folder:
         (in_file,) = keep_decoded(sizes, folder, workers)
         (in_memory,) = keep_decoded(sizes, "ram", workers)

@@ -1,0 +1,339 @@
+"""Broken files of a data set: found before a run, all of them listed, or gone without."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from datasets.files import (
+    DatasetError,
+    FileError,
+    MissingFile,
+    check_label_mode,
+    check_sizes,
+    naming,
+    read_bytes,
+    read_header,
+    read_image,
+)
+from datasets.imagenet import ImageFolder
+from datasets.segmentation import Segmentation
+from datasets.whole import check_pixels
+
+LISTING = "python tools/check_dataset.py lists them all"
+ADVICE = f"{LISTING}, --skip-broken leaves them out"
+
+# So many broken neighbours are no accident: a disk is gone, or a folder.
+MOST_TRIES = 10
+
+T = TypeVar("T")
+Size = tuple[int, int]  # width and height
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong with a file.
+
+    Attributes:
+        kind: "unreadable", "absurd size", "wrong size", "wrong mode", "unknown label", "missing",
+            "image without label" or "label without image".
+        path: of the file.
+        what: is wrong with it.
+        index: of its image in the data set; None of a label without image.
+    """
+
+    kind: str
+    path: str
+    what: str
+    index: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.path}: {self.what}"
+
+
+# Before a run: headers and ends
+
+
+def check_headers(
+    pairs: Sequence[tuple[str, str | None]], advice: str = ADVICE
+) -> list[tuple[int, int]]:
+    """Look at the header and the end of every file of a data set, without decoding pixels.
+
+    Args:
+        pairs: paths of each image and its label, None where there is no label.
+        advice: what the message says that can be done.
+
+    Returns:
+        Height and width of each image.
+
+    Raises:
+        DatasetError: says how many files are missing, not an image or cut short, or a label of
+            another size than its image or of a wrong mode, and names the first.
+    """
+    sizes = _check_all(_check_pair, pairs, advice)
+    return [(height, width) for width, height in sizes]
+
+
+def check_images(paths: Sequence[str], advice: str = ADVICE) -> None:
+    """Look at the header and the end of every image, without decoding pixels.
+
+    Args:
+        advice: what the message says that can be done.
+
+    Raises:
+        DatasetError: says how many files are missing, not an image or cut short, and names the
+            first.
+    """
+    _check_all(_header_size, paths, advice)
+
+
+def _check_all(check: Callable[[T], Size], items: Sequence[T], advice: str) -> list[Size]:
+    """Check all items in threads; an error about the first one that fails says how many do."""
+
+    def attempt(item: T) -> Size | DatasetError:
+        try:
+            return check(item)
+        except DatasetError as error:
+            return error
+
+    sizes: list[Size] = []
+    errors: list[DatasetError] = []
+    with (
+        ThreadPoolExecutor(max_workers=8) as pool,
+        tqdm(total=len(items), desc="checking files", leave=False, disable=None) as bar,
+    ):
+        for start in range(0, len(items), 4096):  # at a time: ImageNet has over a million
+            for found in pool.map(attempt, items[start : start + 4096]):
+                (errors if isinstance(found, DatasetError) else sizes).append(found)
+                bar.update()
+    if errors:
+        raise DatasetError(
+            f"{len(errors)} of {len(items)} images or their labels are broken, the first: "
+            f"{errors[0]}; {advice}"
+        ) from errors[0]
+    return sizes
+
+
+def _check_pair(pair: tuple[str, str | None]) -> Size:
+    image_path, label_path = pair
+    size = _header_size(image_path)
+    if label_path is not None:
+        check_sizes(label_path, _label_header_size(label_path), size)
+    return size
+
+
+def _header_size(path: str) -> Size:
+    return read_header(path)[0]
+
+
+def _label_header_size(path: str) -> Size:
+    size, mode = read_header(path)
+    check_label_mode(path, mode)
+    return size
+
+
+# Everything
+
+
+def look_through(
+    dataset: Segmentation | ImageFolder, workers: int = 0, fast: bool = False
+) -> Iterator[list[Problem]]:
+    """Look every image of a data set through, and its label, with a bar.
+
+    Args:
+        workers: processes that read.
+        fast: headers and ends alone; else all is decoded and every label id looked up.
+
+    Returns:
+        What is wrong with each image and its label, in order: mostly nothing.
+
+    Raises:
+        DatasetError: a worker process died.
+    """
+    # A generator of its own: checking must not move the random state of training.
+    loader = DataLoader(
+        _Checked(dataset, fast),
+        batch_size=8,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),
+    )
+    with tqdm(
+        total=len(dataset), desc="checking files", unit="img", leave=False, disable=None
+    ) as bar:
+        batches = iter(loader)
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                raise DatasetError(
+                    f"checking ended after {bar.n} of {len(dataset)} images: "
+                    f"{' '.join(str(error).split())}; give fewer --workers if memory is short"
+                ) from error
+            if batch is None:
+                return
+            yield from batch
+            bar.update(len(batch))
+
+
+def labels_without_image(dataset: Segmentation) -> list[Problem]:
+    """The label maps of a split that belong to no image."""
+    labels = {label for _, label in dataset.pairs}
+    if labels == {None}:
+        return []
+    what = f"there is no image of {dataset.split} to it"
+    return [
+        Problem("label without image", path, what)
+        for path in dataset.label_files()
+        if path not in labels
+    ]
+
+
+def leave_out_broken(
+    dataset: Segmentation | ImageFolder, workers: int = 0, fast: bool = False
+) -> list[Problem]:
+    """Take the images out of a data set that are broken, or their labels are.
+
+    Args:
+        workers, fast: as those of `look_through`.
+
+    Returns:
+        What was wrong with those that were left out.
+
+    Raises:
+        DatasetError: none is left, or a worker process died.
+    """
+    problems = [problem for found in look_through(dataset, workers, fast) for problem in found]
+    count, broken = len(dataset), {problem.index for problem in problems}
+    if problems and len(broken) == count:
+        raise DatasetError(f"all {count} images are broken, the first: {problems[0]}; {LISTING}")
+    dataset.leave_out(broken)
+    return problems
+
+
+class _Checked(Dataset):
+    """The problems of each image of a data set, and of its label."""
+
+    def __init__(self, dataset: Segmentation | ImageFolder, fast: bool) -> None:
+        self.dataset, self.fast = dataset, fast
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> list[Problem]:
+        if isinstance(self.dataset, Segmentation):
+            image_path, label_path = self.dataset.pairs[index]
+        else:
+            image_path, label_path = self.dataset.samples[index][0], None
+        problems: list[Problem] = []
+
+        def attempt(path: str, read: Callable[[], T]) -> T | None:
+            try:
+                return read()
+            except FileError as error:
+                kind, what = error.kind, str(error).removeprefix(path).strip()
+                if isinstance(error, MissingFile) and path == label_path:
+                    kind, path, what = "image without label", image_path, str(error)
+                problems.append(Problem(kind, path, what, index))
+                return None
+
+        size = attempt(image_path, lambda: _header_size(image_path))
+        if size is not None and not self.fast:
+            attempt(image_path, lambda: _decode_all(image_path))
+        if label_path is not None:
+            found = attempt(label_path, lambda: _label_header_size(label_path))
+            if found is not None and size is not None:
+                attempt(label_path, lambda: check_sizes(label_path, found, size))
+            if found is not None and not self.fast:
+                attempt(label_path, lambda: self._decode_label(index))
+        return problems
+
+    def _decode_label(self, index: int) -> None:
+        self.dataset.read_train_ids(index)
+        check_every_pixel(self.dataset.pairs[index][1])
+
+
+def _decode_all(path: str) -> None:
+    read_image(path)
+    check_every_pixel(path)
+
+
+def check_every_pixel(path: str) -> None:
+    """See that the pixels of a PNG or JPEG are there to the last, at the cost of decoding it again.
+
+    To read one sees most of it. What only this finds: a JPEG of several scans whose last ends
+    early, a JPEG that lacks less than its last block, a PNG that holds more than it declares, or
+    parts of it twice.
+
+    Raises:
+        DatasetError: they are not, or the file cannot be read.
+    """
+    with naming(path):
+        data = read_bytes(path)
+        with Image.open(BytesIO(data)) as image:
+            image_format = image.format
+        check_pixels(image_format, data)
+
+
+# During a run
+
+
+class SkipBroken(Dataset):
+    """A data set that goes on where an image is broken: items, each with the reason or "".
+
+    Args:
+        dataset: whose items raise a DatasetError where they are broken.
+        replace: another image takes the place of a broken one, the next that is none, so that
+            batches keep their size; else its item is None, as validation wants it.
+    """
+
+    def __init__(self, dataset: Dataset, replace: bool) -> None:
+        self.dataset, self.replace = dataset, replace
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, str]:
+        """An item, and what is wrong with that which should be here, "" if nothing.
+
+        Raises:
+            DatasetError: its neighbours are broken too, as many as are tried.
+        """
+        reason = ""
+        for place in range(index, index + min(MOST_TRIES, len(self))):
+            try:
+                return self.dataset[place % len(self)], reason
+            except DatasetError as error:
+                reason = reason or str(error)
+                if not self.replace:
+                    return None, reason
+        raise DatasetError(
+            f"{min(MOST_TRIES, len(self))} images in a row are broken, the first: {reason}; is the "
+            "disk gone, or the folder?"
+        )
+
+
+def collate_unbroken(
+    collate: Callable[[list], Any], items: Iterable[tuple[Any, str]]
+) -> tuple[Any, list[str]]:
+    """A batch of what SkipBroken returned, without the items that are None, and the reasons.
+
+    Args:
+        collate: makes the batch; None takes its place where no item is left.
+    """
+    items = list(items)
+    kept = [item for item, _ in items if item is not None]
+    return collate(kept) if kept else None, [reason for _, reason in items if reason]
+
+
+def summary(problems: Iterable[Problem]) -> str:
+    """How many problems there are of each kind, the most frequent first."""
+    counts = Counter(problem.kind for problem in problems)
+    return ", ".join(f"{kind}: {count}" for kind, count in counts.most_common())
