@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import math
 import zipfile
 from collections import Counter
@@ -21,6 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from torch import Tensor
 
+# It tells of every run that was resumed.
+logging.getLogger("tensorboard").setLevel(logging.ERROR)
+
 # What the clock says, in the log and in checkpoints; the tags under which TensorBoard shows it.
 CLOCK = {"images_per_second", "data_wait", "seconds"}
 CLOCK_TAGS = {"images per second/train", "share of time waiting for data/train"}
@@ -28,7 +32,7 @@ CLOCK_TAGS = {"images per second/train", "share of time waiting for data/train"}
 PLACES = {"savedir", "datadir", "cache", "resume"}
 
 EVENTS = "events.out.tfevents."
-# May lie beside an end: the checkpoint before the last one, and the mark of a folder in use.
+# May lie beside an end.
 FREE = ("previous.pth",)
 
 

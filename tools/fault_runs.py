@@ -97,6 +97,8 @@ class Try:
     root: Path
     story: list[str] = field(default_factory=list)  # what was done, moment by moment
     struck: list[str] = field(default_factory=list)  # in which part of the run
+    lost: list[str] = field(default_factory=list)
+    tries: int = 1  # that this one counts for
 
     def __post_init__(self) -> None:
         self.random = random.Random(f"{self.seed} {self.row} {self.number}")

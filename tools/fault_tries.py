@@ -36,6 +36,7 @@ from PIL import Image
 SCENES = {"train": 14, "val": 3}
 SHAPES = {"train": 5, "val": 1}
 PICTURES = 12
+FILES = 25  # fuzzed ones, for a process
 # Every tenth of a second or so: much of a run is then the writing of checkpoints.
 OFTEN = ("--checkpoint-minutes", "0.002", "--steps-loss", "1")
 MAIN = (
@@ -379,12 +380,14 @@ def stop(t: Try, lab: Lab, number: Signals, name: str = "main", again: bool = Fa
     whole(t.run_folder)
     if end.status == 0:
         t.say("had come to its end")
+    elif t.struck[-1] == "the end" and end.status in (status, -number):
+        t.say("at its end")
     elif begun and end.status != status and name != "torchrun":  # which has a status of its own
         raise Lost(f"no status {status}, but {end.says()}")
     elif not begun and end.status not in (status, -number) and name != "torchrun":
         raise Lost(f"in start-up, no status {status}, but {end.says()}")
     commands = RESUME.findall(end.err)
-    if end.status == 0 or again or not begun:
+    if end.status == 0 or again or not begun or t.struck[-1] == "the end":
         go_on(t, program)
     elif not commands:
         raise Lost(f"no command to resume was printed, but {last_line(end.err)}")
@@ -744,8 +747,33 @@ def killed_results(t: Try, lab: Lab, kind: str) -> None:
 
 
 def fuzzed(t: Try, lab: Lab) -> None:
-    """Damaged files into the loaders."""
-    raise Lost("not written yet")
+    """Fuzzed files into the loaders, many to a process; what ends or hangs it is found out."""
+    read = refused_by_name = place = 0
+    while place < FILES:
+        command = ["tools/read_fuzzed.py", t.seed, t.number, place, FILES, t.folder / "files"]
+        started = t.start([sys.executable, *map(str, command)])
+        try:
+            end = started.wait(120)
+            ended = f"ended with {end.says()}"
+        except Lost as error:
+            started.process.kill()
+            ended = str(error)
+        said = started.out().splitlines()
+        for title, result in zip(said[::2], said[1::2], strict=False):
+            place = int(title.split()[0]) + 1
+            read += result == "read"
+            refused_by_name += result == "refused"
+            if result not in ("read", "refused"):
+                t.lost.append(f"{title}: {result}")
+        if len(said) % 2:  # the last file has no result
+            t.lost.append(f"{said[-1]}: {ended}")
+            place = int(said[-1].split()[0]) + 1
+        elif place < FILES:
+            raise Lost(f"reading {ended}")
+    t.tries = FILES
+    t.say(f"{read} read, {refused_by_name} refused by name")
+    for part, count in (("read", read), ("refused by name", refused_by_name)):
+        t.struck += [part] * count
 
 
 ROWS = [

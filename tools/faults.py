@@ -24,13 +24,13 @@ import platform
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fault_compare import differences, hashes
-from fault_runs import ROOT, Lost, Stopped, Try, end_everything, namespace, shown
+from fault_runs import Lost, Stopped, Try, end_everything, namespace, shown
 from fault_tries import (
     IMAGENET,
     MAIN,
@@ -161,13 +161,9 @@ def unable(row: Row) -> str:
     """Why a fault cannot be tried on this machine; empty where it can."""
     if row.mounts and os.environ["LEDNET_NAMESPACE"] == "no":
         return "nothing may be mounted here, neither by unshare -m nor by unshare -rm"
-    if row.name == "fuzzed" and not (ROOT / "tests" / "fuzzing.py").exists():
-        return "tests/fuzzing.py is missing"
-    if row.name == "export":
-        missing = subprocess.run([sys.executable, "-c", "import onnx, onnxscript, onnxruntime"])
-        if missing.returncode:
-            return "onnx, onnxscript and onnxruntime are not installed"
-    return ""
+    needed = {"fuzzed": ["hypothesis", "pytest"], "export": ["onnx", "onnxscript", "onnxruntime"]}
+    missing = [name for name in needed.get(row.name, []) if find_spec(name) is None]
+    return f"{', '.join(missing)} not installed: see requirements-dev.txt" if missing else ""
 
 
 def machine() -> dict[str, str]:
@@ -267,15 +263,17 @@ def try_all(rows: list[Row], lab: Lab, args: argparse.Namespace) -> dict[str, Ou
         }
         with tqdm(total=total, unit="try", disable=None, dynamic_ncols=True) as bar:
             for done in as_completed(waiting):
-                name, (t, failure) = waiting[done], done.result()
+                name, t = waiting[done], done.result()
                 outcome = outcomes[name]
-                outcome.tries += 1
-                outcome.moments.append(f"{t.number}: {'; '.join(t.story)}")
+                outcome.tries += t.tries
+                story = "; ".join(t.story)
+                outcome.moments.append(f"{t.number}: {story}")
                 for part in t.struck:
                     outcome.struck[part] = outcome.struck.get(part, 0) + 1
-                tqdm.write(f"{name} {t.number}: {'; '.join(t.story)}: {failure or 'nothing lost'}")
-                if failure:
-                    outcome.lost[str(t.number)] = failure
+                for place, lost in enumerate(t.lost):
+                    outcome.lost[f"{t.number}{f'.{place}' if place else ''}"] = lost
+                tqdm.write(f"{name} {t.number}: {story}: {'; '.join(t.lost) or 'nothing lost'}")
+                if t.lost:
                     tqdm.write(
                         f"  again: python tools/faults.py --only {name} --number {t.number} "
                         f"--seed {args.seed}"
@@ -291,25 +289,24 @@ def try_all(rows: list[Row], lab: Lab, args: argparse.Namespace) -> dict[str, Ou
     return outcomes
 
 
-def attempt(row: Row, number: int, lab: Lab, seed: int) -> tuple[Try, str]:
-    """One try; returns what was lost in it, empty for nothing."""
+def attempt(row: Row, number: int, lab: Lab, seed: int) -> Try:
+    """One try, which then says what was lost in it."""
     t = Try(row.name, number, seed, lab.folder)
-    failure = ""
     try:
         row.attempt(t, lab)
         t.end()
     except Lost as error:
-        failure = str(error)
+        t.lost.append(str(error))
     except Stopped:
-        failure = "the tool was interrupted"
+        t.lost.append("the tool was interrupted")
     except Exception as error:  # a mistake of this tool must not look like a promise kept
         traceback.print_exc()
-        failure = f"the tool itself failed: {type(error).__name__}: {error}"
+        t.lost.append(f"the tool itself failed: {type(error).__name__}: {error}")
     finally:
         t.kill_all()
-    if not failure:
+    if not t.lost:
         shutil.rmtree(t.folder, ignore_errors=True)
-    return t, failure
+    return t
 
 
 if __name__ == "__main__":
