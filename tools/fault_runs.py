@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 MARK = "LEDNET_FAULTS"
 ALL = uuid.uuid4().hex  # the mark of everything that this process starts
 
-# What a process may take beyond the time of an undisturbed one, before it counts as hanging.
-LIMIT = 240
+# Seconds after which a process counts as hanging, ten times what an undisturbed one takes.
+LIMIT = 150
 # Workers of a killed process notice that it is gone, which they look for every 5 seconds.
 LEFT_RUNNING = 30
 

@@ -1,6 +1,6 @@
 """Do real damage to short real runs, and see whether anything is lost; writes docs/reliability.md.
 
-    python tools/faults.py                          every fault: about half an hour on two cores
+    python tools/faults.py                          every fault: about an hour on two cores
     python tools/faults.py --quick                  two tries of each
     python tools/faults.py --only kill disk         these alone
     python tools/faults.py --only kill --number 7 --seed 0     one try again, as a failure says
@@ -253,7 +253,6 @@ def try_all(rows: list[Row], lab: Lab, args: argparse.Namespace) -> dict[str, Ou
     if args.number is not None:
         numbers = {row.name: [args.number] for row in rows}
     total = sum(map(len, numbers.values()))
-    # With a worker more than jobs the pool would still be filled while the interrupted one waits.
     pool = ThreadPoolExecutor(args.jobs)
     try:
         waiting = {
@@ -282,6 +281,7 @@ def try_all(rows: list[Row], lab: Lab, args: argparse.Namespace) -> dict[str, Ou
     except BaseException:
         end_everything()
         pool.shutdown(cancel_futures=True)
+        print("\n" + table({name: vars(o) for name, o in outcomes.items() if o.tries}))
         raise
     pool.shutdown()
     for outcome in outcomes.values():
