@@ -175,11 +175,19 @@ def is_unfinished(name: str) -> bool:
 def wait_for_write(t: Try, started: Started) -> bool:
     """Wait until a checkpoint is being written, and then some milliseconds more."""
 
+    def last() -> tuple[int, int]:
+        with suppress(OSError):
+            found = (t.run_folder / LAST).stat()
+            return found.st_size, found.st_mtime_ns
+        return 0, 0
+
     def writing() -> bool:
         with suppress(OSError):
-            return any(name.startswith(f".{LAST}") for name in os.listdir(t.run_folder))
-        return False
+            if any(name.startswith(f".{LAST}") for name in os.listdir(t.run_folder)):
+                return True
+        return last() != before  # not beside, but at once
 
+    before = last()
     t.sleep(60, lambda: writing() or not started.running())
     time.sleep(t.random.uniform(0, 0.03))
     return started.running()
@@ -360,11 +368,11 @@ def stop(t: Try, lab: Lab, number: Signals, name: str = "main", again: bool = Fa
     status = 128 + number
     # Ctrl-C reaches all processes of a terminal; SIGTERM one, or, as from Slurm and systemd, all.
     to_all = number == SIGINT or (t.random.random() < 0.5 and name != "torchrun")
-    begun = False
+    steps = 0  # before the signal
 
     def strike(started: Started) -> str | None:
-        nonlocal begun
-        begun = PROGRESS.search(started.out()) is not None
+        nonlocal steps
+        steps = len(PROGRESS.findall(started.out()))
         if not started.running():
             return None
         (os.killpg if to_all else os.kill)(started.pid, number)
@@ -378,6 +386,12 @@ def stop(t: Try, lab: Lab, number: Signals, name: str = "main", again: bool = Fa
 
     end = disturb(t, program, program.begin(t.run_folder), strike)
     whole(t.run_folder)
+    begun = steps > 0
+    more = len(PROGRESS.findall(end.out)) - steps
+    # The step that is finished; the one before may not have been told when the signal was sent. Of
+    # two processes both tell.
+    if more > (4 if name == "torchrun" else 2):
+        raise Lost(f"went on for {more} steps after the signal")
     if end.status == 0:
         t.say("had come to its end")
     elif t.struck[-1] == "the end" and end.status in (status, -number):
