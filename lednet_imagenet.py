@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
-from datasets.check import check_images
+from datasets.check import check_images, without_broken
 from datasets.drawn import draw_once
 from datasets.files import DatasetError
 from datasets.imagenet import MEAN, STD, ImageFolder, training_images, validation_images
@@ -43,6 +42,7 @@ from utils.cli import (
     run,
 )
 from utils.engine import evaluate_classifier, train_one_epoch
+from utils.events import close_events
 from utils.metrics import TopKAccuracy
 from utils.recipe import ema_of, one_cycle
 from utils.run import (
@@ -54,16 +54,18 @@ from utils.run import (
     append_row,
     check_free,
     claimed,
-    drop_rows_after,
+    go_on_after,
     load_run,
     notes,
     parse_run_args,
     read_args,
     resume_command,
     run_folder,
-    save_result,
+    save_network,
     save_run,
     start_run,
+    told,
+    told_left_out,
     write_events,
 )
 from utils.speed import count_parameters
@@ -256,8 +258,7 @@ def pretrain(
     if distributed.is_first():
         if not args.resume:
             start_run(folder, vars(args))
-        drop_rows_after(folder / LOG, epoch=training.epoch)
-        writer = SummaryWriter(folder, purge_step=training.epoch + 1)
+        writer = go_on_after(folder, training.epoch, epoch=training.epoch)
     floats = to_floats(MEAN, STD, device)
 
     def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -338,8 +339,8 @@ def pretrain(
                 if improved:
                     network = training.scored
                     encoder = {f"encoder.{name}": w for name, w in on_cpu(network.encoder).items()}
-                    save_result(checkpoint(), folder / BEST)
-                    save_result(checkpoint() | {"model": encoder}, folder / ENCODER)
+                    save_network(checkpoint(), folder / BEST)
+                    save_network(checkpoint() | {"model": encoder}, folder / ENCODER)
                 append_row(folder / LOG, row)
                 write_events(writer, row, row["epoch"], shown)
 
@@ -356,7 +357,8 @@ def pretrain(
                 flush=True,
             )
     if writer:
-        writer.close()
+        with told(folder):
+            close_events(writer)
 
     cityscapes = "" if args.dataset == "shapes" else "--datadir CITYSCAPES "
     print(
@@ -378,7 +380,10 @@ def find_data(args: argparse.Namespace, check: bool) -> tuple[ImageFolder, Image
         draw_once(args.datadir, make_shapes, "shapes and textures")
     train = training_images(args.datadir, args.size, augment=args.recipe == "modern")
     val = validation_images(args.datadir, args.size, train.classes)
-    if check:
+    if args.skip_broken:
+        for dataset in (train, val):
+            told_left_out(without_broken(dataset, args.workers, replace=dataset is train))
+    elif check:
         check_images([path for path, _ in train.samples + val.samples])
     return train, val
 

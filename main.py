@@ -29,7 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from datasets import DATASETS
 from datasets.cache import keep_decoded
-from datasets.check import check_headers
+from datasets.check import check_headers, without_broken
 from datasets.drawn import draw_once
 from datasets.files import DatasetError
 from datasets.folder import read_classes
@@ -65,6 +65,7 @@ from utils.cli import (
     run,
 )
 from utils.engine import evaluate, train_one_epoch
+from utils.events import close_events
 from utils.losses import LOSSES, build_loss, class_weights, with_auxiliary
 from utils.metrics import ConfusionMatrix, mean_score
 from utils.recipe import (
@@ -85,7 +86,7 @@ from utils.run import (
     append_row,
     check_free,
     claimed,
-    drop_rows_after,
+    go_on_after,
     load_run,
     notes,
     parse_run_args,
@@ -93,9 +94,11 @@ from utils.run import (
     read_json,
     resume_command,
     run_folder,
-    save_result,
+    save_network,
     save_run,
     start_run,
+    told,
+    told_left_out,
     write_events,
     write_json,
 )
@@ -478,8 +481,7 @@ def train(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
         if not args.resume:
             start_run(folder, vars(args))
         write_json(folder / COUNTS, named)
-        drop_rows_after(folder / LOG, stage=stage_done, epoch=epoch_done)
-        writer = SummaryWriter(folder, purge_step=steps_done + 1)
+        writer = go_on_after(folder, steps_done, stage=stage_done, epoch=epoch_done)
     pairs = [pair for part in parts for pair in part.pairs]
     watch = Watch(
         folder / LAST,
@@ -523,11 +525,12 @@ def train(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
             train_stage(this, 1, encoder, encoder)
             weights = {f"encoder.{name}": w for name, w in on_cpu(network.encoder).items()}
             checkpoint = this.description | {"model": weights, "stage": 1}
-            distributed.first(lambda: save_result(checkpoint, folder / ENCODER))
+            distributed.first(lambda: save_network(checkpoint, folder / ENCODER))
         training = AuxiliaryHead(network, len(classes)) if args.aux_weight else network
         best = train_stage(this, 2, training, network)
     if writer:
-        writer.close()
+        with told(folder):
+            close_events(writer)
 
     print(f"\nclass IoU in % on val after epoch {best['epoch']}, the best:")
     print(score_table(classes.names, best["class_iou"]))
@@ -546,10 +549,15 @@ def find_data(args: argparse.Namespace, classes: Classes) -> dict[Segmentation, 
     if args.dataset == "synthetic":
         draw_once(args.datadir, make_synthetic, "street scenes")
     kind = DATASETS[args.dataset]
+    need_labels = not args.skip_broken
     parts = [
-        kind(args.datadir, split, classes, args.height) for split in kind.TRAIN_ON[args.train_on]
+        kind(args.datadir, split, classes, args.height, need_labels=need_labels)
+        for split in kind.TRAIN_ON[args.train_on]
     ]
-    val = kind(args.datadir, "val", classes, args.height, resize_labels=False)
+    val = kind(args.datadir, "val", classes, args.height, False, need_labels)
+    if args.skip_broken:
+        for dataset in (*parts, val):
+            told_left_out(without_broken(dataset, args.workers, replace=dataset is not val))
     return {part: check_headers(part.pairs) for part in (*parts, val)}
 
 
@@ -775,7 +783,7 @@ def train_stage(
 
         def write(row=row, step=step, strips=strips if shown else [], kept=kept) -> None:
             for name in kept:
-                save_result(checkpoint(), folder / name)
+                save_network(checkpoint(), folder / name)
             append_row(folder / LOG, row)
             write_events(this.writer, row, step, strips)
 

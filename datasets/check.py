@@ -1,11 +1,11 @@
 """Broken files of a data set: found before a run, all of them listed, or gone without."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -29,9 +29,6 @@ from datasets.whole import check_pixels
 
 LISTING = "python tools/check_dataset.py lists them all"
 ADVICE = f"{LISTING}, --skip-broken leaves them out"
-
-# So many broken neighbours are no accident: a disk is gone, or a folder.
-MOST_TRIES = 10
 
 T = TypeVar("T")
 Size = tuple[int, int]  # width and height
@@ -196,16 +193,21 @@ def labels_without_image(dataset: Segmentation) -> list[Problem]:
     ]
 
 
-def leave_out_broken(
-    dataset: Segmentation | ImageFolder, workers: int = 0, fast: bool = False
+def without_broken(
+    dataset: Segmentation | ImageFolder,
+    workers: int = 0,
+    fast: bool = False,
+    replace: bool = False,
 ) -> list[Problem]:
     """Take the images out of a data set that are broken, or their labels are.
 
     Args:
         workers, fast: as those of `look_through`.
+        replace: the next image that is whole stands in for a broken one: the data set keeps its
+            length, as a run that is resumed needs it.
 
     Returns:
-        What was wrong with those that were left out.
+        What was wrong with those that were taken out.
 
     Raises:
         DatasetError: none is left, or a worker process died.
@@ -214,7 +216,15 @@ def leave_out_broken(
     count, broken = len(dataset), {problem.index for problem in problems}
     if problems and len(broken) == count:
         raise DatasetError(f"all {count} images are broken, the first: {problems[0]}; {LISTING}")
-    dataset.leave_out(broken)
+    kept: deque[int] = deque()
+    following = min(set(range(count)) - broken, default=0)  # after the last comes the first
+    for index in reversed(range(count)):
+        if index not in broken:
+            following = index
+        if replace or index not in broken:
+            kept.appendleft(following)
+    if broken:
+        dataset.keep(kept)
     return problems
 
 
@@ -280,57 +290,6 @@ def check_every_pixel(path: str) -> None:
         with Image.open(BytesIO(data)) as image:
             image_format = image.format
         check_pixels(image_format, data)
-
-
-# During a run
-
-
-class SkipBroken(Dataset):
-    """A data set that goes on where an image is broken: items, each with the reason or "".
-
-    Args:
-        dataset: whose items raise a DatasetError where they are broken.
-        replace: another image takes the place of a broken one, the next that is none, so that
-            batches keep their size; else its item is None, as validation wants it.
-    """
-
-    def __init__(self, dataset: Dataset, replace: bool) -> None:
-        self.dataset, self.replace = dataset, replace
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, str]:
-        """An item, and what is wrong with that which should be here, "" if nothing.
-
-        Raises:
-            DatasetError: its neighbours are broken too, as many as are tried.
-        """
-        reason = ""
-        for place in range(index, index + min(MOST_TRIES, len(self))):
-            try:
-                return self.dataset[place % len(self)], reason
-            except DatasetError as error:
-                reason = reason or str(error)
-                if not self.replace:
-                    return None, reason
-        raise DatasetError(
-            f"{min(MOST_TRIES, len(self))} images in a row are broken, the first: {reason}; is the "
-            "disk gone, or the folder?"
-        )
-
-
-def collate_unbroken(
-    collate: Callable[[list], Any], items: Iterable[tuple[Any, str]]
-) -> tuple[Any, list[str]]:
-    """A batch of what SkipBroken returned, without the items that are None, and the reasons.
-
-    Args:
-        collate: makes the batch; None takes its place where no item is left.
-    """
-    items = list(items)
-    kept = [item for item, _ in items if item is not None]
-    return collate(kept) if kept else None, [reason for _, reason in items if reason]
 
 
 def summary(problems: Iterable[Problem]) -> str:

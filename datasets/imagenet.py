@@ -8,7 +8,7 @@ decoded at 1/2, 1/4 or 1/8 of its size, never below the size that the crop is re
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +99,10 @@ class ImageFolder(torchvision.datasets.ImageFolder):
                     "put some in, or remove the folder"
                 )
 
-    def leave_out(self, indices: Collection[int]) -> None:
-        """Go on without some of the images."""
-        left = set(indices)
-        kept = [sample for index, sample in enumerate(self.samples) if index not in left]
-        self.samples = self.imgs = kept
-        self.targets = [target for _, target in kept]
+    def keep(self, indices: Iterable[int]) -> None:
+        """Go on with the images of these indices alone, in this order."""
+        self.samples = self.imgs = [self.samples[index] for index in indices]
+        self.targets = [target for _, target in self.samples]
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         found = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir())

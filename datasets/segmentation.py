@@ -1,7 +1,7 @@
 """What a data set of segmentation is: its classes, and pairs of image and label files."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -136,10 +136,9 @@ class Segmentation(Dataset):
         default none of these is looked for."""
         return [label for _, label in self.pairs if label is not None]
 
-    def leave_out(self, indices: Collection[int]) -> None:
-        """Go on without some of the pairs."""
-        left = set(indices)
-        self.pairs = [pair for index, pair in enumerate(self.pairs) if index not in left]
+    def keep(self, indices: Iterable[int]) -> None:
+        """Go on with the pairs of these indices alone, in this order."""
+        self.pairs = [self.pairs[index] for index in indices]
 
     def result_name(self, index: int) -> str:
         """Where the predicted label map of an image belongs, in a folder of results."""

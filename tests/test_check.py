@@ -13,14 +13,12 @@ from PIL import Image
 from datasets import check
 from datasets.camvid import CamVid
 from datasets.check import (
-    SkipBroken,
     check_headers,
     check_images,
-    collate_unbroken,
     labels_without_image,
-    leave_out_broken,
     look_through,
     summary,
+    without_broken,
 )
 from datasets.cityscapes import Cityscapes
 from datasets.files import DatasetError, read_image
@@ -245,11 +243,11 @@ def test_broken_pairs_are_left_out(make):
     pairs = list(dataset.pairs)
     for index, damage in enumerate(damages):
         DAMAGES[damage][2](*pairs[2 * index])
-    problems = leave_out_broken(dataset)
+    problems = without_broken(dataset)
     assert [problem.index for problem in problems] == [0, 2, 4][: len(damages)]
     assert dataset.pairs == [p for i, p in enumerate(pairs) if i not in (0, 2, 4)[: len(damages)]]
     assert len(dataset) == len(pairs) - len(damages) and dataset.label_files() == labels
-    assert leave_out_broken(dataset) == []
+    assert without_broken(dataset) == []
     for index in range(len(dataset)):
         assert dataset[index][0].shape[1:] == dataset[index][1].shape
 
@@ -258,14 +256,14 @@ def test_an_image_without_label_is_left_out(make):
     gone = make().pairs[2]
     remove(gone[1])
     dataset = make()
-    assert len(leave_out_broken(dataset, fast=True)) == 1 and gone not in dataset.pairs
+    assert len(without_broken(dataset, fast=True)) == 1 and gone not in dataset.pairs
 
 
 def test_images_of_classes_are_left_out(shapes_copy):
     train = ImageFolder(shapes_copy, "train", read_image)
     samples = list(train.samples)
     cut(samples[3][0])
-    (problem,) = leave_out_broken(train, fast=True)
+    (problem,) = without_broken(train, fast=True)
     assert problem.path == samples[3][0]
     expected = samples[:3] + samples[4:]
     assert train.samples == train.imgs == expected
@@ -277,70 +275,17 @@ def test_something_must_be_left(camvid_copy):
     for image, _ in val.pairs:
         Path(image).write_bytes(b"")
     with pytest.raises(DatasetError, match="all 3 images are broken, the first: unreadable: "):
-        leave_out_broken(val)
+        without_broken(val)
 
 
-# During a run
-
-
-class Numbers(torch.utils.data.Dataset):
-    """The numbers from 0 on, of which some are broken."""
-
-    def __init__(self, length: int, broken: set[int]) -> None:
-        self.length, self.broken = length, broken
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> int:
-        if index in self.broken:
-            raise DatasetError(f"{index}.png is broken")
-        return index
-
-
-def test_another_image_takes_the_place_of_a_broken_one():
-    numbers = SkipBroken(Numbers(8, {2, 3, 7}), replace=True)
-    found = [numbers[index] for index in range(len(numbers))]
-    assert [item for item, _ in found] == [0, 1, 4, 4, 4, 5, 6, 0]
-    reasons = {index: reason for index, (_, reason) in enumerate(found) if reason}
-    assert reasons == {index: f"{index}.png is broken" for index in (2, 3, 7)}
-
-
-def test_too_many_broken_neighbours_are_an_error():
-    numbers = SkipBroken(Numbers(30, set(range(5, 15))), replace=True)
-    assert numbers[6][0] == 15
-    with pytest.raises(DatasetError, match=r"10 images in a row .* 5.png is broken; is the disk"):
-        numbers[5]
-    with pytest.raises(DatasetError, match="3 images in a row"):
-        SkipBroken(Numbers(3, {0, 1, 2}), replace=True)[1]
-
-
-def test_other_errors_are_not_hidden():
-    class Wrong(Numbers):
-        def __getitem__(self, index: int) -> int:
-            raise ValueError("a mistake in the code")
-
-    with pytest.raises(ValueError, match="a mistake in the code"):
-        SkipBroken(Wrong(3, set()), replace=True)[0]
-
-
-def test_validation_leaves_broken_images_out():
-    numbers = SkipBroken(Numbers(6, {2, 4, 5}), replace=False)
-    loader = torch.utils.data.DataLoader(
-        numbers, batch_size=2, collate_fn=functools.partial(collate_unbroken, list)
-    )
-    assert list(loader) == [
-        ([0, 1], []),
-        ([3], ["2.png is broken"]),
-        (None, ["4.png is broken", "5.png is broken"]),
-    ]
-
-
-def test_bytes_of_a_broken_file_do_not_reach_training(cityscapes_copy):
-    """What a worker meets in the middle of a run."""
-    train = Cityscapes(cityscapes_copy, "train")
-    dataset = SkipBroken(train, replace=True)
-    cut(train.pairs[0][1])
-    (image, label), reason = dataset[0]
-    assert reason.startswith(train.pairs[0][1])
-    assert torch.equal(image, train[1][0]) and torch.equal(label, train[1][1])
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [({1, 2}, [0, 3, 3, 3, 4, 5]), ({0, 5}, [1, 1, 2, 3, 4, 1]), (set(), [0, 1, 2, 3, 4, 5])],
+)
+def test_the_next_whole_image_stands_in_for_a_broken_one(camvid_copy, broken, expected):
+    train = CamVid(camvid_copy, "train")
+    pairs = list(train.pairs)
+    for index in broken:
+        cut(pairs[index][0])
+    assert {problem.index for problem in without_broken(train, replace=True)} == broken
+    assert train.pairs == [pairs[index] for index in expected]

@@ -29,6 +29,7 @@ from utils.cli import (
     natural_int,
     seed_int,
 )
+from utils.events import drop_events_after, flush_events, naming_events, open_events
 
 # The checkpoint to go on from, and the one before it, in case it is damaged.
 LAST, PREVIOUS = "last.pth", "previous.pth"
@@ -248,7 +249,7 @@ def save_run(checkpoint: Mapping[str, Any], folder: Path) -> None:
         save_checkpoint(checkpoint, last)
 
 
-def save_result(checkpoint: Mapping[str, Any], path: Path) -> None:
+def save_network(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint of a run that nothing is resumed from.
 
     Raises:
@@ -382,21 +383,54 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 def write_events(
     writer: SummaryWriter, row: Mapping[str, float], step: int, pictures: Sequence[Tensor]
 ) -> None:
-    """A row of the log, without what was not measured, and pictures of val to TensorBoard."""
-    for name, value in row.items():
-        if name in TAGS or name.startswith("iou "):
-            tag = TAGS.get(name) or name.replace("iou ", "iou/", 1)
-            if not math.isnan(value):
-                writer.add_scalar(tag, value, step)
-    for number, picture in enumerate(pictures):
-        writer.add_image(f"val/{number}", picture, step)
-    writer.flush()
+    """A row of the log, without what was not measured, and pictures of val to TensorBoard.
+
+    Raises:
+        UsageError: they cannot be written.
+    """
+    folder = Path(writer.log_dir)
+    with told(folder), naming_events(folder):
+        for name, value in row.items():
+            if name in TAGS or name.startswith("iou "):
+                tag = TAGS.get(name) or name.replace("iou ", "iou/", 1)
+                if not math.isnan(value):
+                    writer.add_scalar(tag, value, step)
+        for number, picture in enumerate(pictures):
+            writer.add_image(f"val/{number}", picture, step)
+        flush_events(writer)
+
+
+def told_left_out(problems: Sequence[object]) -> None:
+    """Name the broken files that a run goes without, on stderr."""
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    if problems:
+        print(f"{len(problems)} broken files are left out", flush=True)
 
 
 def notes(row: Mapping[str, float]) -> str:
     """What a row of the log tells of steps and images that were left out, to end its report."""
     named = {"skipped_steps": "steps skipped by the scaler", "left_out": "broken images left out"}
     return "".join(f", {row[name]} {what}" for name, what in named.items() if row[name])
+
+
+def go_on_after(folder: Path, step: int, **done: int) -> SummaryWriter:
+    """Cut from the log and the events of a run what came after the checkpoint to go on from.
+
+    Args:
+        step: the last one of the events to keep.
+        done: columns of the last row of the log to keep, as for `drop_rows_after`.
+
+    Returns:
+        What writes further events.
+
+    Raises:
+        UsageError: they cannot be written.
+    """
+    drop_rows_after(folder / LOG, **done)
+    with told(folder):
+        drop_events_after(folder, step)
+        return open_events(folder)
 
 
 def drop_rows_after(path: Path, **done: int) -> None:
