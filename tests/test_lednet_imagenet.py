@@ -186,19 +186,14 @@ def test_the_recipe_is_followed_epoch_by_epoch(script, shapes, monkeypatch, tmp_
 
 def options_of_a_run(script, shapes, monkeypatch, *options):
     """Run one epoch; returns what the epoch was trained with."""
-    seen, real, real_ema = {"ema": None}, utils.engine.train_one_epoch, utils.recipe.ema_of
+    seen, real = {}, utils.engine.train_one_epoch
 
-    def train_one_epoch(model, loader, **options):
-        seen.update(options, loader=loader)
-        seen["weight_decay"] = options["optimizer"].param_groups[0]["weight_decay"]
-        return real(model, loader, **options)
-
-    def ema_of(*args):
-        seen["ema"] = real_ema(*args)
-        return seen["ema"]
+    def train_one_epoch(training, forward, loader, **options):
+        seen.update(vars(training) | options, loader=loader)
+        seen["weight_decay"] = training.optimizer.param_groups[0]["weight_decay"]
+        return real(training, forward, loader, **options)
 
     monkeypatch.setattr(utils.engine, "train_one_epoch", train_one_epoch)
-    monkeypatch.setattr(utils.recipe, "ema_of", ema_of)
     result = script(NAME, "--datadir", shapes, *PRETRAIN_QUICK, "--savedir", "a", *options)
     assert result.status == 0, result.err
     return seen
@@ -217,7 +212,7 @@ def test_the_published_recipe_is_the_default(script, shapes, monkeypatch):
     assert type(seen["optimizer"]) is torch.optim.SGD
     assert (group["initial_lr"], group["momentum"], seen["weight_decay"]) == (0.1, 0.9, 1e-4)
     assert_smoothed_by(0.0, seen["loss_function"])
-    assert seen["ema"] is None and seen["on_step"] is None
+    assert seen["ema"] is None
     # Images are trained on as the checkpoint says.
     labels = torch.tensor([4])
     grey, same = seen["prepare"](torch.full((1, 3, 1, 1), 51, dtype=torch.uint8), labels)
@@ -358,7 +353,7 @@ def test_a_resumed_run_ends_as_the_one_that_never_stopped(
     recipe, unbroken = whole
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(utils.checkpoint, "save_checkpoint", save_and_stop)
+        patch.setattr(utils.run, "save_checkpoint", save_and_stop)
         script(NAME, *resumable(recipe, shapes, stopped))
     wait_for_the_next_second()
     result = script(NAME, "--savedir", stopped, "--resume")
@@ -405,7 +400,7 @@ def test_other_data_before_an_epoch_is_finished(pretrained, fails, shapes_copy, 
     folder = shutil.copytree(pretrained, tmp_path / "copy")
     (folder / "last.pth").unlink()
     line = fails(NAME, "--savedir", folder, "--resume", "--datadir", shapes_copy)
-    assert "no epoch of the run in" in line and "start another run" in line
+    assert "nothing was saved of the run in" in line and "start another run" in line
 
 
 def test_data_that_moved_are_checked_on_resume(pretrained, fails, shapes_copy, tmp_path):
@@ -610,7 +605,7 @@ def test_an_image_that_breaks_in_training_is_named(
 
     argv = ("--datadir", shapes_copy, *PRETRAIN_QUICK, "--epochs", 2, "--lr", 0.01)
     with monkeypatch.context() as patch:
-        patch.setattr(utils.checkpoint, "save_checkpoint", save_and_break)
+        patch.setattr(utils.run, "save_checkpoint", save_and_break)
         result = script(NAME, *argv, "--workers", workers, "--savedir", "a")
     assert result.status == 2 and result.err.count("\n") == 1
     assert f"train/rings/{path.name} cannot be read as an image" in result.err

@@ -12,9 +12,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import datasets.synthetic
-import utils.checkpoint
 import utils.engine
 import utils.losses
+import utils.run
 from datasets.cityscapes import Cityscapes
 from datasets.statistics import count_pixels
 from datasets.transforms import Paper, Strong
@@ -195,7 +195,7 @@ def test_a_resumed_run_ends_as_the_one_that_never_stopped(
             raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(utils.checkpoint, "save_checkpoint", save_and_stop)
+        patch.setattr(utils.run, "save_checkpoint", save_and_stop)
         argv = ("--datadir", cityscapes, *RECIPES[recipe], "--savedir", "stopped")
         script("main.py", *argv)
     wait_for_the_next_second()
@@ -208,10 +208,10 @@ def test_a_resumed_run_ends_as_the_one_that_never_stopped(
     stopped, unbroken = tmp_path / "save/stopped", whole(recipe)
     names = {path.name for path in unbroken.glob("*.pth")}
     assert names == {path.name for path in stopped.glob("*.pth")}
-    assert names == {"last.pth", "best.pth"} | (
+    assert names == {"last.pth", "previous.pth", "best.pth"} | (
         {"encoder.pth"} if recipe == "two stages" else set()
     )
-    for name in names:
+    for name in names - {"previous.pth"}:
         ours, theirs = load_checkpoint(stopped / name), load_checkpoint(unbroken / name)
         assert same_weights(ours["model"], theirs["model"]), name
         for key in ("epoch", "best"):
@@ -249,7 +249,7 @@ def test_a_run_without_a_checkpoint_resumes_from_the_start(script, cityscapes, t
 
 def test_what_may_not_change_on_resume(trained, fails):
     argv = ("main.py", "--savedir", trained, "--resume")
-    assert "has --batch-size 2" in fails(*argv, "--batch-size", 4)
+    assert "has --height 64" in fails(*argv, "--height", 128)
     assert "has --apn-channels 20" in fails(*argv, "--D", 8)
     assert "--resume needs --savedir" in fails("main.py", "--resume")
     assert "--savedir: expected one argument" in fails("main.py", "--savedir")
@@ -317,8 +317,9 @@ def test_the_same_command_with_resume_goes_on(script, cityscapes, tmp_path):
 def test_what_cannot_be_resumed_from(trained, fails, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "copy")
     argv = ("main.py", "--savedir", folder, "--resume")
+    (folder / "previous.pth").unlink()
     shutil.copy(folder / "best.pth", folder / "last.pth")
-    assert "does not hold the optimizer of a run" in fails(*argv)
+    assert "does not hold the step of a run" in fails(*argv)
     (folder / "last.pth").write_bytes(b"")
     assert "last.pth is not a checkpoint" in fails(*argv)
     (folder / "args.json").write_text("[]")
@@ -346,10 +347,10 @@ def options_of_a_run(script, datadir, monkeypatch, *options) -> list[dict]:
     """Run an epoch of each stage; returns what each stage was trained with."""
     seen, real = [], utils.engine.train_one_epoch
 
-    def train_one_epoch(model, loader, **used):
-        group = dict(used["optimizer"].param_groups[0])
-        seen.append(used | {"model": model, "loader": loader, "group": group})
-        return real(model, loader, **used)
+    def train_one_epoch(training, forward, loader, **used):
+        group = dict(training.optimizer.param_groups[0])
+        seen.append(vars(training) | used | {"loader": loader, "group": group})
+        return real(training, forward, loader, **used)
 
     with monkeypatch.context() as patch:
         patch.setattr(utils.engine, "train_one_epoch", train_one_epoch)
@@ -370,7 +371,7 @@ def test_loss_weights_and_optimizer_are_those_of_the_paper(script, cityscapes, m
         assert type(used["optimizer"]) is torch.optim.Adam
         assert expected.items() <= used["group"].items()
         assert type(used["scheduler"]) is torch.optim.lr_scheduler.PolynomialLR
-        assert used["on_step"] is None
+        assert used["ema"] is None
 
 
 @pytest.mark.parametrize(("c", "even"), [(0, True), (1.02, False)])
@@ -491,8 +492,8 @@ def test_a_pretrained_encoder_skips_stage_1(trained, script, cityscapes, tmp_pat
     )
     started = {}
 
-    def keep_start(model, *args, **kwargs):
-        started.update({k: v.clone() for k, v in model.state_dict().items()})
+    def keep_start(training, *args, **kwargs):
+        started.update({k: v.clone() for k, v in training.model.state_dict().items()})
         raise KeyboardInterrupt
 
     monkeypatch.setattr("utils.engine.train_one_epoch", keep_start)
@@ -568,7 +569,7 @@ def test_normalisation_comes_with_the_encoder(trained, script, cityscapes, tmp_p
     (used,) = options_of_a_run(script, cityscapes, monkeypatch, *options)
     best = load_checkpoint(tmp_path / "save/seen/best.pth")
     assert best["mean"] == mean and best["std"] == std
-    seen = [used["prepare"](*batch)[0] for _ in range(5) for batch in used["loader"]]
+    seen = [used["prepare"](*batch)[0] for _ in range(5) for *batch, _, _ in used["loader"]]
     # The shift leaves black borders: 0 in the image is -mean / std for the network.
     for channel, darkest in enumerate(torch.cat(seen).amin(dim=(0, 2, 3)).tolist()):
         assert darkest == pytest.approx(-mean[channel] / std[channel])
@@ -749,7 +750,7 @@ def test_an_image_that_breaks_in_training_is_named_and_the_checkpoint_kept(
 
     argv = ("--datadir", cityscapes_copy, *QUICK, "--decoder", "--epochs", 2, "--D", 4)
     with monkeypatch.context() as patch:
-        patch.setattr(utils.checkpoint, "save_checkpoint", save_and_break)
+        patch.setattr(utils.run, "save_checkpoint", save_and_break)
         result = script("main.py", *argv, "--savedir", "a", "--workers", workers)
     assert result.status == 2 and result.err.count("\n") == 1 and image.name in result.err
     assert load_checkpoint(tmp_path / "save/a/last.pth")["epoch"] == 1
