@@ -5,6 +5,7 @@
         --save-results results/test        # the PNGs that the benchmark server takes
     python eval_cityscapes_server.py --apn-channels 128    # speed and size alone
     python eval_cityscapes_server.py --checkpoint FILE --datadir DIR --runtime onnx
+    torchrun --nproc-per-node 8 eval_cityscapes_server.py --checkpoint FILE --datadir DIR
 
 The checkpoint says which data set and classes it is of: Cityscapes, CamVid or your own. IoU is
 measured at the full resolution of the labels, over all of their pixels that are not ignored, and
@@ -34,6 +35,7 @@ from datasets.seeded import as_lists
 from datasets.segmentation import Classes, Segmentation, resized_size, write_label
 from datasets.transforms import to_floats
 from models.lednet import LEDNet
+from utils import distributed
 from utils.atomic import written_whole
 from utils.checkpoint import CheckpointError, load_network
 from utils.cli import (
@@ -147,6 +149,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     device = pick_device(args.device)
+    distributed.start(device)
     torch.backends.cudnn.benchmark = True
     figures: dict[str, Any] = {"checkpoint": args.checkpoint, "torch": torch.__version__}
     figures["device"] = device_name(device)
@@ -160,16 +163,14 @@ def main() -> None:
     size = (height, 2 * height)
 
     if args.datadir:
-        kind = DATASETS[checkpoint["dataset"]]
-        classes = Classes.from_checkpoint(checkpoint)
-        dataset = kind(args.datadir, args.subset, classes, height, resize_labels=False)
-        size = resized_size(*check_headers(dataset.pairs, LISTING)[0], height)
+        dataset, size = distributed.first(lambda: find_data(args, checkpoint, height))
     if min(size) < 64:
         raise UsageError(
             f"--height {height} makes images of {size[1]}x{size[0]}: LEDNet needs 64x64"
         )
     if args.save_results:
-        make_results_folder(Path(args.save_results), "--save-results")
+        folder = Path(args.save_results)
+        distributed.first(lambda: make_results_folder(folder, "--save-results"))
 
     with tempfile.TemporaryDirectory() as folder:
         running = on_runtime(network.to(device), args.runtime, PRECISIONS[args.precision], folder)
@@ -177,6 +178,8 @@ def main() -> None:
             figures |= {"datadir": args.datadir, "subset": args.subset, "images": len(dataset)}
             floats = to_floats(checkpoint["mean"], checkpoint["std"], device)
             figures |= score(running, dataset, size, floats, device, args)
+        if not distributed.is_first():
+            return
         tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
         with_tf32 = args.precision == "float32" and tf32
         figures["precision"] = args.precision + (" with TF32 in convolutions" if with_tf32 else "")
@@ -187,6 +190,15 @@ def main() -> None:
         print(f"\n{len(dataset)} label PNGs written into {args.save_results}")
     if args.json:
         write_json(Path(args.json), figures)
+
+
+def find_data(
+    args: argparse.Namespace, checkpoint: dict[str, Any], height: int
+) -> tuple[Segmentation, tuple[int, int]]:
+    """The data set that a checkpoint says, and the height and width of its first image."""
+    kind, classes = DATASETS[checkpoint["dataset"]], Classes.from_checkpoint(checkpoint)
+    dataset = kind(args.datadir, args.subset, classes, height, resize_labels=False)
+    return dataset, resized_size(*check_headers(dataset.pairs, LISTING)[0], height)
 
 
 def check_fit(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
@@ -236,23 +248,28 @@ def score(
     device: torch.device,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Run the network over a subset, write its label PNGs if asked, and print the scores."""
+    """Run the network over a subset, write its label PNGs if asked, and print the scores.
+
+    Of several processes each has a part of the images, and writes the PNGs of those.
+    """
     on_gpu = device.type == "cuda"
     batch_size = args.batch_size or (8 if on_gpu else 1)
     workers = args.workers
     if workers is None:
         workers = min(8, os.cpu_count() or 1) if on_gpu else 0
+    part = distributed.share(dataset)
     loader = DataLoader(
-        dataset,
+        part,
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=as_lists,
         pin_memory=on_gpu,
     )
-    names = map(dataset.result_name, range(len(dataset)))
+    own = range(distributed.rank(), len(dataset), distributed.processes())
+    names = map(dataset.result_name, own)
     print(f"scoring {len(dataset)} images of {args.subset}", flush=True)
     # What compiles does so before the time is taken, for the last batch too.
-    for count in sorted({min(batch_size, len(dataset)), len(dataset) % batch_size} - {0}):
+    for count in sorted({min(batch_size, len(part)), len(part) % batch_size} - {0}):
         for _ in range(3):
             network(floats(torch.zeros(count, 3, *size, dtype=torch.uint8)))
     started = time.perf_counter()
@@ -271,9 +288,11 @@ def score(
             network, loader, floats, len(dataset.classes), title, on_image=on_image
         )
         saver.finish()
-    if saver.failures:
-        raise UsageError(f"{len(saver.failures)} label PNGs are missing: {saver.failures[0]}")
-    rate = {"scored_images_per_second": len(dataset) / (time.perf_counter() - started)}
+    failures = [failure for of_one in distributed.gather(saver.failures) for failure in of_one]
+    if failures:
+        raise UsageError(f"{len(failures)} label PNGs are missing: {failures[0]}")
+    rate = {"processes": distributed.processes()}
+    rate |= {"scored_images_per_second": len(dataset) / (time.perf_counter() - started)}
     print(f"{rate['scored_images_per_second']:.1f} images/s, files to scores")
     if not confusion.counts.any():
         print(f"{args.subset}: there are no labels, and so no scores")

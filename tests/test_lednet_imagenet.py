@@ -167,13 +167,13 @@ def test_the_recipe_is_followed_epoch_by_epoch(script, shapes, monkeypatch, tmp_
     """Without training: what each of 17 epochs would be trained with, of three batches."""
     seen = []
 
-    def train_one_epoch(model, loader, **options):
-        group = options["optimizer"].param_groups[0]
+    def train_one_epoch(training, forward, loader, **options):
+        group = training.optimizer.param_groups[0]
         seen.append((group["lr"], group["weight_decay"]))
         for _ in range(len(loader)):
-            options["optimizer"].step()
-            options["scheduler"].step()
-        return {"train_loss": 1.0, "images_per_second": 1.0, "data_wait": 0.0}
+            training.optimizer.step()
+            training.scheduler.step()
+        return {"images_per_second": 1.0, "data_wait": 0.0}
 
     monkeypatch.setattr(utils.engine, "train_one_epoch", train_one_epoch)
     scripted_scores(monkeypatch, *[0.5] * 17)
@@ -491,8 +491,8 @@ def test_fine_tuning_starts_with_the_pretrained_encoder(
 ):
     started = {}
 
-    def keep_start(model, *args, **kwargs):
-        started.update({k: v.clone() for k, v in model.state_dict().items()})
+    def keep_start(training, *args, **kwargs):
+        started.update({k: v.clone() for k, v in training.model.state_dict().items()})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(utils.engine, "train_one_epoch", keep_start)
