@@ -4,6 +4,7 @@ python lednet_imagenet.py                             on drawn shapes, made once
 python lednet_imagenet.py --datadir DIR               on DIR/train/<class>/ and DIR/val/<class>/
 python lednet_imagenet.py --datadir DIR --recipe modern --savedir NAME
 python lednet_imagenet.py --savedir NAME --resume     go on with an interrupted run
+torchrun --nproc-per-node 4 lednet_imagenet.py --datadir DIR
 python lednet_imagenet.py --savedir NAME --evaluate   one pass over val with its best network
 python main.py --datadir CITYSCAPES --pretrained-encoder save/NAME/encoder.pth
 """
@@ -115,7 +116,9 @@ def parse_args() -> argparse.Namespace:
         "RandAugment and an average of the weights; default paper",
     )
     recipe.add_argument("--epochs", type=positive_int, help=quick("epochs"))
-    recipe.add_argument("--batch-size", type=positive_int, help=quick("batch_size"))
+    recipe.add_argument(
+        "--batch-size", type=positive_int, help=f"of each process; {quick('batch_size')}"
+    )
     recipe.add_argument(
         "--lr",
         type=positive_float,

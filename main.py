@@ -10,6 +10,7 @@ python main.py --dataset camvid --datadir DIR --preset camvid
 python main.py --dataset folder --classes FILE --datadir DIR --preset camvid \\
     --init weights/lednet_d20_camvid.pth              on your own classes
 python main.py --savedir NAME --resume                go on with an interrupted run
+torchrun --nproc-per-node 4 main.py --datadir DIR     in a process for each of 4 GPUs
 """
 
 import argparse
@@ -257,7 +258,9 @@ def parse_args() -> argparse.Namespace:
     recipe.add_argument(
         "--num-epochs", type=positive_int, action=BothStages, help="of each stage, in one option"
     )
-    recipe.add_argument("--batch-size", type=positive_int, help=by_preset("batch_size"))
+    recipe.add_argument(
+        "--batch-size", type=positive_int, help=f"of each process; {by_preset('batch_size')}"
+    )
     recipe.add_argument("--optimizer", choices=OPTIMIZERS, help=by_preset("optimizer"))
     recipe.add_argument(
         "--lr", type=positive_float, help=f"learning rate, at its highest; {by_preset('lr')}"

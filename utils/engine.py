@@ -178,7 +178,7 @@ class Waiting:
         iterator = iter(batches)  # which may start workers
         # The loader would raise an error about a worker that died at any moment, in the middle of
         # a step too. It notices when it waits for the worker's next batch as well: that will do.
-        if threading.current_thread() is threading.main_thread():
+        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         while (batch := next(iterator, end)) is not end:
             self.gaps.append((before, self._now()))
