@@ -8,8 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
@@ -29,5 +28,5 @@ def disturb(self: Watch, *step: object) -> None:
 
 
 Watch.note_loss = disturb
-sys.argv[0] = str(ROOT / sys.argv[0])
+sys.argv[0] = str(Path(__file__).parent.parent / sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
