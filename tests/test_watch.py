@@ -259,12 +259,16 @@ def test_a_stopped_program_says_the_command_that_goes_on(cityscapes, whole, tmp_
     assert differences(folder, whole) == []
 
 
-def test_a_worker_that_is_killed_is_told_in_one_line_and_nothing_lost(cityscapes, whole, tmp_path):
+@pytest.mark.parametrize("which", ["one", "all"])
+def test_a_worker_that_is_killed_is_told_in_one_line_and_nothing_lost(
+    cityscapes, whole, tmp_path, which
+):
     folder = tmp_path / "run"
     process = started(argv(cityscapes, folder, "--workers", 2))
     wait_for(process, "step 1/3")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+    for child in children.read_text().split()[-1 if which == "one" else 0 :]:
+        os.kill(int(child), signal.SIGKILL)
     killed = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert time.monotonic() - killed < 20
