@@ -1,7 +1,9 @@
 """Random augmentation that depends on the seed alone, not on which process draws it, or when."""
 
+import atexit
 import signal
 from collections.abc import Iterator
+from multiprocessing import active_children
 from typing import Any
 
 import torch
@@ -141,3 +143,12 @@ def ignore_signals(_worker: int) -> None:
     the training process: it needs its workers to finish its step."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register  # after torch is imported: this comes before what Python does
+def end_workers() -> None:
+    """End the workers that an error left: Python would send them a SIGTERM, which they ignore, and
+    wait for them for ever."""
+    for process in active_children():
+        if process.daemon:
+            process.kill()
