@@ -64,7 +64,7 @@ def test_a_run_in_two_parts_has_the_same_end(reference, tmp_path):
 
 
 def test_a_changed_weight_is_found(reference, copy):
-    state = torch.load(copy / "last.pth")
+    state = torch.load(copy / "last.pth", weights_only=True)
     state["model"]["weight"][3] += 1e-6
     torch.save(state, copy / "last.pth")
     assert differences(copy, reference) == ["last.pth: model: weight differs"]

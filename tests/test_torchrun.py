@@ -1,5 +1,6 @@
 """Both programs in two processes, as torchrun starts them."""
 
+import json
 import os
 import re
 import shutil
@@ -26,17 +27,17 @@ SECONDS = 100  # that a run may take
 ONE_LINE = re.compile(r"^(?:main|lednet_imagenet)\.py: .*$", re.MULTILINE)
 
 
-def torchrun(*command: object, where: Path = ROOT, save: Path) -> Result:
+def torchrun(*command: object, save: Path | None = None) -> Result:
     """Run a script in two processes; one that takes too long fails the test.
 
     Args:
-        where: the folder to run it in.
         save: its --savedir.
     """
+    output = ("--savedir", save) if save else ()
     start = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     process = subprocess.Popen(
-        [*map(str, (*start, *command, "--savedir", save))],
-        cwd=where,
+        [*map(str, (*start, *command, *output))],
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -138,12 +139,28 @@ def test_one_process_goes_on_and_says_what_differs(stopped, tmp_path, capsys):
     assert notes == [
         "note: steps are of 2 images, not 4, and the learning rate follows the new number of "
         "steps: other weights than without the stop",
-        "note: 1 processes go on where 2 were: images keep their order and augmentation, but "
+        "note: the number of processes is 1, not 2: images keep their order and augmentation, but "
         "dropout, batch statistics and rounding differ",
     ]
     log = read_log(folder)
     assert [(row["stage"], row["epoch"]) for row in log] == [("1", "1"), ("2", "1"), ("2", "2")]
     assert load_checkpoint(folder / "last.pth")["processes"][0]["totals"] == {}
+
+
+def test_two_processes_score_as_one(whole, scenes, tmp_path):
+    """3 images: one process has two of them, and none counts twice."""
+    script = ("eval_cityscapes_server.py", "--datadir", scenes, "--device", "cpu")
+    found, written = [], []
+    for name, start in (("one", run_script), ("two", lambda *argv: torchrun(*argv).status)):
+        folder, figures = tmp_path / name, tmp_path / f"{name}.json"
+        options = ("--checkpoint", whole[0] / "best.pth", "--save-results", folder)
+        assert start(*script, *options, "--json", figures) == 0
+        written.append({path.name: path.read_bytes() for path in folder.rglob("*.png")})
+        found.append(json.loads(figures.read_text()))
+    scores = ("class_iou", "category_iou", "class_miou", "pixel_accuracy", "images")
+    assert [found[0][name] for name in scores] == [found[1][name] for name in scores]
+    assert [figures["processes"] for figures in found] == [1, 2]
+    assert len(written[0]) == 3 and written[0] == written[1]
 
 
 def test_a_folder_in_use_is_refused_to_both_processes(scenes, tmp_path):

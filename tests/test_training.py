@@ -189,7 +189,7 @@ def test_sums_are_kept_whatever_the_number_of_processes(tmp_path, monkeypatch, c
         steps = {1: 12, 3: 4, 4: 3}[count]  # of 24 images, 2 in each process
         resumed = begin("adamw, onecycle", batch_size=2, steps=steps)
         *_, difference = resumed.restore(state, PATH)
-        assert f"{count} processes go on where 2 were" in difference
+        assert f"the number of processes is {count}, not 2" in difference
         assert resumed.step == 16 // (2 * count)
         drawn.add(torch.rand(()).item())
         resumed.begin_epoch(right=torch.tensor(0))
@@ -208,7 +208,7 @@ def test_the_same_batches_in_as_many_steps_go_on_exactly_with_other_processes(
     state = state_of_two(tmp_path, monkeypatch)
     resumed = begin("adamw, onecycle", batch_size=4)
     (difference,) = resumed.restore(state, PATH)
-    assert "1 processes go on where 2 were" in difference
+    assert "the number of processes is 1, not 2" in difference
     assert resumed.step == 4 and resumed.scheduler.last_epoch == 4
 
 

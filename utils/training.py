@@ -144,8 +144,8 @@ class Training:
             restore_rng(own["rng"], self.device)
             return differs
         differs.append(
-            f"{distributed.processes()} processes go on where {len(processes)} were: images keep "
-            "their order and augmentation, but dropout, batch statistics and rounding differ"
+            f"the number of processes is {distributed.processes()}, not {len(processes)}: images "
+            "keep their order and augmentation, but dropout, batch statistics and rounding differ"
         )
         if distributed.is_first():
             names = processes[0]["totals"]
