@@ -151,7 +151,7 @@ def words() -> dict[str, Any]:
     distributed.share_buffers(model)
     return {
         "rank": (rank, distributed.processes(), distributed.is_first()),
-        "first": distributed.first(lambda: {"of": rank, "path": Path("a")}),
+        "first": distributed.first(lambda: {"of": rank, "path": "a"}),
         "agree": [distributed.agree(rank), distributed.agree(-rank), distributed.agree(3)],
         "gather": distributed.gather({"rank": rank}),
         "total": distributed.total(torch.tensor([1, rank + 2])),
@@ -251,7 +251,7 @@ def in_two(tmp_path_factory) -> Callable[[str], list[Any]]:
         for process in both.processes:
             process.kill()
     return lambda name: [
-        torch.load(folder / f"{name} {rank}", weights_only=False) for rank in range(2)
+        torch.load(folder / f"{name} {rank}", weights_only=True) for rank in range(2)
     ]
 
 
@@ -309,7 +309,7 @@ def test_processes_tell_each_other(in_two):
     assert zero["rank"] == (0, 2, True) and one["rank"] == (1, 2, False)
     assert zero["share"] == ["a", "c", "e"] and one["share"] == ["b", "d"]
     for found in (zero, one):
-        assert found["first"] == {"of": 0, "path": Path("a")}
+        assert found["first"] == {"of": 0, "path": "a"}
         assert found["agree"] == [1, 0, 3]
         assert found["gather"] == [{"rank": 0}, {"rank": 1}]
         assert found["total"].tolist() == [2, 5]

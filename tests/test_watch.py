@@ -1,5 +1,6 @@
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -252,9 +253,8 @@ def test_a_stopped_program_says_the_command_that_goes_on(cityscapes, whole, tmp_
     assert end.startswith(f"main.py: stopped by {name}, saved after ")
     command = end.split("to go on: python ")[1]
     assert command == f"main.py --savedir '{folder}' --resume"
-    done = subprocess.run(
-        f"{sys.executable} {command}", shell=True, cwd=ROOT, capture_output=True, timeout=100
-    )
+    again = [sys.executable, *shlex.split(command)]
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert differences(folder, whole) == []
 
