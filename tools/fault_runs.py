@@ -182,8 +182,11 @@ def kill_marked(mark: str) -> None:
 
 
 def end_everything() -> None:
-    """Kill whatever this tool has started and not yet ended."""
+    """Kill whatever this tool has started and not yet ended, and let nothing interrupt that."""
     stopping.set()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     prefix = f"{MARK}={ALL}".encode()
     for _ in range(100):
         pids = []
