@@ -69,6 +69,9 @@ class Started:
     def out(self) -> str:
         return self.files[0].read_text(errors="replace")
 
+    def err(self) -> str:
+        return self.files[1].read_text(errors="replace")
+
     def running(self) -> bool:
         return self.process.poll() is None
 
@@ -82,9 +85,10 @@ class Started:
             if stopping.is_set():
                 raise Stopped
             if time.monotonic() > until:
-                raise Lost(f"hung for {limit:.0f} s: {last_line(self.out())}")
+                said = Ended(0, self.out(), self.err()).says().partition(": ")[2]
+                raise Lost(f"hung for {limit:.0f} s, the last it said: {said}")
             time.sleep(0.02)
-        return Ended(self.process.returncode, self.out(), self.files[1].read_text(errors="replace"))
+        return Ended(self.process.returncode, self.out(), self.err())
 
 
 @dataclass
@@ -178,8 +182,11 @@ def kill_marked(mark: str) -> None:
 
 
 def end_everything() -> None:
-    """Kill whatever this tool has started and not yet ended."""
+    """Kill whatever this tool has started and not yet ended, and let nothing interrupt that."""
     stopping.set()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     prefix = f"{MARK}={ALL}".encode()
     for _ in range(100):
         pids = []

@@ -218,7 +218,11 @@ def prepare(folder: Path, rows: list[Row], jobs: int) -> Lab:
         tries = [Try(f"undisturbed-{name}", number, 0, folder) for number in range(max(2, jobs))]
         with ThreadPoolExecutor(len(tries)) as pool:
             began = time.monotonic()
-            ends = list(pool.map(lambda t, p=program: t.run(p.begin(t.run_folder)), tries))
+            try:
+                ends = list(pool.map(lambda t, p=program: t.run(p.begin(t.run_folder)), tries))
+            except BaseException:
+                end_everything()  # or the pool would wait for them
+                raise
             program.seconds = time.monotonic() - began
         for t, end in zip(tries, ends, strict=True):
             if end.status != 0:
@@ -281,7 +285,8 @@ def try_all(rows: list[Row], lab: Lab, args: argparse.Namespace) -> dict[str, Ou
     except BaseException:
         end_everything()
         pool.shutdown(cancel_futures=True)
-        print("\n" + table({name: vars(o) for name, o in outcomes.items() if o.tries}))
+        if any(outcome.tries for outcome in outcomes.values()):
+            print("\n" + table({name: vars(o) for name, o in outcomes.items() if o.tries}))
         raise
     pool.shutdown()
     for outcome in outcomes.values():
