@@ -1,5 +1,6 @@
 import math
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -409,3 +410,10 @@ def test_the_largest_logit_is_the_first_of_equals(memory_format):
     before = logits.clone()
     assert torch.equal(largest(logits), logits.argmax(0).byte())
     assert torch.equal(logits, before)
+
+
+def test_a_worker_that_dies_interrupts_no_step():
+    """The loader finds it when it waits for the next batch, not by a signal at any moment."""
+    batches = Waiting(torch.device("cpu")).through(DataLoader(range(4), num_workers=1))
+    assert next(batches).item() == 0
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
