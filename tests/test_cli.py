@@ -107,3 +107,21 @@ def test_precision(monkeypatch):
         pick_amp_dtype("bf16", cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert pick_amp_dtype("auto", cuda) == torch.bfloat16
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
+    assert taken == [torch.device("cuda:1")] * 2
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(UsageError, match="torchrun gives each process a GPU"):
+        pick_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="there are 1 GPUs for the processes of this machine"):
+        pick_device("auto")

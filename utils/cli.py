@@ -165,6 +165,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     number = distributed.local_rank()
+    if name.startswith("cuda:") and number is not None:
+        raise UsageError(f"--device {name}: torchrun gives each process a GPU, leave it out")
     if name == "cuda" and number is not None:
         if number >= torch.cuda.device_count():
             raise UsageError(

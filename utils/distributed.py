@@ -7,6 +7,7 @@ they agree on between two steps, so that none waits for another that has ended.
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -153,15 +154,17 @@ def share_buffers(module: nn.Module) -> None:
 def announce(message: str) -> None:
     """Leave word of why this process ends, for those that wait for it."""
     if _store is not None:
-        _store.set(FAILURE, message if is_first() else f"process {rank()}: {message}")
+        with suppress(dist.DistError):  # where torchrun itself is gone
+            _store.set(FAILURE, message if is_first() else f"process {rank()}: {message}")
 
 
 def failure_elsewhere(error: Exception) -> str | None:
     """Why another process ended, where that is what an error here comes from."""
     if _store is None:
         return None
-    if _store.check([FAILURE]):
-        return _store.get(FAILURE).decode()
+    with suppress(dist.DistError):
+        if _store.check([FAILURE]):
+            return _store.get(FAILURE).decode()
     if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
         return "another process ended without a word: was it killed, or out of memory?"
     return None
