@@ -109,13 +109,8 @@ class Training:
         if state["scaler"]:  # empty where the precision needed none
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.lr = state["epoch"], state["lr"]
-        batch, batch_before = (
-            count * size
-            for count, size in (
-                (distributed.processes(), self.batch_size),
-                (len(state["processes"]), state["batch_size"]),
-            )
-        )
+        batch = distributed.processes() * self.batch_size
+        batch_before = len(state["processes"]) * state["batch_size"]
         # Whole batches: of those that are new to it, a few images of the epoch may come again.
         self.step = min(self.steps, state["step"] * batch_before // batch)
         if state["step"] == state["steps"]:
