@@ -238,7 +238,6 @@ def pretrain(
         f"output: {folder}",
         flush=True,
     )
-    seed_process(args.seed)
     watch = Watch(
         folder / LAST,
         args.checkpoint_minutes,
@@ -246,26 +245,6 @@ def pretrain(
         files=lambda index: train.samples[index][:1],
         mistakes=(DatasetError,),
     )
-    differs = training.restore(resumed, folder / LAST) if resumed else []
-    watch.begin(training, lambda: save())
-    if resumed:
-        best = resumed["best"]
-        print(f"resuming after {watch.place}")
-    elif args.resume:
-        print("resuming from the start: nothing had been saved")
-    for difference in differs:
-        print(f"note: {difference}")
-
-    # Nothing was written so far: a mistake found above leaves no folder behind.
-    writer = None
-    if distributed.is_first():
-        if not args.resume:
-            start_run(folder, vars(args))
-        writer = go_on_after(folder, training.epoch, epoch=training.epoch)
-    floats = to_floats(MEAN, STD, device)
-
-    def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return floats(images), labels.to(device, non_blocking=True)
 
     description = {
         "dataset": args.dataset,
@@ -286,6 +265,28 @@ def pretrain(
     def save() -> None:
         state = checkpoint() | training.state()
         distributed.first(lambda: save_run(state, folder))
+
+    seed_process(args.seed)
+    differences = training.restore(resumed, folder / LAST) if resumed else []
+    watch.begin(training, save)
+    if resumed:
+        best = resumed["best"]
+        print(f"resuming after {watch.place}")
+    elif args.resume:
+        print("resuming from the start: nothing had been saved")
+    for difference in differences:
+        print(f"note: {difference}")
+
+    # Nothing was written so far: a mistake found above leaves no folder behind.
+    writer = None
+    if distributed.is_first():
+        if not args.resume:
+            start_run(folder, vars(args))
+        writer = go_on_after(folder, training.epoch, epoch=training.epoch)
+    floats = to_floats(MEAN, STD, device)
+
+    def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return floats(images), labels.to(device, non_blocking=True)
 
     trained = distributed.parallel(model, device)
     with watch:

@@ -433,15 +433,11 @@ def train(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
     *parts, val = sizes
     size, augment = pick_augment(args, [size for part in parts for size in sizes[part]])
     count = distributed.processes()
-    if sum(map(len, parts)) < 2 * count:
-        images = f"{sum(map(len, parts))} training images"
-        raise UsageError(
-            f"{args.datadir} has one training image: training needs 2"
-            if count == 1
-            else f"{args.datadir} has {images}: training needs 2 for each of {count} processes"
-        )
-    sources = " + ".join(f"{len(part)} of {part.split}" for part in parts)
     each = f" in each of {count} processes" if count > 1 else ""
+    images = sum(map(len, parts))
+    if images < 2 * count:
+        raise UsageError(f"{args.datadir} has too few training images, {images}: give 2{each}")
+    sources = " + ".join(f"{len(part)} of {part.split}" for part in parts)
     print(
         f"LEDNet, D = {args.apn_channels}: {count_parameters(network):,} parameters, on {device} "
         f"in {amp_dtype or 'full precision'}\n"
@@ -460,10 +456,7 @@ def train(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
     if args.resume and not resumed:
         print("resuming from the start: nothing had been saved")
 
-    same_data = args.resume and read_args(folder)["datadir"] == args.datadir
-    named = read_json(folder / COUNTS) if same_data else None
-    if named is None:
-        named = distributed.first(lambda: count_classes(parts, val, classes, args.workers))
+    named = distributed.first(lambda: count_classes(args, folder, parts, val, classes))
     workers = args.workers
     if args.cache != "off":
         caching = (sizes, args.cache, args.workers, device, distributed.local_processes())
@@ -565,12 +558,20 @@ def find_data(args: argparse.Namespace, classes: Classes) -> dict[Segmentation, 
 
 
 def count_classes(
-    parts: list[Segmentation], val: Segmentation, classes: Classes, workers: int
+    args: argparse.Namespace,
+    folder: Path,
+    parts: list[Segmentation],
+    val: Segmentation,
+    classes: Classes,
 ) -> dict[str, int]:
     """The pixels of each class in the training labels, and of what is ignored, by name."""
+    if args.resume and read_args(folder)["datadir"] == args.datadir:
+        named = read_json(folder / COUNTS)
+        if named is not None:
+            return named
     print("class weights: counting the pixels of the labels", flush=True)
-    counts = count_pixels(parts, len(classes), workers)
-    count_pixels([val], len(classes), workers)  # finds unknown ids before training
+    counts = count_pixels(parts, len(classes), args.workers)
+    count_pixels([val], len(classes), args.workers)  # finds unknown ids before training
     return dict(zip([*classes.names, "ignored"], counts.tolist(), strict=True))
 
 
@@ -695,19 +696,6 @@ def train_stage(
         ema=ema_of(network, epochs * steps) if args.ema and stage == 2 else None,
     )
     best = {"epoch": 0, "miou": math.nan, "class_iou": []}
-    if this.resumed and this.resumed["stage"] == stage:
-        if this.resumed.get("train_images") != len(this.train):
-            raise UsageError(
-                f"{args.datadir} holds another number of training images than the run in "
-                f"{folder} began with: give the --datadir that it had, or start another run"
-            )
-        differs = training.restore(this.resumed, folder / LAST)
-        best = this.resumed["best"]
-    this.watch.begin(training, lambda: save(), f" of stage {stage}")
-    if this.resumed and this.resumed["stage"] == stage:
-        print(f"resuming after {this.watch.place}")
-        for difference in differs:
-            print(f"note: {difference}")
 
     def checkpoint() -> dict[str, Any]:
         return this.description | {
@@ -720,6 +708,20 @@ def train_stage(
     def save() -> None:
         state = checkpoint() | training.state()
         distributed.first(lambda: save_run(state, folder))
+
+    resumed = this.resumed if this.resumed and this.resumed["stage"] == stage else None
+    if resumed and resumed.get("train_images") != len(this.train):
+        raise UsageError(
+            f"{args.datadir} holds another number of training images than the run in {folder} "
+            "began with: give the --datadir that it had, or start another run"
+        )
+    differences = training.restore(resumed, folder / LAST) if resumed else []
+    this.watch.begin(training, save, f" of stage {stage}")
+    if resumed:
+        best = resumed["best"]
+        print(f"resuming after {this.watch.place}")
+    for difference in differences:
+        print(f"note: {difference}")
 
     # Beside the model, whose weights keep their names. A smaller last batch has a graph of its own:
     # one graph for any size would make all steps slower.
