@@ -248,10 +248,14 @@ def mounted(folder: Path, *options: str) -> Iterator[None]:
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
     """A folder in which nothing can be made, renamed or opened for writing, not even by root."""
-    with mounted(folder, "--bind", str(folder)):
-        remount = ["mount", "-o", "remount,bind,ro", str(folder)]
+    # Made elsewhere and moved there at once: a file that a run opened in between would forbid it.
+    aside = folder.with_name(f"{folder.name}-read-only")
+    aside.mkdir()
+    with mounted(aside, "--bind", str(folder)):
+        remount = ["mount", "-o", "remount,bind,ro", str(aside)]
         subprocess.run(remount, check=True, capture_output=True)
-        yield
+        with mounted(folder, "--move", str(aside)):
+            yield
 
 
 def namespace() -> list[str] | None:
