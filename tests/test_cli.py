@@ -1,4 +1,6 @@
 import argparse
+import os
+import signal
 import sys
 
 import pytest
@@ -8,6 +10,7 @@ from datasets.files import DatasetError
 from utils.cli import (
     ArgumentParser,
     UsageError,
+    dead_worker,
     natural_int,
     one_line,
     pick_amp_dtype,
@@ -125,3 +128,23 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UsageError, match="there are 1 GPUs for the processes of this machine"):
         pick_device("auto")
+
+
+class Deadly(torch.utils.data.Dataset):
+    """Kills the worker that reads it."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_said_in_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        run(lambda: list(torch.utils.data.DataLoader(Deadly(), num_workers=1)))
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a process that loads data died (" in line and "give fewer --workers" in line
+    assert dead_worker(ConnectionResetError(104, "Connection reset by peer")) is not None
+    assert dead_worker(RuntimeError("something else")) is None

@@ -78,11 +78,13 @@ def run(main: Callable[[], None], *mistakes: type[Exception]) -> None:
         print(f"\n{name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        elsewhere = distributed.failure_elsewhere(error)
-        if elsewhere is None:
-            distributed.announce(one_line(error))
+        reason = distributed.failure_elsewhere(error)
+        if reason is None:
+            reason = dead_worker(error)
+            distributed.announce(reason or one_line(error))
+        if reason is None:
             raise
-        print(f"{name}: error: {elsewhere}", file=sys.stderr)
+        print(f"{name}: error: {reason}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -90,6 +92,17 @@ def one_line(error: Exception) -> str:
     """The message of an error; of one that a DataLoader's worker raised, without its traceback."""
     last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+
+
+def dead_worker(error: Exception) -> str | None:
+    """What to say of an error that comes from the death of a process that loads data."""
+    # Of one that dies while it hands over a batch, the connection tells first.
+    if isinstance(error, ConnectionError | EOFError) or str(error).startswith("DataLoader worker"):
+        return (
+            f"a process that loads data died ({one_line(error)}): if the machine ran out of "
+            "memory, give fewer --workers"
+        )
+    return None
 
 
 def positive_int(text: str) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from utils import distributed
-from utils.cli import Interrupted, UsageError, one_line
+from utils.cli import Interrupted, UsageError, dead_worker, one_line
 from utils.training import Training
 
 
@@ -170,11 +170,9 @@ class Watch:
             raise failure
         if isinstance(failure, self.mistakes):
             raise UsageError(f"{one_line(failure)}; {how}") from failure
-        if str(failure).startswith("DataLoader worker"):
-            raise UsageError(
-                f"a process that loads data died ({one_line(failure)}): if the machine ran out of "
-                f"memory, give fewer --workers; {how}"
-            ) from failure
+        died = dead_worker(failure)
+        if died is not None:
+            raise UsageError(f"{died}; {how}") from failure
         print(how, flush=True)
         raise failure
 
