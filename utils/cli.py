@@ -97,7 +97,7 @@ def one_line(error: Exception) -> str:
 def dead_worker(error: Exception) -> str | None:
     """What to say of an error that comes from the death of a process that loads data."""
     # Of one that dies while it hands over a batch, the connection tells first.
-    if isinstance(error, ConnectionError | EOFError) or str(error).startswith("DataLoader worker"):
+    if isinstance(error, ConnectionResetError | EOFError) or str(error).startswith("DataLoader worker"):
         return (
             f"a process that loads data died ({one_line(error)}): if the machine ran out of "
             "memory, give fewer --workers"
