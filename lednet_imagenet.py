@@ -56,6 +56,7 @@ from utils.run import (
     check_free,
     claimed,
     go_on_after,
+    keep_options,
     load_run,
     notes,
     parse_run_args,
@@ -176,7 +177,7 @@ def main() -> None:
     if args.evaluate:
         evaluate_checkpoint(args, device, amp_dtype)
         return
-    folder = Path(args.savedir)
+    folder = Path(distributed.first(lambda: args.savedir))  # which may say the time
     with claimed(folder) if distributed.is_first() else nullcontext():
         pretrain(args, folder, device, amp_dtype)
 
@@ -279,10 +280,13 @@ def pretrain(
 
     # Nothing was written so far: a mistake found above leaves no folder behind.
     writer = None
-    if distributed.is_first():
-        if not args.resume:
-            start_run(folder, vars(args))
+
+    def begin() -> None:
+        nonlocal writer
+        keep_options(folder, vars(args)) if args.resume else start_run(folder, vars(args))
         writer = go_on_after(folder, training.epoch, epoch=training.epoch)
+
+    distributed.first(begin)
     floats = to_floats(MEAN, STD, device)
 
     def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,6 +88,7 @@ from utils.run import (
     check_free,
     claimed,
     go_on_after,
+    keep_options,
     load_run,
     notes,
     parse_run_args,
@@ -408,7 +409,7 @@ def main() -> None:
     if args.sync_bn and device.type == "cpu":
         raise UsageError("--sync-bn needs GPUs: leave it out")
     distributed.start(device)
-    folder = Path(args.savedir)
+    folder = Path(distributed.first(lambda: args.savedir))  # which may say the time
     with claimed(folder) if distributed.is_first() else nullcontext():
         train(args, folder, device)
 
@@ -473,11 +474,14 @@ def train(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
     # Nothing was written so far: a mistake found above leaves no folder behind.
     steps_done = epoch_done + (args.encoder_epochs if stage_done == 2 else 0)
     writer = None
-    if distributed.is_first():
-        if not args.resume:
-            start_run(folder, vars(args))
+
+    def begin() -> None:
+        nonlocal writer
+        keep_options(folder, vars(args)) if args.resume else start_run(folder, vars(args))
         write_json(folder / COUNTS, named)
         writer = go_on_after(folder, steps_done, stage=stage_done, epoch=epoch_done)
+
+    distributed.first(begin)
     pairs = [pair for part in parts for pair in part.pairs]
     watch = Watch(
         folder / LAST,

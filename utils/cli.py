@@ -3,9 +3,11 @@
 import argparse
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import torch
@@ -63,6 +65,7 @@ def run(main: Callable[[], None], *mistakes: type[Exception]) -> None:
     Of several processes, one that ends because another did says what the other said.
     """
     name = os.path.basename(sys.argv[0])
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         main()
         distributed.stop()
@@ -86,6 +89,8 @@ def run(main: Callable[[], None], *mistakes: type[Exception]) -> None:
             raise
         print(f"{name}: error: {reason}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def one_line(error: Exception) -> str:
@@ -94,10 +99,16 @@ def one_line(error: Exception) -> str:
     return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 
+def _terminated(number: int, _frame: FrameType | None) -> NoReturn:
+    """End as by Ctrl-C: what is under way cleans up after itself."""
+    raise Interrupted("stopped by SIGTERM", number)
+
+
 def dead_worker(error: Exception) -> str | None:
     """What to say of an error that comes from the death of a process that loads data."""
     # Of one that dies while it hands over a batch, the connection tells first.
-    if isinstance(error, ConnectionResetError | EOFError) or str(error).startswith("DataLoader worker"):
+    broken_off = isinstance(error, ConnectionResetError | EOFError)
+    if broken_off or str(error).startswith("DataLoader worker"):
         return (
             f"a process that loads data died ({one_line(error)}): if the machine ran out of "
             "memory, give fewer --workers"

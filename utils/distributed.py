@@ -165,6 +165,6 @@ def failure_elsewhere(error: Exception) -> str | None:
     with suppress(dist.DistError):
         if _store.check([FAILURE]):
             return _store.get(FAILURE).decode()
-    if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+    if isinstance(error, dist.DistError) or "gloo/" in str(error):
         return "another process ended without a word: was it killed, or out of memory?"
     return None

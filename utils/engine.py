@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, TypeVar
@@ -97,7 +97,7 @@ def train_one_epoch(
                 bar.write(f"left out: {reason}", file=sys.stderr)
                 totals["left_out"] += len(reason.splitlines())
             images, labels = prepare(*inputs)
-            with told_memory(images, "--batch-size, which may change with --resume, or --height"):
+            with told_memory(images, f"; --batch-size may change with --resume; {watch.kept}"):
                 with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                     outputs = forward(images)
                 loss = loss_function(outputs, labels)
@@ -135,7 +135,7 @@ def train_one_epoch(
             elif not bar.disable and now - updated > SECONDS_BETWEEN_UPDATES:
                 bar.set_postfix(shown())
                 updated = now
-    totals["loss"].item()  # waits for the GPU to finish
+    watch.check()  # before anything is scored or kept
     seconds = time.perf_counter() - started
     return {
         "images_per_second": seen / seconds,
@@ -144,8 +144,12 @@ def train_one_epoch(
 
 
 @contextmanager
-def told_memory(images: Tensor, options: str) -> Iterator[None]:
+def told_memory(images: Sequence[Tensor], more: str = "") -> Iterator[None]:
     """Have a GPU that runs out of memory told with what it was given, and what to lower.
+
+    Args:
+        images: of one batch, each 3 x H x W.
+        more: to end the message.
 
     Raises:
         UsageError: instead of torch.OutOfMemoryError.
@@ -153,10 +157,10 @@ def told_memory(images: Tensor, options: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        count, _, height, width = images.shape
+        height, width = images[0].shape[-2:]
         raise UsageError(
-            f"the GPU ran out of memory with a batch of {count} images of {width}x{height}: give a "
-            f"smaller {options}"
+            f"the GPU ran out of memory with a batch of {len(images)} images of {width}x{height}: "
+            f"give a smaller --batch-size or --height{more}"
         ) from error
 
 
@@ -238,26 +242,29 @@ def evaluate(
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     with _progress_bar(title, len(loader.dataset)) as bar:
         for images, labels in _until_stopped(loader, watch):
-            # One image at a time: a batch of 19 planes at full resolution need not fit.
-            logits_of_each = _logits(model, images, prepare, device, amp_dtype)
-            for image, logits, label in zip(images, logits_of_each, labels, strict=True):
-                label = label.to(device, non_blocking=True)
-                if class_weights is None:
-                    prediction = label_map(logits[0], label.shape)
-                else:
-                    logits = F.interpolate(logits, label.shape, mode="bilinear", align_corners=True)
-                    prediction = largest(logits[0])
-                    total_loss += F.cross_entropy(
-                        logits,
-                        label[None].long(),
-                        class_weights,
-                        ignore_index=IGNORE_INDEX,
-                        reduction="sum",
-                    )
-                confusion.update(prediction, label.long())
-                if on_image is not None:
-                    on_image(image, prediction, label)
-                bar.update()
+            with told_memory(images):
+                # One image at a time: a batch of 19 planes at full resolution need not fit.
+                logits_of_each = _logits(model, images, prepare, device, amp_dtype)
+                for image, logits, label in zip(images, logits_of_each, labels, strict=True):
+                    label = label.to(device, non_blocking=True)
+                    if class_weights is None:
+                        prediction = label_map(logits[0], label.shape)
+                    else:
+                        logits = F.interpolate(
+                            logits, label.shape, mode="bilinear", align_corners=True
+                        )
+                        prediction = largest(logits[0])
+                        total_loss += F.cross_entropy(
+                            logits,
+                            label[None].long(),
+                            class_weights,
+                            ignore_index=IGNORE_INDEX,
+                            reduction="sum",
+                        )
+                    confusion.update(prediction, label.long())
+                    if on_image is not None:
+                        on_image(image, prediction, label)
+                    bar.update()
     confusion.counts = distributed.total(confusion.counts)
     if class_weights is None:
         return math.nan, confusion
@@ -354,7 +361,10 @@ def evaluate_classifier(
     with _progress_bar(title, len(loader.dataset)) as bar:
         for loaded, labels in _until_stopped(loader, watch):
             labels = labels.to(device, non_blocking=True)
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            with (
+                told_memory(loaded),
+                torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None),
+            ):
                 logits = model(prepare(loaded)).float()
             total_loss += F.cross_entropy(logits, labels, reduction="sum")
             accuracy.update(logits, labels)

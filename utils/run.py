@@ -97,7 +97,8 @@ def add_run_options(parser: ArgumentParser) -> argparse._ArgumentGroup:
     machine.add_argument(
         "--skip-broken",
         action="store_true",
-        help="leave out images and labels that cannot be read, and count them; without it, the "
+        help="leave out images and labels that cannot be read, and count them: all files are read "
+        "at the start, and those of train that break later are left out as well; without it, the "
         "first one ends the run",
     )
 
@@ -210,8 +211,8 @@ def check_free(folder: Path) -> None:
         UsageError: one does.
     """
     names = (
-        ARGS, LOG, COUNTS, LAST, PREVIOUS, BEST, ENCODER, "stage*-epoch*.pth",
-        "events.out.tfevents.*",
+        ARGS, LOG, COUNTS, LAST, PREVIOUS, f"damaged-{LAST}", BEST, ENCODER,
+        "stage*-epoch*.pth", "events.out.tfevents.*",
     )  # fmt: skip
     for found in (path for name in names for path in folder.glob(name)):
         raise UsageError(
@@ -233,6 +234,18 @@ def start_run(folder: Path, args: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{folder} cannot be written ({error.strerror}): give another --savedir"
         ) from error
+
+
+def keep_options(folder: Path, args: Mapping[str, Any]) -> None:
+    """Write the options that a run is resumed with, for when it is resumed again.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+    begun = read_args(folder)
+    now = dict(args) | {name: begun[name] for name in ("resume", "savedir")}
+    if now != begun:
+        write_json(folder / ARGS, now)
 
 
 def save_run(checkpoint: Mapping[str, Any], folder: Path) -> None:
@@ -302,15 +315,19 @@ def _load_state(path: Path) -> dict[str, Any]:
 def told(path: Path) -> Iterator[None]:
     """Have a failure to write a file of a run told in one line.
 
+    Args:
+        path: of the file, or of the folder of the run.
+
     Raises:
         UsageError: instead of an OSError.
     """
+    folder = path if path.is_dir() else path.parent
     try:
         yield
     except OSError as error:
         raise UsageError(
             f"{error.filename or path} cannot be written ({error.strerror or error}): mend that, "
-            f"and go on with: {resume_command(path.parent)}"
+            f"and go on with: {resume_command(folder)}"
         ) from error
 
 

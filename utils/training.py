@@ -119,7 +119,8 @@ class Training:
             self.scheduler.load_state_dict(state["scheduler"])
         else:
             done = self.epoch * self.steps + self.step
-            place = {"last_epoch": done, "_step_count": done + 1}
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            place = {"last_epoch": done, "_step_count": done + 1, "_last_lr": rates}
             self.scheduler.load_state_dict(self.scheduler.state_dict() | place)
         return self._restore_processes(state["processes"], batch, batch_before)
 

@@ -17,6 +17,9 @@ from utils import distributed
 from utils.cli import Interrupted, UsageError, dead_worker, one_line
 from utils.training import Training
 
+SAME_SIGNAL = 1.0  # seconds in which a signal that comes again is the same one
+FILES_NAMED = 20  # of a batch, in a message
+
 
 class Diverged(UsageError):
     """A loss or a weight is not finite."""
@@ -80,8 +83,12 @@ class Watch:
         """
         self.training, self._save, self.stage = training, save, stage
         self.saved = time.monotonic()
-        begun = training.epoch or training.step
-        self.kept = self._kept() if begun else "no checkpoint was written yet"
+        if training.epoch or training.step:
+            self.kept = self._kept()
+        elif self.checkpoint.exists():  # of the stage before
+            self.kept = f"the last good checkpoint is {self.checkpoint}"
+        else:
+            self.kept = "no checkpoint was written yet"
 
     @property
     def stopping(self) -> bool:
@@ -102,11 +109,19 @@ class Watch:
         Raises:
             Diverged: it is not, and the checkpoint before stays.
         """
-        diverged = self._diverged(all_losses=True) or self._broken_weights()
-        self._end_together(Wish.FAIL_UNSAVED if diverged else Wish.GO_ON, diverged)
+        self.check()
         self._save()
         self.kept = self._kept()
         self.saved = time.monotonic()
+
+    def check(self) -> None:
+        """See that all losses so far, and the weights, are finite; it waits for a GPU.
+
+        Raises:
+            Diverged: one is not.
+        """
+        diverged = self._diverged(all_losses=True) or self._broken_weights()
+        self._end_together(Wish.FAIL_UNSAVED if diverged else Wish.GO_ON, diverged)
 
     def _kept(self) -> str:
         return f"the last good checkpoint is {self.checkpoint}, after {self.place}"
@@ -169,7 +184,9 @@ class Watch:
         if isinstance(failure, Diverged):
             raise failure
         if isinstance(failure, self.mistakes):
-            raise UsageError(f"{one_line(failure)}; {how}") from failure
+            raise UsageError(
+                f"{one_line(failure)}, or leave it out with --skip-broken; {how}"
+            ) from failure
         died = dead_worker(failure)
         if died is not None:
             raise UsageError(f"{died}; {how}") from failure
@@ -185,7 +202,9 @@ class Watch:
                 event.synchronize()
             if not math.isfinite(loss.item()):
                 self.losses.clear()
-                files = ", ".join(path for index in indices for path in self.files(int(index)))
+                paths = [path for index in indices for path in self.files(int(index))]
+                more = f" and {len(paths) - FILES_NAMED} more" if len(paths) > FILES_NAMED else ""
+                files = ", ".join(paths[:FILES_NAMED]) + more
                 return Diverged(
                     f"the loss is {loss.item()} in {place}, of {files}: training has diverged, or "
                     f"these files are wrong; {self.kept}: look at them, or start another run with "
@@ -194,8 +213,9 @@ class Watch:
         return None
 
     def _broken_weights(self) -> Diverged | None:
-        norm = torch.nn.utils.get_total_norm(self.training.model.parameters())
-        if norm.isfinite():
+        states = (self.training.model.state_dict(), self.training.scored.state_dict())
+        weights = [w for state in states for w in state.values() if w.is_floating_point()]
+        if torch.nn.utils.get_total_norm(weights).isfinite():
             return None
         return Diverged(
             f"a weight is not finite after {self.place}: training has diverged; {self.kept}: start "
@@ -205,9 +225,13 @@ class Watch:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         name = os.path.basename(sys.argv[0])
         # Not by print, which may be at work at this very moment.
+        if self.received == number and distributed.local_rank() is not None:
+            # torchrun passes on what a cluster may have sent to its processes as well.
+            if time.monotonic() - self.noted < SAME_SIGNAL:
+                return
         if self.received is not None:
             os.write(2, f"{name}: stopped at once\n".encode())
             os._exit(128 + number)
-        self.received = number
+        self.received, self.noted = number, time.monotonic()
         if distributed.is_first():
             os.write(2, f"{name}: finishing the step to save; again to stop at once\n".encode())
