@@ -30,7 +30,12 @@ FAULTS = {
     ),
     "sigterm-imagenet": ("SIGTERM, `lednet_imagenet.py`", "The same."),
     "sigterm-torchrun": ("SIGTERM to `torchrun`", "The same, but for the status."),
-    "ctrl-c": ("Ctrl-C", "To all processes, as in a terminal. Status 130, the rest as above."),
+    "ctrl-c": (
+        "Ctrl-C",
+        "To all processes, as in a terminal. Status 130, the rest as above. In one part of a second "
+        "of its import, torch swallows a Ctrl-C, `import torch` alone too: the run goes on, loses "
+        "nothing, and needs another one.",
+    ),
     "ctrl-c-twice": (
         "Ctrl-C twice",
         "The second one within 0.2 s; `--resume` comes to the same end.",
