@@ -1,13 +1,15 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, read_log, run_script, same_weights, wait_for_the_next_second
+from conftest import QUICK, ROOT, read_log, run_script, same_weights, wait_for_the_next_second
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -312,6 +314,54 @@ def test_the_same_command_with_resume_goes_on(script, cityscapes, tmp_path):
     assert script("main.py", *argv).status == 0
     result = script("main.py", *argv, "--resume")
     assert result.status == 0 and result.err.count("note: --port") == 1
+
+
+def test_a_smaller_batch_holds_from_a_resume_on(script, cityscapes, tmp_path):
+    argv = ("--datadir", cityscapes, *QUICK, "--decoder", "--epochs", 2, "--D", 4, "--savedir", "a")
+    assert script("main.py", *argv, "--batch-size", 3).status == 0
+    again = script("main.py", "--savedir", "a", "--resume", "--batch-size", 2)
+    assert again.status == 0 and "note: steps are of 2 images, not 3" in again.out
+    assert json.loads((tmp_path / "save/a/args.json").read_text())["batch_size"] == 2
+    assert "batches of 2" in script("main.py", "--savedir", "a", "--resume").out
+
+
+def test_a_loss_that_is_not_finite_leaves_no_trace_of_its_epoch(fails, cityscapes, tmp_path):
+    """One step an epoch: it is looked at before anything of the epoch is scored or kept."""
+    argv = ("--datadir", cityscapes, *QUICK, "--batch-size", 6, "--D", 4, "--savedir", "a")
+    line = fails("main.py", *argv, "--epochs", 3, "--decoder", "--lr", 1e30)
+    assert "training has diverged" in line
+    assert not list((tmp_path / "save/a").glob("*.pth"))
+    assert not (tmp_path / "save/a/log.csv").exists()
+
+
+def test_the_last_good_checkpoint_may_be_of_the_stage_before(
+    script, cityscapes, tmp_path, monkeypatch
+):
+    real = utils.losses.with_auxiliary
+    monkeypatch.setattr(
+        utils.losses,
+        "with_auxiliary",
+        lambda *args: lambda *given: real(*args)(*given) * float("nan"),
+    )
+    argv = ("--datadir", cityscapes, *QUICK, "--D", 4, "--aux-weight", 0.4, "--savedir", "a")
+    result = script("main.py", *argv)
+    assert result.status == 2 and "in step 1 of epoch 1 of stage 2" in result.err
+    assert "the last good checkpoint is save/a/last.pth" in result.err
+    assert load_checkpoint(tmp_path / "save/a/last.pth")["stage"] == 1
+
+
+def test_sigterm_before_training_cleans_up(cityscapes, tmp_path):
+    code = (
+        "import os, runpy, signal, sys, datasets.check\n"
+        "datasets.check.check_headers = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.argv = sys.argv[1:]\nrunpy.run_path('main.py', run_name='__main__')"
+    )
+    argv = ["main.py", "--datadir", str(cityscapes), "--savedir", str(tmp_path / "deep/run")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 143 and done.stderr == "main.py: stopped by SIGTERM\n"
+    assert not (tmp_path / "deep").exists()
 
 
 def test_what_cannot_be_resumed_from(trained, fails, tmp_path):

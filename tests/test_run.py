@@ -16,6 +16,7 @@ from utils.run import (
     check_free,
     claimed,
     drop_rows_after,
+    keep_options,
     load_run,
     notes,
     read_args,
@@ -23,6 +24,7 @@ from utils.run import (
     run_folder,
     save_run,
     start_run,
+    told,
 )
 
 
@@ -165,6 +167,18 @@ def test_a_full_disk_keeps_the_checkpoints(tmp_path):
     assert "--resume" in done.stderr and len(done.stderr.splitlines()) == 1
     assert load_run(tmp_path)["epoch"] == 1
     assert {path.name for path in tmp_path.iterdir()} == {"last.pth", "previous.pth"}
+
+
+def test_options_of_a_resume_hold_from_then_on(tmp_path):
+    start_run(tmp_path, {"batch_size": 4, "savedir": "a", "resume": False})
+    keep_options(tmp_path, {"batch_size": 2, "savedir": "b", "resume": True})
+    assert read_args(tmp_path) == {"batch_size": 2, "savedir": "a", "resume": False}
+
+
+@pytest.mark.parametrize("name", ["", "log.csv"])
+def test_a_failure_to_write_names_the_folder_of_the_run(tmp_path, name):
+    with pytest.raises(UsageError, match=rf"--savedir {tmp_path} --resume"), told(tmp_path / name):
+        raise OSError(28, "No space left on device")
 
 
 def test_the_command_that_goes_on(monkeypatch):
