@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
+import utils.engine
 from datasets.seeded import as_lists
 from utils.cli import UsageError
 from utils.engine import (
@@ -247,6 +248,14 @@ def test_steps_that_the_scaler_skips_are_counted_and_shown(model, capsys):
     assert training.totals["skipped_steps"] == 2
     assert torch.equal(model[0].weight, before)
     assert "skipped steps 2" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_one_process_of_several_counts_the_skipped_steps(model, monkeypatch):
+    """All skip the same ones, and the sums of an epoch are taken over the processes."""
+    monkeypatch.setattr(utils.engine.distributed, "is_first", lambda: False)
+    model[0].weight.register_hook(lambda gradient: gradient * math.inf)
+    _, training = train(model, Pixels(4, (16, 24)), scaled=True)
+    assert training.totals["skipped_steps"] == 0
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_files(model):

@@ -106,8 +106,9 @@ def train_one_epoch(
                 before = scaler.scale(one)
                 scaler.step(training.optimizer)
                 scaler.update()
-                if scaler.is_enabled():
-                    # It falls where gradients were not finite, and the step was left out.
+                if scaler.is_enabled() and distributed.is_first():
+                    # It falls where gradients were not finite, and the step was left out: in all
+                    # processes at once, so that one is to count.
                     totals["skipped_steps"] += scaler.scale(one) < before
             training.scheduler.step()
             if training.ema:
