@@ -10,12 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
-
 from utils import distributed
 from utils.watch import Watch
 
-torch.set_num_threads(1)
 moment, rank, *sys.argv = sys.argv[1:]
 number, _, place = moment.removeprefix("signal ").partition(" after ")
 note_loss = Watch.note_loss

@@ -219,7 +219,6 @@ CASES: dict[str, Callable[[], Any]] = {name: step for name, (*_, step) in STEPS.
 
 def run_cases(rank: int, port: int, folder: Path) -> None:
     """One of the two processes."""
-    torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

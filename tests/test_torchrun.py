@@ -38,7 +38,6 @@ def torchrun(*command: object, save: Path | None = None) -> Result:
     process = subprocess.Popen(
         [*map(str, (*start, *command, *output))],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

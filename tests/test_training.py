@@ -110,6 +110,19 @@ def test_going_on_from_a_file_is_never_having_stopped(recipe, ema, done, tmp_pat
     assert_same(written(resumed, tmp_path), written(unbroken, tmp_path))
 
 
+def test_another_number_of_threads_is_told(tmp_path):
+    stopped, resumed = begin("adam, poly"), begin("adam, poly")
+    state = written(stopped, tmp_path)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        (difference,) = resumed.restore(state, PATH)
+    finally:
+        torch.set_num_threads(threads)
+    assert f"OMP_NUM_THREADS {threads + 1}, it was torch" in difference
+    assert difference.endswith(f"OMP_NUM_THREADS {threads}: rounding differs")
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(("batch_size", "steps"), [(2, 12), (3, 8), (5, 5), (8, 3), (24, 1)])

@@ -45,7 +45,7 @@ FREE_ON_RESUME = {
 # What last.pth says beside the weights and what they are, to go on with a run.
 RUN_STATE = (
     "stage", "epoch", "step", "steps", "lr", "batch_size", "best", "training_model", "ema_updates",
-    "optimizer", "scheduler", "scaler", "processes",
+    "optimizer", "scheduler", "scaler", "computed_by", "processes",
 )  # fmt: skip
 
 # Columns of the log that TensorBoard shows, beside the IoU of every class.

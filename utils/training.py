@@ -86,6 +86,7 @@ class Training:
             "steps": self.steps,
             "lr": self.lr,
             "batch_size": self.batch_size,
+            "computed_by": computed_by(self.device),
             "processes": distributed.gather(process),
         }
 
@@ -122,7 +123,9 @@ class Training:
             rates = [group["lr"] for group in self.optimizer.param_groups]
             place = {"last_epoch": done, "_step_count": done + 1, "_last_lr": rates}
             self.scheduler.load_state_dict(self.scheduler.state_dict() | place)
-        return self._restore_processes(state["processes"], batch, batch_before)
+        now, before = computed_by(self.device), state["computed_by"]
+        differs = [] if now == before else [f"this is {now}, it was {before}: rounding differs"]
+        return differs + self._restore_processes(state["processes"], batch, batch_before)
 
     def _restore_processes(
         self, processes: list[dict[str, Any]], batch: int, batch_before: int
@@ -151,6 +154,14 @@ class Training:
             self.totals = {}
         seed_process(self.epoch * self.steps + self.step)
         return differs
+
+
+def computed_by(device: torch.device) -> str:
+    """What rounds the sums: only the same gives the same results, bit for bit."""
+    if device.type == "cuda":
+        return f"torch {torch.__version__} on {torch.cuda.get_device_name(device)}"
+    kind, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"torch {torch.__version__} on CPU with {kind}, OMP_NUM_THREADS {threads}"
 
 
 def seed_process(seed: int) -> None:
