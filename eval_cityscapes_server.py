@@ -12,6 +12,8 @@ measured at the full resolution of the labels, over all of their pixels that are
 averaged as the official evaluation of Cityscapes does.
 """
 
+import utils.startup  # noqa: F401  # isort: skip
+
 import argparse
 import json
 import math

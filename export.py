@@ -11,6 +11,8 @@ was trained on, each as JSON. The script takes `pip install onnx onnxscript onnx
 examples/onnx_camera.py shows how to use the model without torch.
 """
 
+import utils.startup  # noqa: F401  # isort: skip
+
 import argparse
 import os
 from pathlib import Path

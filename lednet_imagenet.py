@@ -9,6 +9,8 @@ python lednet_imagenet.py --savedir NAME --evaluate   one pass over val with its
 python main.py --datadir CITYSCAPES --pretrained-encoder save/NAME/encoder.pth
 """
 
+import utils.startup  # noqa: F401  # isort: skip
+
 import argparse
 import math
 import shlex

@@ -13,6 +13,8 @@ python main.py --savedir NAME --resume                go on with an interrupted 
 torchrun --nproc-per-node 4 main.py --datadir DIR     in a process for each of 4 GPUs
 """
 
+import utils.startup  # noqa: F401  # isort: skip
+
 import argparse
 import math
 import shlex

@@ -11,6 +11,8 @@ data set that the network was trained on. Everything has the size of its picture
 overlays have the legend below. The overlays of a video are a video.
 """
 
+import utils.startup  # noqa: F401  # isort: skip
+
 import argparse
 import os
 import sys

@@ -2,6 +2,7 @@
 
 import atexit
 import signal
+import sys
 from collections.abc import Iterator
 from multiprocessing import active_children
 from typing import Any
@@ -131,18 +132,20 @@ def loader_options(batch_size: int, workers: int, device: torch.device) -> dict[
         "pin_memory": device.type == "cuda",
         # To fork anew in every epoch would copy much of the memory that training on a CPU holds.
         "persistent_workers": workers > 0,
-        "worker_init_fn": ignore_signals,
+        "worker_init_fn": leave_all_to_training,
         # Loaders draw a number when they start: not from the state that training draws from, or
         # a run that is resumed, and starts them again, would draw otherwise.
         "generator": torch.Generator(),
     }
 
 
-def ignore_signals(_worker: int) -> None:
+def leave_all_to_training(_worker: int) -> None:
     """Leave Ctrl-C and SIGTERM, which a terminal or a cluster sends to every process of a run, to
-    the training process: it needs its workers to finish its step."""
+    the training process: it needs its workers to finish its step. It is sent the errors of items,
+    too; what else there is to tell comes of its having ended, and is no news to anybody."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None
 
 
 @atexit.register  # after torch is imported: this comes before what Python does

@@ -5,6 +5,7 @@ import os
 import resource
 import runpy
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,9 @@ import torch
 from datasets.scene import draw_scene
 from datasets.shapes import make_shapes
 from datasets.synthetic import make_synthetic
+
+# In the background of a shell script Ctrl-C is ignored, and programs leave it so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 COUNTS = {"train": 6, "val": 3, "test": 2, "train_extra": 3}

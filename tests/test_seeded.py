@@ -1,4 +1,5 @@
 import signal
+import sys
 
 import pytest
 import torch
@@ -122,6 +123,20 @@ def test_workers_leave_signals_to_the_training_process():
 
     options = loader_options(1, 1, torch.device("cpu"))
     assert [bool(ignored) for ignored in DataLoader(Handlers(), **options)] == [True, True]
+
+
+def test_workers_leave_it_to_the_training_process_to_say_what_went_wrong(capfd):
+    class Connected(Dataset):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> int:
+            # As the thread of multiprocessing that hands over batches does, when nobody takes them.
+            sys.excepthook(EOFError, EOFError(), None)
+            return index
+
+    list(DataLoader(Connected(), **loader_options(1, 1, torch.device("cpu"))))
+    assert capfd.readouterr().err == ""
 
 
 def test_items_leave_the_training_processs_random_state_alone():

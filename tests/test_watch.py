@@ -90,6 +90,18 @@ def test_a_signal_is_noted_and_the_step_finished(clock, capfd, number, name):
     assert capfd.readouterr().err.endswith(": finishing the step to save; again to stop at once\n")
 
 
+def test_a_signal_that_is_ignored_stays_ignored():
+    watch, _, _ = watching()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with watch:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not watch.stopping
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 TWICE = """
 import os, signal, sys, time
 sys.path[:0] = ["tests", "."]

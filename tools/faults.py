@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
-from signal import SIGTERM
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 import torch
@@ -104,6 +104,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     signal.signal(SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C
+    # Where it was started with Ctrl-C ignored, as by nohup, the runs would ignore theirs as well.
+    signal.signal(SIGINT, signal.default_int_handler)
     if not sys.platform.startswith("linux"):
         raise UsageError("faults are tried on Linux: this is " + platform.system())
     if "LEDNET_NAMESPACE" not in os.environ:

@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 
 from utils import distributed
+from utils.startup import end_of_startup
 
 
 class UsageError(Exception):
@@ -66,6 +67,7 @@ def run(main: Callable[[], None], *mistakes: type[Exception]) -> None:
     """
     name = os.path.basename(sys.argv[0])
     before = signal.signal(signal.SIGTERM, _terminated)
+    end_of_startup()
     try:
         main()
         distributed.stop()

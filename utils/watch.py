@@ -66,8 +66,9 @@ class Watch:
         self.losses: list[tuple[str, Tensor, Sequence[int], torch.cuda.Event | None]] = []
 
     def __enter__(self) -> "Watch":
-        numbers = STOPPED_BY.values()
-        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        # What is ignored stays so: Ctrl-C under nohup, or in the background of a shell script.
+        heard = [n for n in STOPPED_BY.values() if signal.getsignal(n) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *exception: object) -> None:
