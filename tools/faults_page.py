@@ -32,9 +32,7 @@ FAULTS = {
     "sigterm-torchrun": ("SIGTERM to `torchrun`", "The same, but for the status."),
     "ctrl-c": (
         "Ctrl-C",
-        "To all processes, as in a terminal. Status 130, the rest as above. For part of a second "
-        "of its import, torch swallows a Ctrl-C, `import torch` alone too: the run goes on, loses "
-        "nothing, and needs another one.",
+        "To all processes, as in a terminal. Status 130, the rest as above.",
     ),
     "ctrl-c-twice": (
         "Ctrl-C twice",
