@@ -28,6 +28,7 @@ from datasets.check import check_images, without_broken
 from datasets.drawn import draw_once
 from datasets.files import DatasetError
 from datasets.imagenet import MEAN, STD, ImageFolder, training_images, validation_images
+from datasets.readable import validation_loader
 from datasets.seeded import Seeded, ShuffledSeeds, loader_options, training_loader
 from datasets.shapes import make_shapes
 from datasets.transforms import to_floats
@@ -210,7 +211,7 @@ def pretrain(
     sampler = ShuffledSeeds(len(train), args.seed, distributed.rank(), distributed.processes())
     loading = loader_options(args.batch_size, args.workers, device)
     train_loader = training_loader(Seeded(train, args.skip_broken), sampler, **loading)
-    val_loader = DataLoader(distributed.share(val), **loading)
+    val_loader = validation_loader(distributed.share(val), args.skip_broken, **loading)
     if not train_loader:
         raise UsageError(f"{args.datadir} has fewer training images than there are processes")
 
@@ -331,6 +332,7 @@ def pretrain(
                 pictures.keep,
                 watch,
             )
+            training.totals["left_out"] += watch.left_out
             totals = training.end_epoch()
             accuracy.counts = totals["accuracy"]
             row = {"epoch": epoch, "lr": training.lr}

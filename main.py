@@ -36,6 +36,7 @@ from datasets.check import check_headers, without_broken
 from datasets.drawn import draw_once
 from datasets.files import DatasetError
 from datasets.folder import read_classes
+from datasets.readable import validation_loader
 from datasets.seeded import ShuffledSeeds, WithSeed, as_lists, loader_options, training_loader
 from datasets.segmentation import Classes, Segmentation, resized_size
 from datasets.statistics import count_pixels
@@ -674,7 +675,7 @@ def train_stage(
     train_loader = training_loader(
         WithSeed(this.train, args.skip_broken), sampler, drop_last=drop_last, **this.loading
     )
-    val_loader = DataLoader(this.val, **this.loading)
+    val_loader = validation_loader(this.val, args.skip_broken, **this.loading)
     jitter = args.jitter if args.augment == "strong" else 0.0
     prepare = Augment(this.augment, this.floats, this.device, jitter, LABEL_STRIDE[stage])
 
@@ -766,6 +767,7 @@ def train_stage(
             if validated
             else (dict.fromkeys(val_columns(names), math.nan), [])
         )
+        training.totals["left_out"] += this.watch.left_out if validated else 0
         totals = training.end_epoch()
         confusion.counts = totals.get("confusion", confusion.counts)
         row = {"stage": stage, "epoch": epoch, "lr": training.lr}

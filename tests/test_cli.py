@@ -1,4 +1,5 @@
 import argparse
+import io
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import torch
 from datasets.files import DatasetError
 from utils.cli import (
     ArgumentParser,
+    Interrupted,
     UsageError,
     dead_worker,
     natural_int,
@@ -148,3 +150,25 @@ def test_a_worker_that_is_killed_is_said_in_one_line(capsys):
     assert "a process that loads data died (" in line and "give fewer --workers" in line
     assert dead_worker(ConnectionResetError(104, "Connection reset by peer")) is not None
     assert dead_worker(RuntimeError("something else")) is None
+
+
+def test_another_sigterm_does_not_keep_an_interrupted_program_from_saying_its_line(monkeypatch):
+    """As torchrun sends it to the process that ends last."""
+    before = signal.getsignal(signal.SIGTERM)
+    said = []
+
+    class Stderr(io.StringIO):
+        def write(self, text: str) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            said.append(text)
+            return len(text)
+
+    def interrupted() -> None:
+        raise Interrupted("to go on: python main.py", signal.SIGTERM)
+
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    monkeypatch.setattr(sys, "stderr", Stderr())
+    with pytest.raises(SystemExit) as end:
+        run(interrupted)
+    assert end.value.code == 143 and "".join(said) == "main.py: to go on: python main.py\n"
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -119,7 +119,9 @@ def test_a_signal_to_one_process_stops_both_and_says_how_to_go_on(stopped):
         "main.py: stopped by SIGTERM, saved after step 2 of epoch 1 of stage 2, to go on: torchrun "
         f"--nproc-per-node 2 {ROOT}/main.py --savedir {folder} --resume"
     )
-    assert "exitcode  : 143" in result.err and "exitcode  : -" not in result.err
+    # Where torchrun sees the end of one first, it sends the other, which is ending, a SIGTERM.
+    exit_codes = set(re.findall(r"exitcode  : (-?\d+)", result.err))
+    assert "143" in exit_codes and exit_codes <= {"143", "-15"}
 
 
 def test_two_processes_that_go_on_end_as_those_that_never_stopped(whole, stopped, tmp_path):

@@ -631,11 +631,12 @@ def jumping_clock(t: Try, lab: Lab) -> None:
 
 
 def broken_image(t: Try, lab: Lab, skip: bool = False) -> None:
-    """An image or label of the training data that is cut short while the run goes on."""
+    """An image or label that is cut short while the run goes on, of train or val."""
     program = lab.programs["main"]
     data = Path(shutil.copytree(lab.folder / "scenes", t.folder / "scenes"))
-    images = sorted(data.glob("leftImg8bit/train/*/*.png"))
-    labels = sorted(data.glob("gtFine/train/*/*_labelIds.png"))
+    split = t.random.choice(["train", "val"])
+    images = sorted(data.glob(f"leftImg8bit/{split}/*/*.png"))
+    labels = sorted(data.glob(f"gtFine/{split}/*/*_labelIds.png"))
     victim = t.random.choice(images + labels)
     content = victim.read_bytes()
     share = t.random.uniform(0.1, 0.8)

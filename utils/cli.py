@@ -72,6 +72,8 @@ def run(main: Callable[[], None], *mistakes: type[Exception]) -> None:
         main()
         distributed.stop()
     except Interrupted as end:
+        # torchrun sends one to the processes that end last: they still say what they have to.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if distributed.is_first():
             print(f"{name}: {end}", file=sys.stderr)
         sys.exit(end.status)

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from datasets.files import DatasetError
+from datasets.readable import ReadableBatch
 from utils import distributed
 from utils.cli import UsageError
 from utils.losses import IGNORE_INDEX
@@ -242,7 +244,7 @@ def evaluate(
     confusion = ConfusionMatrix(num_classes, device)
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     with _progress_bar(title, len(loader.dataset)) as bar:
-        for images, labels in _until_stopped(loader, watch):
+        for images, labels in _until_stopped(loader, watch, bar):
             with told_memory(images):
                 # One image at a time: a batch of 19 planes at full resolution need not fit.
                 logits_of_each = _logits(model, images, prepare, device, amp_dtype)
@@ -360,7 +362,7 @@ def evaluate_classifier(
     accuracy = TopKAccuracy(device=device)
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     with _progress_bar(title, len(loader.dataset)) as bar:
-        for loaded, labels in _until_stopped(loader, watch):
+        for loaded, labels in _until_stopped(loader, watch, bar):
             labels = labels.to(device, non_blocking=True)
             with (
                 told_memory(loaded),
@@ -382,17 +384,27 @@ def evaluate_classifier(
     }
 
 
-def _until_stopped(loader: DataLoader, watch: Watch | None) -> Iterator[Any]:
+def _until_stopped(loader: DataLoader, watch: Watch | None, bar: tqdm) -> Iterator[Any]:
     """The batches of a loader; after them, or where they end too early, the watch is asked."""
     if watch is None:
         yield from loader
         return
+    watch.left_out = 0
     failure = None
     try:
         for batch in loader:
             if watch.stopping:
                 break
-            yield batch
+            if isinstance(batch, ReadableBatch):
+                for reason in batch.reasons:
+                    bar.write(f"left out: {reason}", file=sys.stderr)
+                watch.left_out += len(batch.reasons)
+                bar.update(len(batch.reasons))
+                batch = batch.batch
+            if batch is not None:
+                yield batch
+        if len(loader.dataset) and watch.left_out == len(loader.dataset):
+            raise DatasetError("none of the images to validate on can be read: is the disk gone?")
     except Exception as error:
         failure = error
     watch.look_up(failure)

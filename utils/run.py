@@ -59,7 +59,7 @@ TAGS = {
     "images_per_second": "images per second/train",
     "data_wait": "share of time waiting for data/train",
     "skipped_steps": "steps skipped by the scaler/train",
-    "left_out": "broken images left out/train",
+    "left_out": "broken images left out",
     "train_top1": "top-1/train",
     "val_top1": "top-1/val",
     "train_top5": "top-5/train",
@@ -98,7 +98,7 @@ def add_run_options(parser: ArgumentParser) -> argparse._ArgumentGroup:
         "--skip-broken",
         action="store_true",
         help="leave out images and labels that cannot be read, and count them: all files are read "
-        "at the start, and those of train that break later are left out as well; without it, the "
+        "at the start, and those that break later are left out as well; without it, the "
         "first one ends the run",
     )
 

@@ -50,6 +50,9 @@ class Watch:
         command: that goes on with the run.
         files: the files that the item of an index was read from.
         mistakes: errors of reading that are the user's to mend, to be told in one line.
+
+    Attributes:
+        left_out: broken images that the last validation went without, in this process.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Watch:
         self.checkpoint, self.minutes, self.command = checkpoint, minutes, command
         self.files, self.mistakes = files, mistakes
         self.received: int | None = None
+        self.left_out = 0
         self.losses: list[tuple[str, Tensor, Sequence[int], torch.cuda.Event | None]] = []
 
     def __enter__(self) -> "Watch":
