@@ -227,6 +227,7 @@ def pretrain(
         batch_size=args.batch_size,
         steps=steps,
         ema=ema_of(model, args.epochs * steps) if modern else None,
+        amp_dtype=amp_dtype,
     )
     best = {"epoch": 0, "val_top1": math.nan, "val_top5": math.nan}
 
@@ -315,11 +316,11 @@ def pretrain(
                 # Sums of half precision are coarse.
                 loss_function=lambda logits, labels: loss_function(logits.float(), labels),
                 watch=watch,
-                amp_dtype=amp_dtype,
                 title=title,
                 steps_loss=args.steps_loss,
                 count=accuracy.update,
                 figures=accuracy.figures,
+                size_option="--size",
             )
             pictures = Pictures(val.classes, len(val_loader.dataset))
             distributed.share_buffers(training.scored)

@@ -701,6 +701,7 @@ def train_stage(
         batch_size=args.batch_size,
         steps=steps,
         ema=ema_of(network, epochs * steps) if args.ema and stage == 2 else None,
+        amp_dtype=this.amp_dtype,
     )
     best = {"epoch": 0, "miou": math.nan, "class_iou": []}
 
@@ -756,10 +757,10 @@ def train_stage(
             prepare=prepare,
             loss_function=loss_function,
             watch=this.watch,
-            amp_dtype=this.amp_dtype,
             title=title,
             steps_loss=args.steps_loss,
             count=count if args.iouTrain else None,
+            size_option="--crop" if args.augment == "strong" and args.crop else "--height",
         )
         validated = epoch % args.val_every == 0 or epoch == epochs
         scores, strips = (

@@ -20,10 +20,11 @@ import PIL
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from datasets.files import DatasetError
+from datasets.seeded import reading_loader
 from datasets.segmentation import Segmentation, resized_size
 from datasets.sync import sync
 
@@ -316,7 +317,7 @@ def _decoded(dataset: Segmentation, shapes: list[Shapes], workers: int) -> Itera
         DatasetError: a file cannot be read, or has another size than before.
     """
     # A generator of its own: reading must not move the random state of training.
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, generator=torch.Generator())
+    loader = reading_loader(dataset, workers, batch_size=None)
     title = f"reading {dataset.split}"
     reading = tqdm(loader, title, unit="img", leave=False, disable=None)
     for item, expected, (path, _) in zip(reading, shapes, dataset.pairs, strict=True):

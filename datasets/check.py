@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import TypeVar
 
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from datasets.files import (
@@ -24,6 +23,7 @@ from datasets.files import (
     read_image,
 )
 from datasets.imagenet import ImageFolder
+from datasets.seeded import reading_loader
 from datasets.segmentation import Segmentation
 from datasets.whole import check_pixels
 
@@ -52,7 +52,8 @@ class Problem:
     index: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.path}: {self.what}"
+        text = f"{self.kind}: {self.path}: {self.what}"
+        return text if text.isprintable() else repr(text)[1:-1]  # one line, whatever the name
 
 
 # Before a run: headers and ends
@@ -154,14 +155,7 @@ def look_through(
     Raises:
         DatasetError: a worker process died.
     """
-    # A generator of its own: checking must not move the random state of training.
-    loader = DataLoader(
-        _Checked(dataset, fast),
-        batch_size=8,
-        num_workers=workers,
-        collate_fn=list,
-        generator=torch.Generator(),
-    )
+    loader = reading_loader(_Checked(dataset, fast), workers, batch_size=8, collate_fn=list)
     with tqdm(
         total=len(dataset), desc="checking files", unit="img", leave=False, disable=None
     ) as bar:

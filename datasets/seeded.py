@@ -139,6 +139,21 @@ def loader_options(batch_size: int, workers: int, device: torch.device) -> dict[
     }
 
 
+def reading_loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
+    """Reads a data set through once, in order, without a part in what training draws.
+
+    Args:
+        options: further ones of the DataLoader.
+    """
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        worker_init_fn=leave_all_to_training,
+        generator=torch.Generator(),
+        **options,
+    )
+
+
 def leave_all_to_training(_worker: int) -> None:
     """Leave Ctrl-C and SIGTERM, which a terminal or a cluster sends to every process of a run, to
     the training process: it needs its workers to finish its step. It is sent the errors of items,

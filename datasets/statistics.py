@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
 from datasets.files import IGNORE_INDEX
+from datasets.seeded import reading_loader
 from datasets.segmentation import Segmentation
 
 
@@ -37,7 +38,7 @@ def count_pixels(parts: Sequence[Segmentation], num_classes: int, workers: int =
     """
     histograms = ConcatDataset([_Histograms(part, num_classes) for part in parts])
     # A generator of its own: counting must not move the random state of training.
-    loader = DataLoader(histograms, batch_size=8, num_workers=workers, generator=torch.Generator())
+    loader = reading_loader(histograms, workers, batch_size=8)
     counts = torch.zeros(num_classes + 1, dtype=torch.int64)
     for batch in tqdm(loader, "counting label pixels", leave=False, disable=None):
         counts += batch.sum(0)

@@ -13,6 +13,7 @@ from PIL import Image
 from datasets import check
 from datasets.camvid import CamVid
 from datasets.check import (
+    Problem,
     check_headers,
     check_images,
     labels_without_image,
@@ -289,3 +290,8 @@ def test_the_next_whole_image_stands_in_for_a_broken_one(camvid_copy, broken, ex
         cut(pairs[index][0])
     assert {problem.index for problem in without_broken(train, replace=True)} == broken
     assert train.pairs == [pairs[index] for index in expected]
+
+
+def test_a_problem_is_one_line_whatever_the_file_is_called():
+    problem = Problem("unreadable", "a\nb.png", "is no image")
+    assert str(problem) == "unreadable: a\\nb.png: is no image"

@@ -86,6 +86,14 @@ def test_images_of_classes(script, shapes_copy):
     assert lines_of(result.out) == {("unreadable", str(path))} and result.status == 1
 
 
+def test_a_class_that_train_lacks_is_told(script, shapes_copy):
+    (shapes_copy / "val/checks").rename(shapes_copy / "val/others")
+    argv = ("--dataset", "imagenet", "--datadir", shapes_copy, "--workers", 0)
+    result = script(TOOL, *argv)
+    assert lines_of(result.out) == {("split not checked", str(shapes_copy))}
+    assert "has a class that the network is not trained on (others)" in result.out
+
+
 def test_fast_looks_at_headers_and_ends(script, cityscapes_copy):
     argv = ("--datadir", cityscapes_copy, "--workers", 0, "--split", "train")
     expected = damage_all([Cityscapes(cityscapes_copy, "train")], ("checksum", "cut image"))
@@ -105,7 +113,7 @@ def test_what_is_not_there(script, cityscapes_copy):
     (cityscapes_copy / "gtFine/val").rename(cityscapes_copy / "gone")
     result = script(TOOL, *argv)
     assert result.status == 1
-    assert lines_of(result.out) == {("split without files", str(cityscapes_copy))}
+    assert lines_of(result.out) == {("split not checked", str(cityscapes_copy))}
 
 
 def test_mistakes(fails, cityscapes, camvid, fields, tmp_path):

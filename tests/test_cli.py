@@ -2,10 +2,12 @@ import argparse
 import io
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from datasets.files import DatasetError
 from utils.cli import (
@@ -172,3 +174,28 @@ def test_another_sigterm_does_not_keep_an_interrupted_program_from_saying_its_li
         run(interrupted)
     assert end.value.code == 143 and "".join(said) == "main.py: to go on: python main.py\n"
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("what", ["a full disk", "a closed pipe"])
+def test_a_standard_output_that_is_gone_ends_the_program_in_one_line(what):
+    code = "from utils.cli import run; run(lambda: [print('text', flush=True) for _ in range(9)])"
+    if what == "a full disk":
+        output = os.open("/dev/full", os.O_WRONLY)
+    else:
+        end, output = os.pipe()
+        os.close(end)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True
+    )
+    os.close(output)
+    reason = "No space left on device" if what == "a full disk" else "Broken pipe"
+    assert done.stderr == f"-c: error: standard output cannot be written ({reason})\n"
+    assert done.returncode == 2
+
+
+def test_file_names_of_any_kind_can_be_printed(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", out)
+    run(lambda: print("ava\udcfflon.png"))
+    out.flush()
+    assert out.buffer.getvalue() == b"ava\\udcfflon.png\n"

@@ -25,7 +25,7 @@ from utils.losses import build_loss, cross_entropy, ohem_cross_entropy, with_aux
 CPU = torch.device("cpu")
 CLASSES, BATCH, SIZE = 5, 4, (64, 80)
 WEIGHT = torch.tensor([1.0, 3.0, 0.2, 2.0, 7.0])
-SECONDS = 120  # that the two processes may take for all cases together
+SECONDS = 600  # that the two processes may take for all cases together
 
 # Sharpened, so that OHEM leaves out some pixels of an untrained network, and keeps others.
 SHARPER = 60
@@ -328,6 +328,12 @@ def test_one_process_has_nothing_to_tell():
 
 def test_where_the_first_fails_the_others_end_without_a_word(in_two):
     assert in_two("failing_first") == ["ValueError('no such folder')", "SystemExit(2)"]
+
+
+def test_a_message_may_name_a_file_of_any_name(monkeypatch):
+    monkeypatch.setattr(distributed, "_store", dist.HashStore())
+    distributed.announce("ava\udcfflon.png is broken")
+    assert distributed.failure_elsewhere(RuntimeError()) == "ava\\udcfflon.png is broken"
 
 
 def test_a_failure_elsewhere_is_told(in_two):

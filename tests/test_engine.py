@@ -160,6 +160,7 @@ def train(model, data, dtype=None, count=None, batch_size=2, scaled=False, **opt
         batch_size,
         len(loader),
         options.pop("ema", None),
+        dtype,
     )
     watch = Watch(Path("last.pth"), math.inf, "python main.py", lambda index: [f"{index}.png"], ())
     watch.begin(training, save=lambda: None)
@@ -168,7 +169,7 @@ def train(model, data, dtype=None, count=None, batch_size=2, scaled=False, **opt
     loss = options.pop("loss_function", build_loss("ce", torch.ones(4)))
     forward = options.pop("forward", model)
     figures = train_one_epoch(
-        training, forward, loader, prepare, loss, watch, dtype, "epoch", 1, count, **options
+        training, forward, loader, prepare, loss, watch, "epoch", 1, count, **options
     )
     totals = training.totals
     figures["train_loss"] = (totals["loss"] / totals["images"]).item()
@@ -268,11 +269,25 @@ def test_a_loss_that_is_not_finite_is_named_with_its_files(model):
 
 
 def test_a_gpu_without_memory_says_what_was_asked_of_it(model):
-    def full(images):
+    def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    with pytest.raises(UsageError, match=r"batch of 2 images of 24x16: .*--batch-size.*--height"):
-        train(model, Pixels(4, (16, 24)), forward=full)
+    for part in ("forward", "prepare"):
+        with pytest.raises(UsageError, match=r"of 2 images of 24x16: .*--batch-size or --height;"):
+            train(model, Pixels(4, (16, 24)), **{part: full})
+
+
+def test_cuda_libraries_without_memory_are_told_as_well(model):
+    def full(images):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")
+
+    def wrong(images):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(UsageError, match="--batch-size or --crop;"):
+        train(model, Pixels(4, (16, 24)), forward=full, size_option="--crop")
+    with pytest.raises(RuntimeError, match="multiplied"):
+        train(model, Pixels(4, (16, 24)), forward=wrong)
 
 
 def linear_classifier():

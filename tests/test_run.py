@@ -1,4 +1,6 @@
 import csv
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from datasets.check import Problem
 from utils import distributed
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.cli import UsageError
@@ -25,6 +28,7 @@ from utils.run import (
     save_run,
     start_run,
     told,
+    told_left_out,
 )
 
 
@@ -107,6 +111,16 @@ def test_a_folder_that_nothing_was_written_into_is_removed(tmp_path):
     assert names == {"log.csv", ".lock"}
 
 
+def test_a_folder_that_is_gone_or_shared_by_now_changes_no_error(tmp_path):
+    with pytest.raises(ValueError), claimed(tmp_path / "deep/run"):
+        shutil.rmtree(tmp_path / "deep")
+        raise ValueError
+    with pytest.raises(ValueError), claimed(tmp_path / "deep/run"):
+        (tmp_path / "deep/another").mkdir()
+        raise ValueError
+    assert [path.name for path in tmp_path.rglob("*")] == ["deep", "another"]
+
+
 STATE = dict.fromkeys(RUN_STATE, 0) | {"model": {"weight": torch.ones(3)}}
 
 
@@ -131,6 +145,34 @@ def damage(path: Path, how: str) -> None:
         place = content.index(torch.ones(3).numpy().tobytes())
         content[place] ^= 1
         path.write_bytes(content)
+
+
+def test_checkpoints_that_were_removed_are_not_made_anew(tmp_path):
+    row = {"epoch": 1, "loss": 0.5}
+    append_row(tmp_path / "log.csv", row)
+    assert load_run(tmp_path) is None  # killed before its first checkpoint
+    append_row(tmp_path / "log.csv", row | {"epoch": 2})
+    with pytest.raises(CheckpointError, match=r"last\.pth and .* are missing"):
+        load_run(tmp_path)
+    (tmp_path / "log.csv").unlink()
+    (tmp_path / "damaged-last.pth").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"last\.pth and .* are missing"):
+        load_run(tmp_path)
+
+
+def test_a_full_disk_under_a_damaged_checkpoint_is_told(tmp_path, monkeypatch):
+    for epoch in range(2):
+        save_run(STATE | {"epoch": epoch}, tmp_path)
+    damage(tmp_path / "last.pth", "cut short")
+
+    def full(*paths: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", full)
+        with pytest.raises(UsageError, match=r"last\.pth cannot be written .*--resume"):
+            load_run(tmp_path)
+    assert load_run(tmp_path)["epoch"] == 0
 
 
 @pytest.mark.parametrize("how", ["missing", "zero bytes", "cut short", "a flipped bit"])
@@ -185,6 +227,9 @@ def test_the_command_that_goes_on(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--savedir", "x"])
     assert resume_command(Path("save/my run")) == "python main.py --savedir 'my run' --resume"
     assert resume_command(Path("/runs/a")) == "python main.py --savedir /runs/a --resume"
+    for path in ("./runs", "runs/", "./my run/"):
+        command = shlex.split(resume_command(run_folder(path, "")))
+        assert run_folder(command[3], "") == Path(path)
     monkeypatch.setattr(distributed, "processes", lambda: 4)
     monkeypatch.setattr(distributed, "local_processes", lambda: 4)
     start = "torchrun --nproc-per-node 4"
@@ -198,6 +243,16 @@ def test_what_was_left_out_is_told():
     assert notes({"skipped_steps": 2, "left_out": 1}) == (
         ", 2 steps skipped by the scaler, 1 broken images left out"
     )
+
+
+def test_broken_images_are_counted_once(capsys):
+    problems = [Problem("unreadable", "a.png", "is broken", 3)]
+    told_left_out([*problems, Problem("image without label", "a.png", "a_label.png is missing", 3)])
+    captured = capsys.readouterr()
+    assert captured.out == "1 broken images are left out\n"
+    assert captured.err.splitlines()[0] == "left out: unreadable: a.png: is broken"
+    told_left_out([])
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("content", [None, "", "{"])

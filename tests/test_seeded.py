@@ -12,6 +12,7 @@ from datasets.seeded import (
     WithSeed,
     as_lists,
     loader_options,
+    reading_loader,
     training_loader,
 )
 
@@ -112,7 +113,14 @@ def test_a_disk_that_is_gone_is_not_searched_for_ever(kind):
         kind(Broken(*range(10)), skip_broken=True)[4, 0]
 
 
-def test_workers_leave_signals_to_the_training_process():
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda dataset: DataLoader(dataset, **loader_options(1, 1, torch.device("cpu"))),
+        lambda dataset: reading_loader(dataset, workers=1),
+    ],
+)
+def test_workers_leave_signals_to_the_training_process(loader):
     class Handlers(Dataset):
         def __len__(self) -> int:
             return 2
@@ -121,8 +129,7 @@ def test_workers_leave_signals_to_the_training_process():
             numbers = (signal.SIGINT, signal.SIGTERM)
             return all(signal.getsignal(number) == signal.SIG_IGN for number in numbers)
 
-    options = loader_options(1, 1, torch.device("cpu"))
-    assert [bool(ignored) for ignored in DataLoader(Handlers(), **options)] == [True, True]
+    assert [bool(ignored) for ignored in loader(Handlers())] == [True, True]
 
 
 def test_workers_leave_it_to_the_training_process_to_say_what_went_wrong(capfd):

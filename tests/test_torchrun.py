@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from fault_compare import differences, records
 
-SECONDS = 100  # that a run may take
+SECONDS = 500  # that a run may take
 ONE_LINE = re.compile(r"^(?:main|lednet_imagenet)\.py: .*$", re.MULTILINE)
 
 
@@ -177,7 +177,7 @@ def test_a_process_that_is_killed_ends_the_other_with_a_word(scenes, tmp_path):
     moment = "signal 9 after step 2 of epoch 1 of stage 1"
     started = time.monotonic()
     result = torchrun("tests/disturbed.py", moment, 1, *recipe(scenes), save=tmp_path / "run")
-    assert result.status != 0 and time.monotonic() - started < 60
+    assert result.status != 0 and time.monotonic() - started < 250
     (line,) = [line for line in lines_of(result) if "error: " in line]
     assert "another process ended without a word: was it killed" in line
 

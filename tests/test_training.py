@@ -123,6 +123,13 @@ def test_another_number_of_threads_is_told(tmp_path):
     assert difference.endswith(f"OMP_NUM_THREADS {threads}: rounding differs")
 
 
+def test_another_precision_is_told(tmp_path):
+    stopped, resumed = begin("adam, poly"), begin("adam, poly")
+    resumed.amp_dtype = torch.bfloat16
+    (difference,) = resumed.restore(written(stopped, tmp_path), PATH)
+    assert "in torch.bfloat16 on" in difference and "in full precision on" in difference
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(("batch_size", "steps"), [(2, 12), (3, 8), (5, 5), (8, 3), (24, 1)])

@@ -113,6 +113,7 @@ def find_splits(
     classes = read_classes(args.classes) if args.classes else None
     splits = args.split or (NEEDED if kind is None else kind.SPLITS)
     seen, errors = set(), {}
+    names = None  # of ImageNet's classes, which train and val must have in common
     unknown = set(splits) - set(kind.SPLITS) if kind else None
     if unknown:
         raise UsageError(f"--split {min(unknown)}: {args.dataset} has {', '.join(kind.SPLITS)}")
@@ -121,7 +122,8 @@ def find_splits(
             if kind:
                 dataset = kind(args.datadir, split, classes, need_labels=False)
             else:
-                dataset = ImageFolder(args.datadir, split, read_image)
+                dataset = ImageFolder(args.datadir, split, read_image, classes=names)
+                names = names or dataset.classes
         except DatasetError as error:
             if args.split:
                 raise
@@ -135,7 +137,7 @@ def find_splits(
         raise next(iter(errors.values()))
     for split, error in errors.items():
         if split in NEEDED:
-            report(Problem("split without files", args.datadir, one_line(error)))
+            report(Problem("split not checked", args.datadir, one_line(error)))
         else:
             print(f"note: {split} is not there: {one_line(error)}", file=sys.stderr)
 

@@ -214,6 +214,7 @@ def training(
         torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
         options["batch_size"],
         len(loader),
+        amp_dtype=amp_dtype,
     )
     forward = torch.compile(network, dynamic=False) if compiled else network
     watch = Watch(Path(), math.inf, "", lambda index: (str(index),), ())
@@ -232,7 +233,6 @@ def training(
             prepare,
             build_loss(PAPER["loss"], torch.ones(19, device=device)),
             watch,
-            amp_dtype,
             title="training",
             steps_loss=0,
         )

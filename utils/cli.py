@@ -1,6 +1,7 @@
 """What the command lines of the scripts share: options, errors in one line, the device."""
 
 import argparse
+import io
 import math
 import os
 import signal
@@ -60,14 +61,24 @@ class Obsolete(argparse.Action):
         print(f"note: {option_string} is ignored: {self.reason}", file=sys.stderr)
 
 
+# The signal that the program has had, as long as it has not ended. Python drops an exception that a
+# handler raises within some callbacks, such as those of a fork: then the Watch ends the run.
+received: int | None = None
+
+
 def run(main: Callable[[], None], *mistakes: type[Exception]) -> None:
     """Run a script; a UsageError or one of `mistakes` ends it in one line and status 2.
 
     Of several processes, one that ends because another did says what the other said.
     """
+    global received
     name = os.path.basename(sys.argv[0])
-    before = signal.signal(signal.SIGTERM, _terminated)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, _ended)}
     end_of_startup()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, _ended)
     try:
         main()
         distributed.stop()
@@ -87,14 +98,16 @@ def run(main: Callable[[], None], *mistakes: type[Exception]) -> None:
     except Exception as error:
         reason = distributed.failure_elsewhere(error)
         if reason is None:
-            reason = dead_worker(error)
+            reason = lost_output(error) or dead_worker(error)
             distributed.announce(reason or one_line(error))
         if reason is None:
             raise
         print(f"{name}: error: {reason}", file=sys.stderr)
         sys.exit(2)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        received = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def one_line(error: Exception) -> str:
@@ -103,15 +116,33 @@ def one_line(error: Exception) -> str:
     return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 
-def _terminated(number: int, _frame: FrameType | None) -> NoReturn:
-    """End as by Ctrl-C: what is under way cleans up after itself."""
+def _ended(number: int, _frame: FrameType | None) -> NoReturn:
+    """End by an exception: what is under way cleans up after itself."""
+    global received
+    received = number
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     raise Interrupted("stopped by SIGTERM", number)
+
+
+def lost_output(error: Exception) -> str | None:
+    """What to say of an error that comes from a standard output that takes no more: the file that
+    it goes to is on a full disk, or the program that read it has ended."""
+    if not isinstance(error, OSError):
+        return None
+    try:
+        print(flush=True)  # unbuffered output has nothing left to flush
+    except OSError:
+        # What is left of it cannot be written either, and Python would tell so at the end.
+        sys.stdout = open(os.devnull, "w")
+        return f"standard output cannot be written ({error.strerror})"
+    return None
 
 
 def dead_worker(error: Exception) -> str | None:
     """What to say of an error that comes from the death of a process that loads data."""
     # Of one that dies while it hands over a batch, the connection tells first.
-    broken_off = isinstance(error, ConnectionResetError | EOFError)
+    broken_off = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
     if broken_off or str(error).startswith("DataLoader worker"):
         return (
             f"a process that loads data died ({one_line(error)}): if the machine ran out of "

@@ -155,6 +155,8 @@ def announce(message: str) -> None:
     """Leave word of why this process ends, for those that wait for it."""
     if _store is not None:
         with suppress(dist.DistError):  # where torchrun itself is gone
+            # The names of files may be no UTF-8.
+            message = message.encode(errors="backslashreplace").decode()
             _store.set(FAILURE, message if is_first() else f"process {rank()}: {message}")
 
 

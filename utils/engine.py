@@ -38,11 +38,11 @@ def train_one_epoch(
     prepare: Callable[..., tuple[Tensor, Tensor]],
     loss_function: Callable[[Any, Tensor], Tensor],
     watch: Watch,
-    amp_dtype: torch.dtype | None,
     title: str,
     steps_loss: int,
     count: Callable[[Any, Tensor], None] | None = None,
     figures: Callable[[], dict[str, str]] | None = None,
+    size_option: str = "--height",
 ) -> dict[str, float]:
     """Train on every batch once, from the step on that `training` has come to.
 
@@ -53,11 +53,11 @@ def train_one_epoch(
         prepare: makes of the other values images and labels on the model's device.
         loss_function: of what the model returns and the labels, a scalar.
         watch: is asked between the steps whether to save, and whether to stop.
-        amp_dtype: of mixed precision, None for full precision.
         title: of the progress bar.
         steps_loss: steps between lines of progress where there is no terminal for a bar; 0: none.
         count: is called with what the model returned and the labels of each batch.
         figures: what the progress shows beside the loss.
+        size_option: what makes images smaller, for where they do not fit into memory.
 
     Returns:
         "images_per_second", of all processes; and "data_wait", the share of the time that the
@@ -67,6 +67,7 @@ def train_one_epoch(
     """
     training.model.train()
     device, totals, scaler = training.device, training.totals, training.scaler
+    amp_dtype = training.amp_dtype
     waiting = Waiting(device)
     seen, steps, begun, started = 0, 0, training.step, time.perf_counter()
     updated = started
@@ -98,8 +99,9 @@ def train_one_epoch(
             for reason in filter(None, reasons):
                 bar.write(f"left out: {reason}", file=sys.stderr)
                 totals["left_out"] += len(reason.splitlines())
-            images, labels = prepare(*inputs)
-            with told_memory(images, f"; --batch-size may change with --resume; {watch.kept}"):
+            more = f"; --batch-size may change with --resume; {watch.kept}"
+            with told_memory(inputs[0], size_option, more):
+                images, labels = prepare(*inputs)
                 with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                     outputs = forward(images)
                 loss = loss_function(outputs, labels)
@@ -112,17 +114,17 @@ def train_one_epoch(
                     # It falls where gradients were not finite, and the step was left out: in all
                     # processes at once, so that one is to count.
                     totals["skipped_steps"] += scaler.scale(one) < before
-            training.scheduler.step()
-            if training.ema:
-                training.ema.update_parameters(training.network)
-            training.step += 1
-            watch.note_loss(loss, indices)
+                training.scheduler.step()
+                if training.ema:
+                    training.ema.update_parameters(training.network)
+                training.step += 1
+                watch.note_loss(loss, indices)
 
-            # Each process's loss is its share of the batch's, of which their mean is the whole.
-            totals["loss"] += loss.detach() * len(images)
-            totals["images"] += len(images)
-            if count is not None:
-                count(outputs, labels)
+                # Each process's loss is its share of the batch's, of which their mean is the whole.
+                totals["loss"] += loss.detach() * len(images)
+                totals["images"] += len(images)
+                if count is not None:
+                    count(outputs, labels)
             together = len(images) * distributed.processes()
             seen, steps = seen + together, steps + 1
             bar.update(together)
@@ -147,23 +149,28 @@ def train_one_epoch(
 
 
 @contextmanager
-def told_memory(images: Sequence[Tensor], more: str = "") -> Iterator[None]:
+def told_memory(
+    images: Sequence[Tensor], size_option: str = "--height", more: str = ""
+) -> Iterator[None]:
     """Have a GPU that runs out of memory told with what it was given, and what to lower.
 
     Args:
-        images: of one batch, each 3 x H x W.
+        images: of one batch as it was loaded, each 3 x H x W.
+        size_option: what makes images smaller.
         more: to end the message.
 
     Raises:
-        UsageError: instead of torch.OutOfMemoryError.
+        UsageError: instead of torch.OutOfMemoryError, or what CUDA's libraries have for it.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+            raise
         height, width = images[0].shape[-2:]
         raise UsageError(
             f"the GPU ran out of memory with a batch of {len(images)} images of {width}x{height}: "
-            f"give a smaller --batch-size or --height{more}"
+            f"give a smaller --batch-size or {size_option}{more}"
         ) from error
 
 
@@ -365,7 +372,7 @@ def evaluate_classifier(
         for loaded, labels in _until_stopped(loader, watch, bar):
             labels = labels.to(device, non_blocking=True)
             with (
-                told_memory(loaded),
+                told_memory(loaded, "--size"),
                 torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None),
             ):
                 logits = model(prepare(loaded)).float()

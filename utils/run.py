@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from datasets.check import Problem
 from utils import distributed
 from utils.atomic import remove_unfinished, written_whole
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -197,10 +198,11 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if made and [path.name for path in folder.iterdir()] == [LOCK]:
-            (folder / LOCK).unlink()
-            for path in made:
-                path.rmdir()
+        with suppress(OSError):  # where another run, or somebody, changed these folders meanwhile
+            if made and [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                for path in made:
+                    path.rmdir()
         lock.release()
 
 
@@ -277,13 +279,23 @@ def load_run(folder: Path) -> dict[str, Any] | None:
     damaged or missing, which is said.
 
     Returns:
-        None where there is neither.
+        None where nothing was saved yet.
 
     Raises:
-        CheckpointError: neither can be read.
+        CheckpointError: neither can be read, or both were removed.
+        UsageError: the folder cannot be written.
     """
     last, previous = folder / LAST, folder / PREVIOUS
     if not last.exists() and not previous.exists():
+        # A run that is killed in its first epoch leaves none, and of the log a row at most.
+        log = folder / LOG
+        if (folder / f"damaged-{LAST}").exists() or (
+            log.exists() and len(log.read_text().splitlines()) > 2
+        ):
+            raise CheckpointError(
+                f"{last} and {previous} are missing, but something had been saved: put one of them "
+                "back, or start another run"
+            )
         return None
     try:
         return _load_state(last)
@@ -293,10 +305,11 @@ def load_run(folder: Path) -> dict[str, Any] | None:
         checkpoint = _load_state(previous)
         print(f"{error}; going on from {previous}")
         # The next checkpoint would otherwise make of the damaged one the previous.
-        if last.exists():
-            os.replace(last, folder / f"damaged-{LAST}")
-        with written_whole(last) as copy:
-            shutil.copyfile(previous, copy)
+        with told(last):
+            if last.exists():
+                os.replace(last, folder / f"damaged-{LAST}")
+            with written_whole(last) as copy:
+                shutil.copyfile(previous, copy)
         return checkpoint
 
 
@@ -339,6 +352,8 @@ def resume_command(folder: Path) -> str:
         more = " ..." if distributed.processes() > local else ""  # as on the other machines
         start = f"torchrun --nproc-per-node {local}{more}"
     name = str(folder.relative_to("save")) if folder.parent == Path("save") else str(folder)
+    if folder.parent == Path():  # a name alone would lie under save/
+        name = os.path.join(".", folder)
     return f"{start} {shlex.quote(sys.argv[0])} --savedir {shlex.quote(name)} --resume"
 
 
@@ -417,12 +432,13 @@ def write_events(
         flush_events(writer)
 
 
-def told_left_out(problems: Sequence[object]) -> None:
-    """Name the broken files that a run goes without, on stderr."""
+def told_left_out(problems: Sequence[Problem]) -> None:
+    """Name the broken files of a data set that a run goes without, on stderr."""
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     if problems:
-        print(f"{len(problems)} broken files are left out", flush=True)
+        images = len({problem.index for problem in problems})
+        print(f"{images} broken images are left out", flush=True)
 
 
 def notes(row: Mapping[str, float]) -> str:

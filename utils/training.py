@@ -25,6 +25,7 @@ class Training:
         steps: of an epoch.
         epoch: epochs that are done.
         step: steps that are done of the epoch after them.
+        amp_dtype: of mixed precision, None for full precision.
         lr: the learning rate that this epoch began with.
         totals: sums over these steps in this process, from which the epoch's figures come.
     """
@@ -37,6 +38,7 @@ class Training:
     batch_size: int
     steps: int
     ema: Average | None = None
+    amp_dtype: torch.dtype | None = None
     epoch: int = 0
     step: int = 0
     lr: float = 0.0
@@ -86,7 +88,7 @@ class Training:
             "steps": self.steps,
             "lr": self.lr,
             "batch_size": self.batch_size,
-            "computed_by": computed_by(self.device),
+            "computed_by": computed_by(self.device, self.amp_dtype),
             "processes": distributed.gather(process),
         }
 
@@ -123,7 +125,7 @@ class Training:
             rates = [group["lr"] for group in self.optimizer.param_groups]
             place = {"last_epoch": done, "_step_count": done + 1, "_last_lr": rates}
             self.scheduler.load_state_dict(self.scheduler.state_dict() | place)
-        now, before = computed_by(self.device), state["computed_by"]
+        now, before = computed_by(self.device, self.amp_dtype), state["computed_by"]
         differs = [] if now == before else [f"this is {now}, it was {before}: rounding differs"]
         return differs + self._restore_processes(state["processes"], batch, batch_before)
 
@@ -156,12 +158,13 @@ class Training:
         return differs
 
 
-def computed_by(device: torch.device) -> str:
+def computed_by(device: torch.device, amp_dtype: torch.dtype | None) -> str:
     """What rounds the sums: only the same gives the same results, bit for bit."""
+    what = f"torch {torch.__version__} in {amp_dtype or 'full precision'} on "
     if device.type == "cuda":
-        return f"torch {torch.__version__} on {torch.cuda.get_device_name(device)}"
+        return what + torch.cuda.get_device_name(device)
     kind, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    return f"torch {torch.__version__} on CPU with {kind}, OMP_NUM_THREADS {threads}"
+    return what + f"CPU with {kind}, OMP_NUM_THREADS {threads}"
 
 
 def seed_process(seed: int) -> None:

@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from utils import distributed
+from utils import cli, distributed
 from utils.cli import Interrupted, UsageError, dead_worker, one_line
 from utils.training import Training
 
@@ -73,6 +73,8 @@ class Watch:
         # What is ignored stays so: Ctrl-C under nohup, or in the background of a shell script.
         heard = [n for n in STOPPED_BY.values() if signal.getsignal(n) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self._note) for number in heard}
+        if cli.received is not None:  # before there was a watch, and it was dropped
+            self._note(cli.received, None)
         return self
 
     def __exit__(self, *exception: object) -> None:
