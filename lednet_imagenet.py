@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
-from datasets.check import check_images, without_broken
+from datasets.check import check_images, told_left_out, without_broken
 from datasets.drawn import draw_once
 from datasets.files import DatasetError
 from datasets.imagenet import MEAN, STD, ImageFolder, training_images, validation_images
@@ -70,7 +70,6 @@ from utils.run import (
     save_run,
     start_run,
     told,
-    told_left_out,
     write_events,
 )
 from utils.speed import count_parameters
@@ -324,6 +323,7 @@ def pretrain(
             )
             pictures = Pictures(val.classes, len(val_loader.dataset))
             distributed.share_buffers(training.scored)
+            left_out: list[str] = []
             scores = evaluate_classifier(
                 training.scored,
                 val_loader,
@@ -332,8 +332,9 @@ def pretrain(
                 amp_dtype,
                 pictures.keep,
                 watch,
+                left_out if args.skip_broken else None,
             )
-            training.totals["left_out"] += watch.left_out
+            training.totals["left_out"] += len(left_out)
             totals = training.end_epoch()
             accuracy.counts = totals["accuracy"]
             row = {"epoch": epoch, "lr": training.lr}

@@ -32,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from datasets import DATASETS
 from datasets.cache import keep_decoded
-from datasets.check import check_headers, without_broken
+from datasets.check import check_headers, told_left_out, without_broken
 from datasets.drawn import draw_once
 from datasets.files import DatasetError
 from datasets.folder import read_classes
@@ -103,7 +103,6 @@ from utils.run import (
     save_run,
     start_run,
     told,
-    told_left_out,
     write_events,
     write_json,
 )
@@ -763,12 +762,13 @@ def train_stage(
             size_option="--crop" if args.augment == "strong" and args.crop else "--height",
         )
         validated = epoch % args.val_every == 0 or epoch == epochs
+        left_out: list[str] = []
         scores, strips = (
-            validate(this, training.scored, val_loader, weights, title)
+            validate(this, training.scored, val_loader, weights, title, left_out)
             if validated
             else (dict.fromkeys(val_columns(names), math.nan), [])
         )
-        training.totals["left_out"] += this.watch.left_out if validated else 0
+        training.totals["left_out"] += len(left_out)
         totals = training.end_epoch()
         confusion.counts = totals.get("confusion", confusion.counts)
         row = {"stage": stage, "epoch": epoch, "lr": training.lr}
@@ -809,9 +809,17 @@ def train_stage(
 
 
 def validate(
-    this: Run, model: torch.nn.Module, loader: DataLoader, weights: Tensor, title: str
+    this: Run,
+    model: torch.nn.Module,
+    loader: DataLoader,
+    weights: Tensor,
+    title: str,
+    left_out: list[str],
 ) -> tuple[dict[str, float], list[Tensor]]:
-    """Score the network on val; returns the columns of the log and the first few pictures."""
+    """Score the network on val; returns the columns of the log and the first few pictures.
+
+    Why images are left out, with --skip-broken, is added to `left_out`.
+    """
     strips: list[Tensor] = []
     names = this.classes.names
 
@@ -830,6 +838,7 @@ def validate(
         amp_dtype=this.amp_dtype,
         on_image=keep_strip,
         watch=this.watch,
+        left_out=left_out if this.args.skip_broken else None,
     )
     class_iou = confusion.class_iou().tolist()
     scores = [loss, mean_score(class_iou), confusion.pixel_accuracy(), *class_iou]

@@ -316,7 +316,6 @@ def _decoded(dataset: Segmentation, shapes: list[Shapes], workers: int) -> Itera
     Raises:
         DatasetError: a file cannot be read, or has another size than before.
     """
-    # A generator of its own: reading must not move the random state of training.
     loader = reading_loader(dataset, workers, batch_size=None)
     title = f"reading {dataset.split}"
     reading = tqdm(loader, title, unit="img", leave=False, disable=None)

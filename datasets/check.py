@@ -1,5 +1,6 @@
 """Broken files of a data set: found before a run, all of them listed, or gone without."""
 
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -220,6 +221,15 @@ def without_broken(
     if broken:
         dataset.keep(kept)
     return problems
+
+
+def told_left_out(problems: Sequence[Problem]) -> None:
+    """Name the broken files of a data set that a run goes without, on stderr."""
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    if problems:
+        images = len({problem.index for problem in problems})
+        print(f"{images} broken images are left out", flush=True)
 
 
 class _Checked(Dataset):

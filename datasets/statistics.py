@@ -37,7 +37,6 @@ def count_pixels(parts: Sequence[Segmentation], num_classes: int, workers: int =
         DatasetError: a label file cannot be read or holds an unknown id.
     """
     histograms = ConcatDataset([_Histograms(part, num_classes) for part in parts])
-    # A generator of its own: counting must not move the random state of training.
     loader = reading_loader(histograms, workers, batch_size=8)
     counts = torch.zeros(num_classes + 1, dtype=torch.int64)
     for batch in tqdm(loader, "counting label pixels", leave=False, disable=None):

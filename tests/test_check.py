@@ -19,6 +19,7 @@ from datasets.check import (
     labels_without_image,
     look_through,
     summary,
+    told_left_out,
     without_broken,
 )
 from datasets.cityscapes import Cityscapes
@@ -295,3 +296,13 @@ def test_the_next_whole_image_stands_in_for_a_broken_one(camvid_copy, broken, ex
 def test_a_problem_is_one_line_whatever_the_file_is_called():
     problem = Problem("unreadable", "a\nb.png", "is no image")
     assert str(problem) == "unreadable: a\\nb.png: is no image"
+
+
+def test_broken_images_are_counted_once(capsys):
+    problems = [Problem("unreadable", "a.png", "is broken", 3)]
+    told_left_out([*problems, Problem("image without label", "a.png", "a_label.png is missing", 3)])
+    captured = capsys.readouterr()
+    assert captured.out == "1 broken images are left out\n"
+    assert captured.err.splitlines()[0] == "left out: unreadable: a.png: is broken"
+    told_left_out([])
+    assert capsys.readouterr() == ("", "")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-from datasets.check import Problem
 from utils import distributed
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.cli import UsageError
@@ -28,7 +27,6 @@ from utils.run import (
     save_run,
     start_run,
     told,
-    told_left_out,
 )
 
 
@@ -243,16 +241,6 @@ def test_what_was_left_out_is_told():
     assert notes({"skipped_steps": 2, "left_out": 1}) == (
         ", 2 steps skipped by the scaler, 1 broken images left out"
     )
-
-
-def test_broken_images_are_counted_once(capsys):
-    problems = [Problem("unreadable", "a.png", "is broken", 3)]
-    told_left_out([*problems, Problem("image without label", "a.png", "a_label.png is missing", 3)])
-    captured = capsys.readouterr()
-    assert captured.out == "1 broken images are left out\n"
-    assert captured.err.splitlines()[0] == "left out: unreadable: a.png: is broken"
-    told_left_out([])
-    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("content", [None, "", "{"])

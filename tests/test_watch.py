@@ -116,7 +116,7 @@ class Callback:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_was_dropped_before_there_was_a_watch_is_not_lost(number, capfd):
-    watch, training, saved = watching()
+    watch, _, saved = watching()
     stopping = []
 
     def main() -> None:

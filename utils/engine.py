@@ -16,8 +16,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets.files import DatasetError
-from datasets.readable import ReadableBatch
 from utils import distributed
 from utils.cli import UsageError
 from utils.losses import IGNORE_INDEX
@@ -227,6 +225,7 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     on_image: Callable[[Tensor, Tensor, Tensor], None] | None = None,
     watch: Watch | None = None,
+    left_out: list[str] | None = None,
 ) -> tuple[float, ConfusionMatrix]:
     """Score a network at the labels' own resolution: its logits are upsampled, then argmax.
 
@@ -241,6 +240,8 @@ def evaluate(
         on_image: is called for each image, in order, with the image as it was loaded, its
             predicted classes and its label (H x W, uint8 both).
         watch: is asked whether to stop, and told of errors.
+        left_out: where it is given, the loader yields batches in pairs with the reasons why items
+            are missing from each, None for one that is empty; the reasons are added to it.
 
     Returns:
         The weighted cross entropy over all labelled pixels, NaN where it was not asked for, and
@@ -251,7 +252,7 @@ def evaluate(
     confusion = ConfusionMatrix(num_classes, device)
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     with _progress_bar(title, len(loader.dataset)) as bar:
-        for images, labels in _until_stopped(loader, watch, bar):
+        for images, labels in _until_stopped(loader, watch, bar, left_out):
             with told_memory(images):
                 # One image at a time: a batch of 19 planes at full resolution need not fit.
                 logits_of_each = _logits(model, images, prepare, device, amp_dtype)
@@ -351,6 +352,7 @@ def evaluate_classifier(
     amp_dtype: torch.dtype | None = None,
     on_batch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
     watch: Watch | None = None,
+    left_out: list[str] | None = None,
 ) -> dict[str, float]:
     """Score an image classifier; of several processes, each on the images of its loader.
 
@@ -360,6 +362,8 @@ def evaluate_classifier(
         title: of the progress bar.
         on_batch: is called with the images as they were loaded, their logits (N x C) and labels.
         watch: is asked whether to stop, and told of errors.
+        left_out: where it is given, the loader yields batches in pairs with the reasons why items
+            are missing from each, None for one that is empty; the reasons are added to it.
 
     Returns:
         "val_loss", the mean cross entropy; "val_top1" and "val_top5", shares in [0, 1].
@@ -369,7 +373,7 @@ def evaluate_classifier(
     accuracy = TopKAccuracy(device=device)
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     with _progress_bar(title, len(loader.dataset)) as bar:
-        for loaded, labels in _until_stopped(loader, watch, bar):
+        for loaded, labels in _until_stopped(loader, watch, bar, left_out):
             labels = labels.to(device, non_blocking=True)
             with (
                 told_memory(loaded, "--size"),
@@ -391,30 +395,31 @@ def evaluate_classifier(
     }
 
 
-def _until_stopped(loader: DataLoader, watch: Watch | None, bar: tqdm) -> Iterator[Any]:
+def _until_stopped(
+    loader: DataLoader, watch: Watch | None, bar: tqdm, left_out: list[str] | None
+) -> Iterator[Any]:
     """The batches of a loader; after them, or where they end too early, the watch is asked."""
-    if watch is None:
-        yield from loader
-        return
-    watch.left_out = 0
     failure = None
     try:
         for batch in loader:
-            if watch.stopping:
+            if watch is not None and watch.stopping:
                 break
-            if isinstance(batch, ReadableBatch):
-                for reason in batch.reasons:
+            if left_out is not None:
+                batch, reasons = batch
+                left_out += reasons
+                for reason in reasons:
                     bar.write(f"left out: {reason}", file=sys.stderr)
-                watch.left_out += len(batch.reasons)
-                bar.update(len(batch.reasons))
-                batch = batch.batch
+                    bar.update()
             if batch is not None:
                 yield batch
-        if len(loader.dataset) and watch.left_out == len(loader.dataset):
-            raise DatasetError("none of the images to validate on can be read: is the disk gone?")
+        if left_out and len(left_out) == len(loader.dataset):
+            raise UsageError("none of the images to validate on can be read: is the disk gone?")
     except Exception as error:
+        if watch is None:
+            raise
         failure = error
-    watch.look_up(failure)
+    if watch is not None:
+        watch.look_up(failure)
 
 
 def _progress_bar(title: str, images: int) -> tqdm:

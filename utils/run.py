@@ -18,7 +18,6 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from datasets.check import Problem
 from utils import distributed
 from utils.atomic import remove_unfinished, written_whole
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -430,15 +429,6 @@ def write_events(
         for number, picture in enumerate(pictures):
             writer.add_image(f"val/{number}", picture, step)
         flush_events(writer)
-
-
-def told_left_out(problems: Sequence[Problem]) -> None:
-    """Name the broken files of a data set that a run goes without, on stderr."""
-    for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
-    if problems:
-        images = len({problem.index for problem in problems})
-        print(f"{images} broken images are left out", flush=True)
 
 
 def notes(row: Mapping[str, float]) -> str:

@@ -50,9 +50,6 @@ class Watch:
         command: that goes on with the run.
         files: the files that the item of an index was read from.
         mistakes: errors of reading that are the user's to mend, to be told in one line.
-
-    Attributes:
-        left_out: broken images that the last validation went without, in this process.
     """
 
     def __init__(
@@ -66,7 +63,6 @@ class Watch:
         self.checkpoint, self.minutes, self.command = checkpoint, minutes, command
         self.files, self.mistakes = files, mistakes
         self.received: int | None = None
-        self.left_out = 0
         self.losses: list[tuple[str, Tensor, Sequence[int], torch.cuda.Event | None]] = []
 
     def __enter__(self) -> "Watch":
@@ -190,6 +186,8 @@ class Watch:
             sys.exit(2)
         if isinstance(failure, Diverged):
             raise failure
+        if isinstance(failure, UsageError):
+            raise UsageError(f"{failure}; {how}") from failure
         if isinstance(failure, self.mistakes):
             raise UsageError(
                 f"{one_line(failure)}, or leave it out with --skip-broken; {how}"
