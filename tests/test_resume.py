@@ -3,6 +3,7 @@ in every file that it leaves."""
 
 import itertools
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -124,7 +125,8 @@ def test_stopped_by_sigterm_after_any_step(
         signal_after_step(patch, place)
         assert start(recipe, folder) == 128 + signal.SIGTERM
     err = capsys.readouterr().err
-    how = f"to go on: python {ROOT / RECIPES[recipe][0]} --savedir {folder} --resume"
+    program = shlex.quote(str(ROOT / RECIPES[recipe][0]))
+    how = f"to go on: python {program} --savedir {folder} --resume"
     assert f"stopped by SIGTERM, saved after {place}, {how}\n" in err
     assert f"resuming after {place}" in goes_on(recipe, folder, whole, capsys)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -117,7 +118,7 @@ def test_a_signal_to_one_process_stops_both_and_says_how_to_go_on(stopped):
     (line,) = [line for line in lines_of(result) if "stopped" in line]
     assert line == (
         "main.py: stopped by SIGTERM, saved after step 2 of epoch 1 of stage 2, to go on: torchrun "
-        f"--nproc-per-node 2 {ROOT}/main.py --savedir {folder} --resume"
+        f"--nproc-per-node 2 {shlex.quote(str(ROOT / 'main.py'))} --savedir {folder} --resume"
     )
     # Where torchrun sees the end of one first, it sends the other, which is ending, a SIGTERM.
     exit_codes = set(re.findall(r"exitcode  : (-?\d+)", result.err))
