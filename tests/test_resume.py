@@ -80,8 +80,8 @@ def signal_after_validated_batch(patch: pytest.MonkeyPatch, nth: int) -> None:
     """Send this process SIGTERM in the middle of a validation, counted over all of them."""
     until_stopped, batches = utils.engine._until_stopped, itertools.count(1)
 
-    def stopped(loader, watch):
-        for batch in until_stopped(loader, watch):
+    def stopped(*loader_and_more):
+        for batch in until_stopped(*loader_and_more):
             place = next(batches)
             assert place <= nth, "the rest is not scored"
             if place == nth:
