@@ -12,8 +12,6 @@ measured at the full resolution of the labels, over all of their pixels that are
 averaged as the official evaluation of Cityscapes does.
 """
 
-import utils.startup  # noqa: F401  # isort: skip
-
 import argparse
 import json
 import math
@@ -32,29 +30,26 @@ from torch.utils.data import DataLoader
 
 from datasets import DATASETS
 from datasets.check import LISTING, check_headers
-from datasets.files import DatasetError
-from datasets.seeded import as_lists
+from datasets.loading import as_lists
 from datasets.segmentation import Classes, Segmentation, resized_size, write_label
 from datasets.transforms import to_floats
 from models.lednet import LEDNet
 from utils import distributed
-from utils.atomic import written_whole
-from utils.checkpoint import CheckpointError, load_network
-from utils.cli import (
-    ArgumentParser,
-    UsageError,
-    file_path,
+from utils.checkpoint import load_network
+from utils.errors import UserError
+from utils.evaluation import evaluate
+from utils.files import (
+    ResultWriter,
+    WriteError,
+    atomic_write,
     make_results_folder,
-    natural_int,
-    pick_device,
-    positive_int,
-    run,
+    result_path,
+    save_result,
 )
-from utils.engine import evaluate
 from utils.metrics import ConfusionMatrix, mean_score
-from utils.onnx_model import MissingExtra, OnnxNetwork, export_onnx
-from utils.results import inside, save_result
-from utils.saver import Saver, cannot_write
+from utils.onnx import OnnxNetwork, export_onnx
+from utils.options import ArgumentParser, file_path, natural_int, positive_int
+from utils.script import pick_device, run
 from utils.speed import (
     InPrecision,
     count_multiply_adds,
@@ -132,19 +127,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1; default auto")
     args = parser.parse_args()
     if args.save_results and not (args.checkpoint and args.datadir):
-        raise UsageError(
-            "--save-results needs --checkpoint and --datadir: there is nothing to save"
-        )
+        raise UserError("--save-results needs --checkpoint and --datadir: there is nothing to save")
     if args.datadir and not args.checkpoint:
-        raise UsageError("--datadir needs --checkpoint: an untrained network has no score")
+        raise UserError("--datadir needs --checkpoint: an untrained network has no score")
     if args.json and Path(args.json).exists():
-        raise UsageError(f"--json {args.json} exists: give a new file, or move the old one away")
+        raise UserError(f"--json {args.json} exists: give a new file, or move the old one away")
     if args.json:
         folder = Path(args.json).parent
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise UsageError(f"--json {args.json}: {folder} is no folder to write into")
+            raise UserError(f"--json {args.json}: {folder} is no folder to write into")
     if args.runtime == "onnx" and args.precision != "float32":
-        raise UsageError("--runtime onnx computes in float32: leave --precision out")
+        raise UserError("--runtime onnx computes in float32: leave --precision out")
     return args
 
 
@@ -167,12 +160,12 @@ def main() -> None:
     if args.datadir:
         dataset, size = distributed.first(lambda: find_data(args, checkpoint, height))
     if min(size) < 64:
-        raise UsageError(
+        raise UserError(
             f"--height {height} makes images of {size[1]}x{size[0]}: LEDNet needs 64x64"
         )
     if args.save_results:
         folder = Path(args.save_results)
-        distributed.first(lambda: make_results_folder(folder, "--save-results"))
+        distributed.first(lambda: make_results_folder(folder))
 
     with tempfile.TemporaryDirectory() as folder:
         running = on_runtime(network.to(device), args.runtime, PRECISIONS[args.precision], folder)
@@ -207,18 +200,18 @@ def check_fit(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
     """See that the checkpoint is of the network and the classes that are asked for."""
     width = checkpoint["apn_channels"]
     if args.apn_channels not in (None, width):
-        raise UsageError(
+        raise UserError(
             f"{args.checkpoint} was trained with --apn-channels {width}, not {args.apn_channels}: "
             "leave the option out"
         )
     kind = DATASETS.get(checkpoint["dataset"])
     if kind is None:
-        raise UsageError(
+        raise UserError(
             f"{args.checkpoint} was trained on {checkpoint['dataset']}, which is none of "
             f"{', '.join(DATASETS)}: use another checkpoint, or add the data set to datasets/"
         )
     if args.subset not in kind.SPLITS:
-        raise UsageError(
+        raise UserError(
             f"--subset {args.subset}: {checkpoint['dataset']} has {', '.join(kind.SPLITS)}"
         )
 
@@ -231,7 +224,7 @@ def on_runtime(network: LEDNet, runtime: str, dtype: torch.dtype, folder: str) -
     """
     if runtime == "onnx":
         if device_of(network).type != "cpu":
-            raise UsageError("--runtime onnx runs on the CPU here: give --device cpu as well")
+            raise UserError("--runtime onnx runs on the CPU here: give --device cpu as well")
         path = Path(folder, "network.onnx")
         export_onnx(network, {}, path)
         return OnnxNetwork(path)
@@ -275,10 +268,10 @@ def score(
         for _ in range(3):
             network(floats(torch.zeros(count, 3, *size, dtype=torch.uint8)))
     started = time.perf_counter()
-    with Saver(workers, "--save-results") as saver:
+    with ResultWriter(workers) as saver:
 
         def write(name: str, prediction: Tensor) -> None:
-            path = inside(Path(args.save_results), name)
+            path = result_path(Path(args.save_results), name)
             save_result(path, lambda file: write_label(file, prediction, dataset.classes))
 
         def save(_image: Tensor, prediction: Tensor, _label: Tensor) -> None:
@@ -292,7 +285,7 @@ def score(
         saver.finish()
     failures = [failure for of_one in distributed.gather(saver.failures) for failure in of_one]
     if failures:
-        raise UsageError(f"{len(failures)} label PNGs are missing: {failures[0]}")
+        raise UserError(f"{len(failures)} label PNGs are missing: {failures[0]}")
     rate = {"processes": distributed.processes()}
     rate |= {"scored_images_per_second": len(dataset) / (time.perf_counter() - started)}
     print(f"{rate['scored_images_per_second']:.1f} images/s, files to scores")
@@ -361,7 +354,7 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
     """Write the figures; NaN, which JSON does not have, becomes null.
 
     Raises:
-        UsageError: the file cannot be written.
+        UserError: the file cannot be written.
     """
 
     def plain(value: Any) -> Any:
@@ -370,11 +363,11 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
         return None if isinstance(value, float) and math.isnan(value) else value
 
     try:
-        with written_whole(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_text(json.dumps(plain(figures), indent=2) + "\n")
     except OSError as error:
-        raise cannot_write(error, "--json") from error
+        raise WriteError(f"{error.filename} cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":
-    run(main, DatasetError, CheckpointError, MissingExtra)
+    run(main)

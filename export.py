@@ -11,8 +11,6 @@ was trained on, each as JSON. The script takes `pip install onnx onnxscript onnx
 examples/onnx_camera.py shows how to use the model without torch.
 """
 
-import utils.startup  # noqa: F401  # isort: skip
-
 import argparse
 import os
 from pathlib import Path
@@ -22,11 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.lednet import LEDNet
-from utils.atomic import written_whole
-from utils.checkpoint import CheckpointError, load_network
-from utils.cli import ArgumentParser, UsageError, file_path, run
-from utils.onnx_model import LEAST, MissingExtra, OnnxNetwork, export_onnx
-from utils.saver import cannot_write
+from utils.checkpoint import load_network
+from utils.errors import UserError
+from utils.files import WriteError, atomic_write
+from utils.onnx import LEAST, OnnxNetwork, export_onnx
+from utils.options import ArgumentParser, file_path
+from utils.script import run
 
 SHIPPED = Path(__file__).parent / "weights" / "lednet_d20_camvid.pth"
 TOLERANCE = 1e-4  # of logits, relative to the largest
@@ -54,10 +53,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     args.output = Path(args.output or Path(args.checkpoint).with_suffix(".onnx").name)
     if args.output.exists():
-        raise UsageError(f"{args.output} exists: give --output a new file")
+        raise UserError(f"{args.output} exists: give --output a new file")
     folder = args.output.parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UsageError(f"--output {args.output}: {folder} is no folder to write into")
+        raise UserError(f"--output {args.output}: {folder} is no folder to write into")
     return args
 
 
@@ -67,11 +66,11 @@ def main() -> None:
     print(f"exporting {args.checkpoint}", flush=True)
     # A model that fails the check must not be found where the good one was to be.
     try:
-        with written_whole(args.output) as unchecked:
+        with atomic_write(args.output) as unchecked:
             export_onnx(network, checkpoint, unchecked, args.labels)
             compare(network, OnnxNetwork(unchecked), args.labels, checkpoint["height"])
     except OSError as error:
-        raise cannot_write(error, "--output") from error
+        raise WriteError(f"{error.filename} cannot be written ({error.strerror})") from error
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
 
 
@@ -80,7 +79,7 @@ def compare(network: LEDNet, exported: OnnxNetwork, labels: bool, height: int) -
     """Run both on images of several sizes, and print how far they differ.
 
     Raises:
-        UsageError: it is more than rounding.
+        UserError: it is more than rounding.
     """
     for count, *size in ((1, height, 2 * height), (2, height, 4 * height // 3), (3, 65, 150)):
         size = [max(LEAST, length) for length in size]
@@ -94,7 +93,7 @@ def compare(network: LEDNet, exported: OnnxNetwork, labels: bool, height: int) -
             good, figure = worst <= TOLERANCE, f"logits differ from PyTorch by {worst:.1e}"
         print(f"{count} x {size[1]}x{size[0]}: {figure}")
         if not good:
-            raise UsageError(f"the exported model is not the network: {figure}; it is not kept")
+            raise UserError(f"the exported model is not the network: {figure}; it is not kept")
 
 
 def blurred_noise(count: int, size: list[int]) -> Tensor:
@@ -104,4 +103,4 @@ def blurred_noise(count: int, size: list[int]) -> Tensor:
 
 
 if __name__ == "__main__":
-    run(main, CheckpointError, MissingExtra)
+    run(main)

@@ -9,8 +9,6 @@ python lednet_imagenet.py --savedir NAME --evaluate   one pass over val with its
 python main.py --datadir CITYSCAPES --pretrained-encoder save/NAME/encoder.pth
 """
 
-import utils.startup  # noqa: F401  # isort: skip
-
 import argparse
 import math
 import shlex
@@ -26,30 +24,23 @@ from torch.utils.data import DataLoader
 
 from datasets.check import check_images, told_left_out, without_broken
 from datasets.drawn import draw_once
-from datasets.files import DatasetError
+from datasets.drawn.shapes import make_shapes
 from datasets.imagenet import MEAN, STD, ImageFolder, training_images, validation_images
+from datasets.images import DatasetError
+from datasets.loading import Seeded, ShuffledSeeds, loader_options, training_loader
 from datasets.readable import validation_loader
-from datasets.seeded import Seeded, ShuffledSeeds, loader_options, training_loader
-from datasets.shapes import make_shapes
 from datasets.transforms import to_floats
 from models.lednet import Encoder, ImageClassifier
 from utils import distributed
-from utils.checkpoint import CheckpointError, load_classifier, on_cpu
-from utils.cli import (
-    ArgumentParser,
-    UsageError,
-    file_path,
-    pick_amp_dtype,
-    pick_device,
-    positive_float,
-    positive_int,
-    run,
-)
-from utils.engine import evaluate_classifier, train_one_epoch
+from utils.checkpoint import load_classifier, on_cpu
+from utils.errors import UserError
+from utils.evaluation import evaluate_classifier, train_one_epoch
 from utils.events import close_events
+from utils.interrupts import Watch
 from utils.metrics import TopKAccuracy
-from utils.recipe import ema_of, one_cycle
-from utils.run import (
+from utils.optim import ema_of, one_cycle
+from utils.options import ArgumentParser, file_path, positive_float, positive_int
+from utils.run_folder import (
     BEST,
     ENCODER,
     LAST,
@@ -72,10 +63,10 @@ from utils.run import (
     told,
     write_events,
 )
+from utils.script import pick_amp_dtype, pick_device, run
 from utils.speed import count_parameters
 from utils.training import Training, seed_process
 from utils.visualize import captioned
-from utils.watch import Watch
 
 EMBEDDED = Path("data/shapes")
 
@@ -145,9 +136,9 @@ def settle(args: argparse.Namespace) -> None:
     """Fill in what the command line leaves open, and refuse what cannot be."""
     if args.evaluate:
         if args.resume:
-            raise UsageError("--evaluate and --resume exclude each other: give one of them")
+            raise UserError("--evaluate and --resume exclude each other: give one of them")
         if args.evaluate is True and not args.savedir:
-            raise UsageError("--evaluate needs a checkpoint, or --savedir, the folder of a run")
+            raise UserError("--evaluate needs a checkpoint, or --savedir, the folder of a run")
         if args.evaluate is True:
             args.evaluate = str(run_folder(args.savedir, "") / BEST)
         return  # the checkpoint says the rest
@@ -165,14 +156,14 @@ def settle(args: argparse.Namespace) -> None:
 
 def check_size(size: int) -> None:
     if size < 16:
-        raise UsageError(f"--size {size} is too small: the classifier needs 16x16")
+        raise UserError(f"--size {size} is too small: the classifier needs 16x16")
 
 
 def main() -> None:
     args = parse_args()
     device = pick_device(args.device)
     if args.sync_bn and device.type == "cpu":
-        raise UsageError("--sync-bn needs GPUs: leave it out")
+        raise UserError("--sync-bn needs GPUs: leave it out")
     amp_dtype = pick_amp_dtype(args.amp, device)
     torch.backends.cudnn.benchmark = True
     distributed.start(device)
@@ -193,11 +184,11 @@ def pretrain(
     # The first process looks at the files, and all go on with what it found.
     train, val = distributed.first(lambda: find_data(args, check=not same_data))
     if len(train.classes) < 2:
-        raise UsageError(f"{args.datadir} has one class alone: there is nothing to tell apart")
+        raise UserError(f"{args.datadir} has one class alone: there is nothing to tell apart")
     if resumed:
         check_same_run(args, resumed, train)
     elif args.resume and not same_data:
-        raise UsageError(
+        raise UserError(
             f"nothing was saved of the run in {folder}: start another run for other data"
         )
 
@@ -212,7 +203,7 @@ def pretrain(
     train_loader = training_loader(Seeded(train, args.skip_broken), sampler, **loading)
     val_loader = validation_loader(distributed.share(val), args.skip_broken, **loading)
     if not train_loader:
-        raise UsageError(f"{args.datadir} has fewer training images than there are processes")
+        raise UserError(f"{args.datadir} has fewer training images than there are processes")
 
     loss_function = nn.CrossEntropyLoss(label_smoothing=0.1 if modern else 0.0)
     steps = len(train_loader)
@@ -429,20 +420,20 @@ def weight_decay(recipe: str, epoch: int) -> float:
 def check_same_run(args: argparse.Namespace, resumed: dict[str, Any], train: ImageFolder) -> None:
     """See that a checkpoint is of the run that is to be resumed, and of the same classes."""
     if resumed["stage"] != 0 or resumed.get("args", {}).get("recipe") != args.recipe:
-        raise UsageError(f"{args.savedir}/{LAST} is of another run: put back the file it had")
+        raise UserError(f"{args.savedir}/{LAST} is of another run: put back the file it had")
     names = resumed.get("class_names", [])
     if len(names) != len(train.classes):
-        raise UsageError(
+        raise UserError(
             f"{args.datadir} has {len(train.classes)} classes, not the {len(names)} that the run "
             f"in {args.savedir} began with: give the --datadir that it had"
         )
     if names != train.classes:
-        raise UsageError(
+        raise UserError(
             f"{args.datadir} has other names of classes than the run in {args.savedir} began with: "
             "give the --datadir that it had"
         )
     if resumed.get("train_images") != len(train):
-        raise UsageError(
+        raise UserError(
             f"{args.datadir} holds another number of training images than the run in "
             f"{args.savedir} began with: give the --datadir that it had, or start another run"
         )
@@ -477,7 +468,7 @@ def evaluate_checkpoint(
     datadir = args.datadir or (begun_with.get("datadir") if isinstance(begun_with, dict) else None)
     size = args.size or checkpoint["height"]
     if not isinstance(datadir, str):
-        raise UsageError(f"{args.evaluate} does not say what it was trained on: give --datadir")
+        raise UserError(f"{args.evaluate} does not say what it was trained on: give --datadir")
     check_size(size)
     val = validation_images(datadir, size, checkpoint["class_names"])
     loading = loader_options(args.batch_size or 64, args.workers, device)
@@ -492,4 +483,4 @@ def evaluate_checkpoint(
 
 
 if __name__ == "__main__":
-    run(main, DatasetError, CheckpointError)
+    run(main)

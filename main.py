@@ -13,8 +13,6 @@ python main.py --savedir NAME --resume                go on with an interrupted 
 torchrun --nproc-per-node 4 main.py --datadir DIR     in a process for each of 4 GPUs
 """
 
-import utils.startup  # noqa: F401  # isort: skip
-
 import argparse
 import math
 import shlex
@@ -34,18 +32,17 @@ from datasets import DATASETS
 from datasets.cache import keep_decoded
 from datasets.check import check_headers, told_left_out, without_broken
 from datasets.drawn import draw_once
-from datasets.files import DatasetError
+from datasets.drawn.streets import make_synthetic
 from datasets.folder import read_classes
+from datasets.images import DatasetError
+from datasets.loading import ShuffledSeeds, WithSeed, as_lists, loader_options, training_loader
 from datasets.readable import validation_loader
-from datasets.seeded import ShuffledSeeds, WithSeed, as_lists, loader_options, training_loader
 from datasets.segmentation import Classes, Segmentation, resized_size
 from datasets.statistics import count_pixels
-from datasets.synthetic import make_synthetic
 from datasets.transforms import Augment, Paper, Strong, to_floats
 from models.lednet import AuxiliaryHead, EncoderClassifier, LEDNet
 from utils import distributed
 from utils.checkpoint import (
-    CheckpointError,
     apn_channels_of,
     init_network,
     load_checkpoint,
@@ -53,26 +50,13 @@ from utils.checkpoint import (
     normalisation,
     on_cpu,
 )
-from utils.cli import (
-    ArgumentParser,
-    Obsolete,
-    UsageError,
-    file_path,
-    finite_float,
-    natural_float,
-    natural_int,
-    pick_amp_dtype,
-    pick_device,
-    positive_float,
-    positive_int,
-    probability,
-    run,
-)
-from utils.engine import evaluate, train_one_epoch
+from utils.errors import UserError
+from utils.evaluation import evaluate, train_one_epoch
 from utils.events import close_events
+from utils.interrupts import Watch
 from utils.losses import LOSSES, build_loss, class_weights, with_auxiliary
 from utils.metrics import ConfusionMatrix, mean_score
-from utils.recipe import (
+from utils.optim import (
     OPTIMIZERS,
     PAPER,
     PRESETS,
@@ -80,7 +64,17 @@ from utils.recipe import (
     WEIGHT_C,
     ema_of,
 )
-from utils.run import (
+from utils.options import (
+    ArgumentParser,
+    file_path,
+    finite_float,
+    natural_float,
+    natural_int,
+    positive_float,
+    positive_int,
+    probability,
+)
+from utils.run_folder import (
     BEST,
     COUNTS,
     ENCODER,
@@ -106,10 +100,10 @@ from utils.run import (
     write_events,
     write_json,
 )
+from utils.script import Obsolete, pick_amp_dtype, pick_device, run
 from utils.speed import count_parameters
 from utils.training import Training, seed_process
 from utils.visualize import score_table, strip
-from utils.watch import Watch
 
 EMBEDDED = Path("data/synthetic")
 
@@ -338,7 +332,7 @@ def settle(args: argparse.Namespace) -> None:
     """Fill in what the command line leaves open, and refuse what cannot be."""
     embedded = args.datadir is None or Path(args.datadir).resolve() == EMBEDDED.resolve()
     if args.datadir is None and args.dataset not in (None, "synthetic"):
-        raise UsageError(f"--dataset {args.dataset} needs --datadir, the folder of the data set")
+        raise UserError(f"--dataset {args.dataset} needs --datadir, the folder of the data set")
     args.preset = args.preset or ("quick" if args.datadir is None else "paper")
     args.dataset = args.dataset or (
         "folder" if args.classes else "synthetic" if embedded else "cityscapes"
@@ -349,37 +343,37 @@ def settle(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if given and args.augment == "paper" and not args.resume:
-        raise UsageError(f"--{given[0]} is of --augment strong: give that as well")
+        raise UserError(f"--{given[0]} is of --augment strong: give that as well")
     args.savedir = str(run_folder(args.savedir, args.dataset))
     kind = DATASETS[args.dataset]
     if (kind.CLASSES is None) != (args.classes is not None):
-        raise UsageError(
+        raise UserError(
             f"--dataset {args.dataset} has classes of its own: leave --classes out"
             if args.classes
             else f"--dataset {args.dataset} needs --classes FILE, which names its classes"
         )
     args.train_on = args.train_on or next(iter(kind.TRAIN_ON))
     if args.train_on not in kind.TRAIN_ON:
-        raise UsageError(
+        raise UserError(
             f"--train-on {args.train_on} is no part of {args.dataset}: give "
             + " or ".join(kind.TRAIN_ON)
         )
     if args.height < 64:
-        raise UsageError(f"--height {args.height} is too small: LEDNet needs 64x64")
+        raise UserError(f"--height {args.height} is too small: LEDNet needs 64x64")
     if args.crop and min(args.crop) < 64:
-        raise UsageError(f"--crop {args.crop[0]} {args.crop[1]} is too small: LEDNet needs 64x64")
+        raise UserError(f"--crop {args.crop[0]} {args.crop[1]} is too small: LEDNet needs 64x64")
     if args.scale[0] > args.scale[1]:
-        raise UsageError(f"--scale {args.scale[0]} {args.scale[1]}: give the smaller one first")
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: give the smaller one first")
     if args.weight_c is not None and 0 < args.weight_c <= 1:
-        raise UsageError(f"--weight-c {args.weight_c}: give a number above 1, or 0")
+        raise UserError(f"--weight-c {args.weight_c}: give a number above 1, or 0")
     if args.batch_size == 1:
-        raise UsageError(
+        raise UserError(
             "--batch-size 1 cannot train: batch norm on the pooled 1x1 plane needs 2 images"
         )
     if (args.mean is None) != (args.std is None):
-        raise UsageError("--mean and --std belong together: give both or none")
+        raise UserError("--mean and --std belong together: give both or none")
     if args.init and args.pretrained_encoder:
-        raise UsageError("--init and --pretrained-encoder exclude each other: give one of them")
+        raise UserError("--init and --pretrained-encoder exclude each other: give one of them")
     if args.init or args.pretrained_encoder or args.decoder:
         args.encoder_epochs = 0
 
@@ -409,7 +403,7 @@ def main() -> None:
     args = parse_args()
     device = pick_device(args.device)
     if args.sync_bn and device.type == "cpu":
-        raise UsageError("--sync-bn needs GPUs: leave it out")
+        raise UserError("--sync-bn needs GPUs: leave it out")
     distributed.start(device)
     folder = Path(distributed.first(lambda: args.savedir))  # which may say the time
     with claimed(folder) if distributed.is_first() else nullcontext():
@@ -439,7 +433,7 @@ def train(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
     each = f" in each of {count} processes" if count > 1 else ""
     images = sum(map(len, parts))
     if images < 2 * count:
-        raise UsageError(f"{args.datadir} has too few training images, {images}: give 2{each}")
+        raise UserError(f"{args.datadir} has too few training images, {images}: give 2{each}")
     sources = " + ".join(f"{len(part)} of {part.split}" for part in parts)
     print(
         f"LEDNet, D = {args.apn_channels}: {count_parameters(network):,} parameters, on {device} "
@@ -593,14 +587,14 @@ def pick_augment(
     cropped = args.augment == "strong" and args.crop
     if len(resized) > 1 and not cropped:
         widths = f"{resized[0][1]} to {resized[-1][1]}"
-        raise UsageError(
+        raise UserError(
             f"at a height of {args.height}, the images of {args.datadir} are {widths} wide: give "
             f"--augment strong and --crop {args.height} {resized[0][1]}, which make them of one "
             "size"
         )
     size = tuple(args.crop) if cropped else resized[0]
     if size[1] < 64:
-        raise UsageError(
+        raise UserError(
             f"--height {args.height} makes images of {size[1]}x{size[0]}: LEDNet needs 64x64"
         )
     return size, Strong(size, tuple(args.scale)) if args.augment == "strong" else Paper()
@@ -643,7 +637,7 @@ def pick_normalisation(
     file = args.init or args.pretrained_encoder or Path(args.savedir) / LAST
     stated = normalisation(start, file)
     if stated and args.mean and stated != (args.mean, args.std):
-        raise UsageError(
+        raise UserError(
             f"{file} was trained on images normalised with mean {stated[0]} and std {stated[1]}: "
             "leave --mean and --std out"
         )
@@ -718,7 +712,7 @@ def train_stage(
 
     resumed = this.resumed if this.resumed and this.resumed["stage"] == stage else None
     if resumed and resumed.get("train_images") != len(this.train):
-        raise UsageError(
+        raise UserError(
             f"{args.datadir} holds another number of training images than the run in {folder} "
             "began with: give the --datadir that it had, or start another run"
         )
@@ -851,4 +845,4 @@ def val_columns(names: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(main, DatasetError, CheckpointError)
+    run(main)

@@ -11,8 +11,6 @@ data set that the network was trained on. Everything has the size of its picture
 overlays have the legend below. The overlays of a video are a video.
 """
 
-import utils.startup  # noqa: F401  # isort: skip
-
 import argparse
 import os
 import sys
@@ -26,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets.files import DatasetError
+from datasets.images import DatasetError
 from datasets.pictures import (
     Animation,
     Frame,
@@ -41,20 +39,12 @@ from datasets.pictures import (
 )
 from datasets.segmentation import Classes, write_label
 from datasets.transforms import to_floats
-from utils.checkpoint import CheckpointError, load_network
-from utils.cli import (
-    ArgumentParser,
-    UsageError,
-    file_path,
-    make_results_folder,
-    natural_int,
-    pick_device,
-    positive_int,
-    run,
-)
-from utils.engine import label_map
-from utils.results import inside, save_result
-from utils.saver import Saver, cannot_write
+from utils.checkpoint import load_network
+from utils.errors import UserError
+from utils.evaluation import label_map
+from utils.files import ResultWriter, WriteError, make_results_folder, result_path, save_result
+from utils.options import ArgumentParser, file_path, natural_int, positive_int
+from utils.script import pick_device, run
 from utils.speed import deploy
 from utils.video import VideoWriter
 from utils.visualize import overlay, paint
@@ -111,7 +101,7 @@ def parse_args() -> argparse.Namespace:
         name = result_name(Path(args.input[0]).resolve().name).strip("*")
         args.output = str(Path("results") / (name or "pictures"))
     if args.height is not None and args.height < 64:
-        raise UsageError(f"--height {args.height} is too small: LEDNet needs 64x64")
+        raise UserError(f"--height {args.height} is too small: LEDNet needs 64x64")
     return args
 
 
@@ -125,13 +115,16 @@ def main() -> None:
     height = args.height or checkpoint["height"]
     files = find_pictures(args.input)
     output = Path(args.output)
-    make_results_folder(output, "--output")
+    make_results_folder(output)
 
     stills = [file for file in files if not is_video(file[0])]
     videos = [file for file in files if is_video(file[0])]
     failures: list[str] = []
     started, done = time.perf_counter(), 0
-    bar, saver = tqdm(total=len(stills), unit="img", disable=None), Saver(args.workers, "--output")
+    bar, saver = (
+        tqdm(total=len(stills), unit="img", disable=None),
+        ResultWriter(args.workers),
+    )
     with bar, saver:
 
         def fail(message: str) -> None:
@@ -163,7 +156,7 @@ def main() -> None:
                     bar.reset(stream.frames or None)
                     rate = stream.average_rate or FRAMES_PER_SECOND
                 bar.set_description(Path(path).name)
-                shown = inside(output, f"overlays/{name}.mp4")
+                shown = result_path(output, f"overlays/{name}.mp4")
                 frames = video_frames(path, name, height)
                 with VideoWriter(shown, rate) as writer:
                     try:
@@ -178,7 +171,9 @@ def main() -> None:
             except DatasetError as error:
                 fail(str(error))
             except OSError as error:
-                raise cannot_write(error, "--output") from error
+                raise WriteError(
+                    f"{error.filename} cannot be written ({error.strerror})"
+                ) from error
         saver.finish()
         for message in saver.failures:
             fail(message)
@@ -221,19 +216,19 @@ def batches(frames: Iterable[Frame], most: int) -> Iterator[list[Frame]]:
 
 def save(output: Path, frame: Frame, labels: Tensor, classes: Classes) -> None:
     """Write the classes of a picture, as label ids and as colours."""
-    path = inside(output, f"labels/{frame.name}.png")
+    path = result_path(output, f"labels/{frame.name}.png")
     save_result(path, lambda file: write_label(file, labels, classes))
     colors = paint(labels, classes.colors)
-    path = inside(output, f"colors/{frame.name}.png")
+    path = result_path(output, f"colors/{frame.name}.png")
     save_result(path, lambda file: colors.save(file, "PNG"))
 
 
 def save_overlay(output: Path, frame: Frame, labels: Tensor, classes: Classes) -> None:
     page = overlay(frame.image, labels, classes.names, classes.colors)
     suffix, kind = (".jpg", "JPEG") if max(page.size) <= JPEG_MOST else (".png", "PNG")
-    path = inside(output, f"overlays/{frame.name}{suffix}")
+    path = result_path(output, f"overlays/{frame.name}{suffix}")
     save_result(path, lambda file: page.save(file, kind, quality=90))
 
 
 if __name__ == "__main__":
-    run(main, DatasetError, CheckpointError)
+    run(main)

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datasets.files import DatasetError
-from datasets.seeded import reading_loader
+from datasets.images import DatasetError
+from datasets.loading import reading_loader
 from datasets.segmentation import Segmentation, resized_size
-from datasets.sync import sync
+from utils.files import sync
 
 # To be raised when the same files come to other bytes, so that no older file is read.
 FORMAT = 1

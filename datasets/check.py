@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datasets.files import (
+from datasets.imagenet import ImageFolder
+from datasets.images import (
     DatasetError,
     FileError,
     MissingFile,
@@ -23,8 +24,7 @@ from datasets.files import (
     read_header,
     read_image,
 )
-from datasets.imagenet import ImageFolder
-from datasets.seeded import reading_loader
+from datasets.loading import reading_loader
 from datasets.segmentation import Segmentation
 from datasets.whole import check_pixels
 

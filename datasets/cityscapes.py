@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torchvision
 
-from datasets.files import IGNORE_INDEX, DatasetError
+from datasets.images import IGNORE_INDEX, DatasetError
 from datasets.segmentation import Classes, Segmentation
 
 # The official class table, in the order of the trainIds 0 to 18. The license plate's -1 is left

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from datasets.files import DatasetError
+from datasets.images import DatasetError
 from datasets.segmentation import Classes, Segmentation, matched_files, png_files
 
 # Classes of these names, in any case, are neither trained on nor scored.

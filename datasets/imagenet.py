@@ -21,7 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from datasets.files import (
+from datasets.images import (
     SIDEWAYS,
     Box,
     DatasetError,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from datasets.files import DatasetError
+from datasets.images import DatasetError
 
 
 class ReadableBatch(NamedTuple):

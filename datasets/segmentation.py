@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from datasets.files import (
+from datasets.images import (
     IGNORE_INDEX,
     DatasetError,
     UnknownLabel,

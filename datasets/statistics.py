@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
-from datasets.files import IGNORE_INDEX
-from datasets.seeded import reading_loader
+from datasets.images import IGNORE_INDEX
+from datasets.loading import reading_loader
 from datasets.segmentation import Segmentation
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from datasets.files import IGNORE_INDEX
+from datasets.images import IGNORE_INDEX
 from datasets.segmentation import resize_label
 
 # A batch as loaders make it: images, labels, and in training the seed of each.

@@ -27,9 +27,9 @@ os.environ["PYTHONWARNINGS"] = "ignore:This DataLoader will create:UserWarning"
 
 import torch
 
-from datasets.scene import draw_scene
-from datasets.shapes import make_shapes
-from datasets.synthetic import make_synthetic
+from datasets.drawn.scene import draw_scene
+from datasets.drawn.shapes import make_shapes
+from datasets.drawn.streets import make_synthetic
 
 # In the background of a shell script Ctrl-C is ignored, and programs leave it so.
 signal.signal(signal.SIGINT, signal.default_int_handler)

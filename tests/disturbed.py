@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from utils import distributed
-from utils.watch import Watch
+from utils.interrupts import Watch
 
 moment, rank, *sys.argv = sys.argv[1:]
 number, _, place = moment.removeprefix("signal ").partition(" after ")

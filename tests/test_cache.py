@@ -19,9 +19,9 @@ from datasets.cache import InFile, keep_decoded, memory_limit
 from datasets.camvid import CamVid
 from datasets.check import check_headers
 from datasets.cityscapes import Cityscapes
-from datasets.files import DatasetError
 from datasets.folder import Folder, read_classes
-from datasets.seeded import ShuffledSeeds, WithSeed, as_lists, training_loader
+from datasets.images import DatasetError
+from datasets.loading import ShuffledSeeds, WithSeed, as_lists, training_loader
 from datasets.segmentation import Classes, Segmentation
 from datasets.transforms import Augment, Paper, Strong, to_floats
 from utils.checkpoint import load_checkpoint

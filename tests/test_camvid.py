@@ -7,7 +7,7 @@ from conftest import read_log, run_script
 from PIL import Image
 
 from datasets.camvid import CamVid
-from datasets.files import DatasetError
+from datasets.images import DatasetError
 from utils.checkpoint import load_checkpoint, load_network
 
 QUICK = ("--preset", "camvid", "--height", 72, "--crop", 64, 64, "--batch-size", 2, "--D", 4)

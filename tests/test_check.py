@@ -23,9 +23,9 @@ from datasets.check import (
     without_broken,
 )
 from datasets.cityscapes import Cityscapes
-from datasets.files import DatasetError, read_image
 from datasets.folder import Folder, read_classes
 from datasets.imagenet import ImageFolder
+from datasets.images import DatasetError, read_image
 from datasets.segmentation import Segmentation
 
 LAYOUTS = {"cityscapes_copy": Cityscapes, "camvid_copy": CamVid, "fields_copy": Folder}

@@ -145,7 +145,7 @@ def test_refusing_takes_no_memory(cityscapes_copy, kind):
     code = (
         "import resource, sys\n"
         "from datasets.check import check_headers\n"
-        "from datasets.files import DatasetError, read_image\n"
+        "from datasets.images import DatasetError, read_image\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))\n"
         "for read in (read_image, lambda path: check_headers([(path, None)])):\n"

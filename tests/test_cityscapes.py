@@ -6,7 +6,7 @@ from PIL import Image
 
 from datasets.check import check_headers
 from datasets.cityscapes import Cityscapes
-from datasets.files import DatasetError
+from datasets.images import DatasetError
 
 CLASSES = Cityscapes.CLASSES
 

@@ -16,10 +16,10 @@ from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from datasets.seeded import Seeded, ShuffledSeeds, as_lists, training_loader
+from datasets.loading import Seeded, ShuffledSeeds, as_lists, training_loader
 from models.lednet import AuxiliaryHead, LEDNet
 from utils import distributed
-from utils.engine import evaluate, evaluate_classifier
+from utils.evaluation import evaluate, evaluate_classifier
 from utils.losses import build_loss, cross_entropy, ohem_cross_entropy, with_auxiliary
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, full_disk, street_scenes
 
 from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
-from utils.onnx_model import METADATA, OnnxNetwork, export_onnx
+from utils.onnx import METADATA, OnnxNetwork, export_onnx
 
 SHIPPED = ROOT / "weights/lednet_d20_camvid.pth"
 

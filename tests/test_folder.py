@@ -5,8 +5,8 @@ import pytest
 from conftest import FIELD_SIZES, run_script, same_weights
 from PIL import Image
 
-from datasets.files import DatasetError
 from datasets.folder import MOST_CLASSES, Folder, read_classes
+from datasets.images import DatasetError
 from utils.checkpoint import load_checkpoint, load_network
 
 # Files of classes

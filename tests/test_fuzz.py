@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from datasets.check import check_every_pixel
 from datasets.cityscapes import Cityscapes
-from datasets.files import DatasetError, read_image
 from datasets.imagenet import CropLoader
+from datasets.images import DatasetError, read_image
 from datasets.segmentation import Segmentation
 
 # The largest part of a JPEG that is coded together, in pixels. Of the last, some may be missing,

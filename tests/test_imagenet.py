@@ -5,7 +5,6 @@ from PIL import ExifTags, Image
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from datasets.files import DatasetError, to_stored, upright
 from datasets.imagenet import (
     MEAN,
     STD,
@@ -14,6 +13,7 @@ from datasets.imagenet import (
     training_images,
     validation_images,
 )
+from datasets.images import DatasetError, to_stored, upright
 from datasets.transforms import to_floats
 
 

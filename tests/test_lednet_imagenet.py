@@ -17,21 +17,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-import datasets.shapes
+import datasets.drawn.shapes
 import lednet_imagenet
 import main
 import utils.checkpoint
-import utils.engine
-import utils.recipe
+import utils.evaluation
+import utils.optim
 from datasets.cityscapes import Cityscapes
 from datasets.folder import Folder
 from datasets.imagenet import validation_images
-from datasets.seeded import as_lists
+from datasets.loading import as_lists
 from datasets.transforms import to_floats
 from lednet_imagenet import build_schedule, weight_decay
 from models.lednet import Encoder
 from utils.checkpoint import load_checkpoint, load_classifier, save_checkpoint
-from utils.engine import evaluate, evaluate_classifier
+from utils.evaluation import evaluate, evaluate_classifier
 
 NAME = "lednet_imagenet.py"
 
@@ -53,7 +53,7 @@ def test_a_run_leaves_what_it_promises(pretrained, shapes):
 
     model, best = load_classifier(pretrained / "best.pth")
     assert model.head.out_features == 6
-    assert best["class_names"] == datasets.shapes.CLASSES and best["num_classes"] == 6
+    assert best["class_names"] == datasets.drawn.shapes.CLASSES and best["num_classes"] == 6
     assert best["mean"] == [0.485, 0.456, 0.406] and best["std"] == [0.229, 0.224, 0.225]
     assert best["stage"] == 0 and best["height"] == 32 and best["dataset"] == "imagenet"
     assert best["args"] == args and best["epoch"] == 1
@@ -99,7 +99,7 @@ def test_a_run_says_what_it_does_and_what_comes_next(script, shapes, tmp_path):
 
 def test_the_embedded_default_is_drawn_once(script, tmp_path, monkeypatch):
     for split in ("train", "val"):
-        monkeypatch.setitem(datasets.shapes.COUNTS, split, 1)
+        monkeypatch.setitem(datasets.drawn.shapes.COUNTS, split, 1)
     argv = (NAME, "--epochs", 1, "--workers", 0, "--size", 32)
     first = script(*argv, "--savedir", "a")
     assert first.status == 0 and "drawing shapes and textures into data/shapes" in first.out
@@ -175,7 +175,7 @@ def test_the_recipe_is_followed_epoch_by_epoch(script, shapes, monkeypatch, tmp_
             training.scheduler.step()
         return {"images_per_second": 1.0, "data_wait": 0.0}
 
-    monkeypatch.setattr(utils.engine, "train_one_epoch", train_one_epoch)
+    monkeypatch.setattr(utils.evaluation, "train_one_epoch", train_one_epoch)
     scripted_scores(monkeypatch, *[0.5] * 17)
     argv = (NAME, "--datadir", shapes, *PRETRAIN_QUICK, "--epochs", 17, "--savedir", "a")
     assert script(*argv).status == 0
@@ -186,14 +186,14 @@ def test_the_recipe_is_followed_epoch_by_epoch(script, shapes, monkeypatch, tmp_
 
 def options_of_a_run(script, shapes, monkeypatch, *options):
     """Run one epoch; returns what the epoch was trained with."""
-    seen, real = {}, utils.engine.train_one_epoch
+    seen, real = {}, utils.evaluation.train_one_epoch
 
     def train_one_epoch(training, forward, loader, **options):
         seen.update(vars(training) | options, loader=loader)
         seen["weight_decay"] = training.optimizer.param_groups[0]["weight_decay"]
         return real(training, forward, loader, **options)
 
-    monkeypatch.setattr(utils.engine, "train_one_epoch", train_one_epoch)
+    monkeypatch.setattr(utils.evaluation, "train_one_epoch", train_one_epoch)
     result = script(NAME, "--datadir", shapes, *PRETRAIN_QUICK, "--savedir", "a", *options)
     assert result.status == 0, result.err
     return seen
@@ -250,7 +250,7 @@ def scripted_scores(monkeypatch, *shares):
     def evaluate(*args, **kwargs):
         return {"val_loss": 1.0, "val_top1": next(scores), "val_top5": 1.0}
 
-    monkeypatch.setattr(utils.engine, "evaluate_classifier", evaluate)
+    monkeypatch.setattr(utils.evaluation, "evaluate_classifier", evaluate)
 
 
 def test_the_encoder_of_the_best_epoch_is_kept(script, shapes, tmp_path, monkeypatch):
@@ -353,7 +353,7 @@ def test_a_resumed_run_ends_as_the_one_that_never_stopped(
     recipe, unbroken = whole
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(utils.run, "save_checkpoint", save_and_stop)
+        patch.setattr(utils.run_folder, "save_checkpoint", save_and_stop)
         script(NAME, *resumable(recipe, shapes, stopped))
     wait_for_the_next_second()
     result = script(NAME, "--savedir", stopped, "--resume")
@@ -495,7 +495,7 @@ def test_fine_tuning_starts_with_the_pretrained_encoder(
         started.update({k: v.clone() for k, v in training.model.state_dict().items()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(utils.engine, "train_one_epoch", keep_start)
+    monkeypatch.setattr(utils.evaluation, "train_one_epoch", keep_start)
     stored = load_checkpoint(pretrained / "encoder.pth")["model"]
     for name in ("encoder.pth", "best.pth", "last.pth"):
         argv = ("--datadir", cityscapes, *QUICK, "--pretrained-encoder", pretrained / name)
@@ -605,7 +605,7 @@ def test_an_image_that_breaks_in_training_is_named(
 
     argv = ("--datadir", shapes_copy, *PRETRAIN_QUICK, "--epochs", 2, "--lr", 0.01)
     with monkeypatch.context() as patch:
-        patch.setattr(utils.run, "save_checkpoint", save_and_break)
+        patch.setattr(utils.run_folder, "save_checkpoint", save_and_break)
         result = script(NAME, *argv, "--workers", workers, "--savedir", "a")
     assert result.status == 2 and result.err.count("\n") == 1
     assert f"train/rings/{path.name} cannot be read as an image" in result.err

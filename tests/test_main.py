@@ -13,10 +13,10 @@ from conftest import QUICK, ROOT, read_log, run_script, same_weights, wait_for_t
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import datasets.synthetic
-import utils.engine
+import datasets.drawn.streets
+import utils.evaluation
 import utils.losses
-import utils.run
+import utils.run_folder
 from datasets.cityscapes import Cityscapes
 from datasets.statistics import count_pixels
 from datasets.transforms import Paper, Strong
@@ -24,7 +24,7 @@ from models.lednet import AuxiliaryHead, EncoderClassifier, LEDNet
 from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.losses import class_weights
 from utils.metrics import ConfusionMatrix
-from utils.recipe import PRESETS
+from utils.optim import PRESETS
 from utils.speed import count_parameters
 
 # What a run leaves and says
@@ -95,9 +95,9 @@ def test_a_run_says_what_it_does_and_what_comes_next(script, cityscapes, tmp_pat
 
 
 def test_the_embedded_default_is_drawn_once(script, tmp_path, monkeypatch):
-    monkeypatch.setitem(datasets.synthetic.COUNTS, "train", 2)
+    monkeypatch.setitem(datasets.drawn.streets.COUNTS, "train", 2)
     for split in ("val", "test", "train_extra"):
-        monkeypatch.setitem(datasets.synthetic.COUNTS, split, 1)
+        monkeypatch.setitem(datasets.drawn.streets.COUNTS, split, 1)
     argv = ("--num-epochs", 1, "--workers", 0, "--decoder", "--height", 64)
     first = script("main.py", *argv, "--savedir", "a")
     assert first.status == 0 and "drawing street scenes into data/synthetic" in first.out
@@ -197,7 +197,7 @@ def test_a_resumed_run_ends_as_the_one_that_never_stopped(
             raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(utils.run, "save_checkpoint", save_and_stop)
+        patch.setattr(utils.run_folder, "save_checkpoint", save_and_stop)
         argv = ("--datadir", cityscapes, *RECIPES[recipe], "--savedir", "stopped")
         script("main.py", *argv)
     wait_for_the_next_second()
@@ -395,7 +395,7 @@ def test_the_learning_rate_falls_with_every_step(whole):
 
 def options_of_a_run(script, datadir, monkeypatch, *options) -> list[dict]:
     """Run an epoch of each stage; returns what each stage was trained with."""
-    seen, real = [], utils.engine.train_one_epoch
+    seen, real = [], utils.evaluation.train_one_epoch
 
     def train_one_epoch(training, forward, loader, **used):
         group = dict(training.optimizer.param_groups[0])
@@ -403,7 +403,7 @@ def options_of_a_run(script, datadir, monkeypatch, *options) -> list[dict]:
         return real(training, forward, loader, **used)
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils.engine, "train_one_epoch", train_one_epoch)
+        patch.setattr(utils.evaluation, "train_one_epoch", train_one_epoch)
         argv = ("--datadir", datadir, *QUICK, "--D", 4, "--savedir", "seen", *options)
         assert script("main.py", *argv).status == 0
     return seen
@@ -503,7 +503,7 @@ def scripted_scores(monkeypatch, *mious):
         confusion.counts[0, 0], confusion.counts[0, 1] = right, 1000 - right
         return 1.0, confusion
 
-    monkeypatch.setattr(utils.engine, "evaluate", evaluate)
+    monkeypatch.setattr(utils.evaluation, "evaluate", evaluate)
 
 
 def test_the_best_epoch_is_kept(script, cityscapes, tmp_path, monkeypatch):
@@ -546,7 +546,7 @@ def test_a_pretrained_encoder_skips_stage_1(trained, script, cityscapes, tmp_pat
         started.update({k: v.clone() for k, v in training.model.state_dict().items()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("utils.engine.train_one_epoch", keep_start)
+    monkeypatch.setattr("utils.evaluation.train_one_epoch", keep_start)
     result = script("main.py", *argv, "--savedir", "a")
     assert result.status == 130 and "tensors of the encoder loaded" in result.out
     stored = load_checkpoint(trained / "encoder.pth")["model"]
@@ -635,7 +635,7 @@ def stopped_before_training(script, monkeypatch, *argv):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils.engine, "train_one_epoch", interrupted)
+        patch.setattr(utils.evaluation, "train_one_epoch", interrupted)
         result = script("main.py", *argv)
     assert result.status == 130, result.err
     return result
@@ -800,7 +800,7 @@ def test_an_image_that_breaks_in_training_is_named_and_the_checkpoint_kept(
 
     argv = ("--datadir", cityscapes_copy, *QUICK, "--decoder", "--epochs", 2, "--D", 4)
     with monkeypatch.context() as patch:
-        patch.setattr(utils.run, "save_checkpoint", save_and_break)
+        patch.setattr(utils.run_folder, "save_checkpoint", save_and_break)
         result = script("main.py", *argv, "--savedir", "a", "--workers", workers)
     assert result.status == 2 and result.err.count("\n") == 1 and image.name in result.err
     assert load_checkpoint(tmp_path / "save/a/last.pth")["epoch"] == 1

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from datasets.check import check_headers
-from datasets.files import DatasetError, read_image
+from datasets.images import DatasetError, read_image
 from datasets.pictures import (
     Pictures,
     animation_frames,

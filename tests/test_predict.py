@@ -9,7 +9,7 @@ from conftest import QUICK, ROOT, full_disk, run_script
 from PIL import Image
 
 from datasets.cityscapes import Cityscapes
-from datasets.files import DatasetError
+from datasets.images import DatasetError
 from datasets.pictures import video_frames
 from utils.video import VideoWriter
 

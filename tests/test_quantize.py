@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import street_scenes
 
-from utils.onnx_model import METADATA, OnnxNetwork
+from utils.onnx import METADATA, OnnxNetwork
 
 
 def test_integers_say_what_floats_say(script, fails, camvid, tmp_path):

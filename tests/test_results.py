@@ -7,8 +7,8 @@ import pytest
 from conftest import full_disk
 from PIL import Image
 
-from utils.cli import UsageError
-from utils.results import inside, save_result
+from utils.errors import UserError
+from utils.files import result_path, save_result
 
 OUTSIDE = (
     "../a.png",
@@ -26,7 +26,7 @@ OUTSIDE = (
     "name", ["a.png", "labels/...gif/a.png", "a\nb.png", "~/a.png", "x/ü ;.png"]
 )
 def test_a_name_inside(tmp_path, name):
-    path = inside(tmp_path / "out", name)
+    path = result_path(tmp_path / "out", name)
     path.write_text("here")
     assert (tmp_path / "out" / name).read_text() == "here"
 
@@ -35,14 +35,14 @@ def test_a_name_inside(tmp_path, name):
 def test_a_name_that_leads_out_is_refused(tmp_path, name):
     folder = tmp_path / "out"
     folder.mkdir()
-    with pytest.raises(UsageError, match="leads out of"):
-        inside(folder, name)
+    with pytest.raises(UserError, match="leads out of"):
+        result_path(folder, name)
     assert not list(folder.iterdir()) and [*tmp_path.iterdir()] == [folder]
 
 
 def test_one_line_for_a_name_of_two(tmp_path):
-    with pytest.raises(UsageError) as caught:
-        inside(tmp_path, "../a\nb.png")
+    with pytest.raises(UserError) as caught:
+        result_path(tmp_path, "../a\nb.png")
     assert "\n" not in str(caught.value)
 
 
@@ -53,21 +53,21 @@ def test_links_that_lead_out_are_refused(tmp_path, link):
     place.parent.mkdir(parents=True)
     place.symlink_to(outside / "a.png" if link.endswith(".png") else outside)
     name = {"labels/city": "labels/city/a.png"}.get(link, "labels/a.png")
-    with pytest.raises(UsageError, match="leads out of"):
-        inside(tmp_path / "out", name)
+    with pytest.raises(UserError, match="leads out of"):
+        result_path(tmp_path / "out", name)
     assert not list(outside.iterdir())
 
 
 def test_a_folder_of_results_may_be_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
-    inside(tmp_path / "out", "labels/a.png").write_text("here")
+    result_path(tmp_path / "out", "labels/a.png").write_text("here")
     assert (tmp_path / "disk/labels/a.png").is_file()
 
 
 def test_a_relative_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert inside(Path("out"), "a.png") == Path("out/a.png") and Path("out").is_dir()
+    assert result_path(Path("out"), "a.png") == Path("out/a.png") and Path("out").is_dir()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script, wait_for_the_next_second
 
-import utils.engine
-import utils.run
+import utils.evaluation
+import utils.run_folder
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.watch import Watch
+from utils.interrupts import Watch
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -78,7 +78,7 @@ def signal_after_step(patch: pytest.MonkeyPatch, place: str, number: int = signa
 
 def signal_after_validated_batch(patch: pytest.MonkeyPatch, nth: int) -> None:
     """Send this process SIGTERM in the middle of a validation, counted over all of them."""
-    until_stopped, batches = utils.engine._until_stopped, itertools.count(1)
+    until_stopped, batches = utils.evaluation._until_stopped, itertools.count(1)
 
     def stopped(*loader_and_more):
         for batch in until_stopped(*loader_and_more):
@@ -88,7 +88,7 @@ def signal_after_validated_batch(patch: pytest.MonkeyPatch, nth: int) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    patch.setattr(utils.engine, "_until_stopped", stopped)
+    patch.setattr(utils.evaluation, "_until_stopped", stopped)
 
 
 def goes_on(recipe: str, folder: Path, whole: Callable, capsys) -> str:
@@ -194,7 +194,7 @@ def test_killed_after_a_checkpoint_within_an_epoch(
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(utils.run, "save_checkpoint", save_and_die)
+        patch.setattr(utils.run_folder, "save_checkpoint", save_and_die)
         start(recipe, folder)
     assert place_of(load_checkpoint(folder / "last.pth")) == place
     goes_on(recipe, folder, whole, capsys)
@@ -210,7 +210,7 @@ def test_killed_between_the_stages(start, whole, tmp_path, monkeypatch, capsys):
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(utils.run, "save_checkpoint", save_and_die)
+        patch.setattr(utils.run_folder, "save_checkpoint", save_and_die)
         start("two stages", folder)
     assert load_checkpoint(folder / "last.pth")["stage"] == 1
     goes_on("two stages", folder, whole, capsys)

@@ -5,7 +5,7 @@ from PIL import Image
 
 from datasets import DATASETS
 from datasets.camvid import CamVid
-from datasets.files import DatasetError
+from datasets.images import DatasetError
 from datasets.segmentation import (
     Classes,
     matched_files,

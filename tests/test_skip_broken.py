@@ -9,11 +9,11 @@ import torch
 from conftest import PRETRAIN_QUICK, QUICK
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from datasets.files import DatasetError
+from datasets.images import DatasetError
+from datasets.loading import as_lists
 from datasets.readable import validation_loader
-from datasets.seeded import as_lists
-from utils.engine import evaluate, evaluate_classifier
-from utils.watch import Watch
+from utils.evaluation import evaluate, evaluate_classifier
+from utils.interrupts import Watch
 
 
 class Numbers(Dataset):

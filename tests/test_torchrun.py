@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Result, read_log, run_script
 
-from datasets.shapes import make_shapes
-from datasets.synthetic import make_synthetic
+from datasets.drawn.shapes import make_shapes
+from datasets.drawn.streets import make_synthetic
 from utils.checkpoint import load_checkpoint
-from utils.run import claimed
+from utils.run_folder import claimed
 
 sys.path.insert(0, str(ROOT / "tools"))
 

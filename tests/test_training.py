@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets.seeded import ShuffledSeeds
+from datasets.loading import ShuffledSeeds
 from lednet_imagenet import build_optimizer, build_schedule
 from utils import distributed
 from utils.checkpoint import on_cpu
-from utils.recipe import OPTIMIZERS, SCHEDULES, ema_of
+from utils.optim import OPTIMIZERS, SCHEDULES, ema_of
 from utils.training import Training
 
 EPOCHS, STEPS, LR = 4, 6, 0.01

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, same_weights
 
 from datasets.camvid import CamVid
-from datasets.scene import draw_scene
+from datasets.drawn.scene import draw_scene
 from utils.checkpoint import load_checkpoint, load_network
 
 SHIPPED = sorted((ROOT / "weights").glob("*.pth"))

@@ -10,7 +10,7 @@ from fuzzing import ADAM7, chunks_of, joined
 from PIL import Image
 
 from datasets import whole
-from datasets.files import DatasetError, read_image
+from datasets.images import DatasetError, read_image
 from datasets.whole import MOST_SCANS, check_after, check_before, check_pixels
 
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 70, 3)).astype(np.uint8)

@@ -41,18 +41,13 @@ import evaluation_speed
 import training_speed
 from benchmark_page import RESULTS, write_page
 
-from datasets.synthetic import make_synthetic
+from datasets.drawn.streets import make_synthetic
 from models.lednet import LEDNet
-from utils.atomic import written_whole
-from utils.cli import (
-    ArgumentParser,
-    UsageError,
-    pick_amp_dtype,
-    pick_device,
-    positive_float,
-    run,
-)
-from utils.onnx_model import MissingExtra, OnnxNetwork, export_onnx
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.onnx import MissingExtra, OnnxNetwork, export_onnx
+from utils.options import ArgumentParser, positive_float
+from utils.script import pick_amp_dtype, pick_device, run
 from utils.speed import (
     InPrecision,
     compiled_for,
@@ -158,7 +153,7 @@ def started_figures(path: Path, device: torch.device) -> dict[str, Any]:
     """What an earlier run has measured on the same device, or a new beginning.
 
     Raises:
-        UsageError: it was another device, or another torch.
+        UserError: it was another device, or another torch.
     """
     command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
     where = {
@@ -169,7 +164,7 @@ def started_figures(path: Path, device: torch.device) -> dict[str, Any]:
     if path.exists():
         figures = json.loads(path.read_text())
         if {key: figures[key] for key in where} != where:
-            raise UsageError(
+            raise UserError(
                 f"{path} was measured on {figures['device']} with torch {figures['torch']}: move "
                 "it away to measure anew"
             )
@@ -188,7 +183,7 @@ def started_figures(path: Path, device: torch.device) -> dict[str, Any]:
 
 def keep(figures: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
-    with written_whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(json.dumps(figures, indent=1) + "\n")
 
 
@@ -504,4 +499,4 @@ def report(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, MissingExtra)
+    run(main)

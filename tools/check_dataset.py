@@ -24,11 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets import DATASETS
 from datasets.check import Problem, labels_without_image, look_through, summary
-from datasets.files import DatasetError, read_image
 from datasets.folder import read_classes
 from datasets.imagenet import ImageFolder
+from datasets.images import DatasetError, read_image
 from datasets.segmentation import Segmentation
-from utils.cli import ArgumentParser, UsageError, file_path, natural_int, one_line, run
+from utils.errors import UserError, one_line
+from utils.options import ArgumentParser, file_path, natural_int
+from utils.script import run
 
 IMAGENET = "imagenet"
 # What every training needs: without them, it is no smaller data set, but a broken one.
@@ -68,9 +70,9 @@ def parse_args() -> argparse.Namespace:
     args.dataset = args.dataset or ("folder" if args.classes else "cityscapes")
     own_classes = args.dataset != IMAGENET and DATASETS[args.dataset].CLASSES is None
     if own_classes and not args.classes:
-        raise UsageError(f"--dataset {args.dataset} needs --classes FILE, which names its classes")
+        raise UserError(f"--dataset {args.dataset} needs --classes FILE, which names its classes")
     if args.classes and not own_classes:
-        raise UsageError(f"--dataset {args.dataset} has classes of its own: leave --classes out")
+        raise UserError(f"--dataset {args.dataset} has classes of its own: leave --classes out")
     return args
 
 
@@ -116,7 +118,7 @@ def find_splits(
     names = None  # of ImageNet's classes, which train and val must have in common
     unknown = set(splits) - set(kind.SPLITS) if kind else None
     if unknown:
-        raise UsageError(f"--split {min(unknown)}: {args.dataset} has {', '.join(kind.SPLITS)}")
+        raise UserError(f"--split {min(unknown)}: {args.dataset} has {', '.join(kind.SPLITS)}")
     for split in splits:
         try:
             if kind:
@@ -143,4 +145,4 @@ def find_splits(
 
 
 if __name__ == "__main__":
-    run(main, DatasetError)
+    run(main)

@@ -14,14 +14,15 @@ from torchvision.transforms.v2.functional import to_pil_image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets import DATASETS
-from datasets.files import DatasetError
-from datasets.seeded import as_lists
+from datasets.loading import as_lists
 from datasets.segmentation import Classes
 from datasets.transforms import to_floats
-from utils.atomic import written_whole
-from utils.checkpoint import CheckpointError, load_network
-from utils.cli import ArgumentParser, UsageError, file_path, natural_int, run
-from utils.engine import evaluate
+from utils.checkpoint import load_network
+from utils.errors import UserError
+from utils.evaluation import evaluate
+from utils.files import atomic_write
+from utils.options import ArgumentParser, file_path, natural_int
+from utils.script import run
 from utils.visualize import strip
 
 
@@ -40,13 +41,13 @@ def main() -> None:
     )
     args = parser.parse_args()
     if Path(args.output).exists():
-        raise UsageError(f"--output {args.output} exists: give a new file, or move it away")
+        raise UserError(f"--output {args.output} exists: give a new file, or move it away")
 
     network, checkpoint = load_network(args.checkpoint)
     kind, classes = DATASETS[checkpoint["dataset"]], Classes.from_checkpoint(checkpoint)
     dataset = kind(args.datadir, args.subset, classes, checkpoint["height"])
     if max(args.images) >= len(dataset):
-        raise UsageError(f"--images: {args.subset} holds the images 0 to {len(dataset) - 1}")
+        raise UserError(f"--images: {args.subset} holds the images 0 to {len(dataset) - 1}")
     floats = to_floats(checkpoint["mean"], checkpoint["std"], torch.device("cpu"))
     loader = DataLoader(Subset(dataset, args.images), collate_fn=as_lists)
     strips: list[torch.Tensor] = []
@@ -59,11 +60,11 @@ def main() -> None:
         on_image=lambda *panels: strips.append(strip(*panels, classes.colors)),
     )
     try:
-        with written_whole(args.output) as unfinished:
+        with atomic_write(args.output) as unfinished:
             to_pil_image(torch.cat(strips, dim=1)).save(unfinished, quality=90)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--output {args.output} cannot be written: {error}") from error
+        raise UserError(f"--output {args.output} cannot be written: {error}") from error
 
 
 if __name__ == "__main__":
-    run(main, DatasetError, CheckpointError)
+    run(main)

@@ -21,13 +21,14 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets.cityscapes import Cityscapes
+from datasets.drawn.streets import make_synthetic
 from datasets.segmentation import write_label
-from datasets.synthetic import make_synthetic
 from datasets.transforms import to_floats
 from models.lednet import LEDNet
 from utils.checkpoint import save_checkpoint
-from utils.cli import ArgumentParser, pick_device, positive_int, run
 from utils.metrics import ConfusionMatrix
+from utils.options import ArgumentParser, positive_int
+from utils.script import pick_device, run
 
 ROOT = Path(__file__).parent.parent
 HEIGHT = 512

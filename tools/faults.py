@@ -59,9 +59,11 @@ from fault_tries import (
 )
 from faults_page import FAULTS, PAGE, RESULTS, Outcome, page, table
 
-from datasets.shapes import make_shapes
-from datasets.synthetic import make_synthetic
-from utils.cli import ArgumentParser, UsageError, file_path, natural_int, positive_int, run
+from datasets.drawn.shapes import make_shapes
+from datasets.drawn.streets import make_synthetic
+from utils.errors import UserError
+from utils.options import ArgumentParser, file_path, natural_int, positive_int
+from utils.script import run
 
 
 def parse_args() -> argparse.Namespace:
@@ -93,11 +95,11 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     for name in args.only or []:
         if name not in FAULTS:
-            raise UsageError(f"--only {name} is no fault: give some of {', '.join(FAULTS)}")
+            raise UserError(f"--only {name} is no fault: give some of {', '.join(FAULTS)}")
     if args.number is not None and len(args.only or []) != 1:
-        raise UsageError("--number needs --only with one fault")
+        raise UserError("--number needs --only with one fault")
     if args.page and (args.quick or args.number is not None):
-        raise UsageError("--page is for all tries: leave --quick and --number out")
+        raise UserError("--page is for all tries: leave --quick and --number out")
     return args
 
 
@@ -107,7 +109,7 @@ def main() -> None:
     # Where it was started with Ctrl-C ignored, as by nohup, the runs would ignore theirs as well.
     signal.signal(SIGINT, signal.default_int_handler)
     if not sys.platform.startswith("linux"):
-        raise UsageError("faults are tried on Linux: this is " + platform.system())
+        raise UserError("faults are tried on Linux: this is " + platform.system())
     if "LEDNET_NAMESPACE" not in os.environ:
         prefix = namespace()
         os.environ["LEDNET_NAMESPACE"] = "yes" if prefix else "no"
@@ -122,7 +124,7 @@ def main() -> None:
         if why:
             print(f"{name} cannot be tried: {why}")
     if not tried:
-        raise UsageError("none of these faults can be tried on this machine")
+        raise UserError("none of these faults can be tried on this machine")
 
     command = shlex.join(["python", "tools/faults.py", *sys.argv[1:]])
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
@@ -154,7 +156,7 @@ def main() -> None:
 def new_folder(path: str) -> Path:
     folder = Path(path).resolve()
     if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"--folder {path} is not empty: give a new one")
+        raise UserError(f"--folder {path} is not empty: give a new one")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -201,7 +203,7 @@ def prepare(folder: Path, rows: list[Row], jobs: int) -> Lab:
     """Draw the data, and run each program to its end undisturbed.
 
     Raises:
-        UsageError: one fails, or two of the same end differently.
+        UserError: one fails, or two of the same end differently.
     """
     make_synthetic(folder / "scenes", SCENES, height=64)
     make_shapes(folder / "shapes", SHAPES, size=(40, 48))
@@ -228,10 +230,10 @@ def prepare(folder: Path, rows: list[Row], jobs: int) -> Lab:
             program.seconds = time.monotonic() - began
         for t, end in zip(tries, ends, strict=True):
             if end.status != 0:
-                raise UsageError(f"{program.script} fails undisturbed: {end.says()}")
+                raise UserError(f"{program.script} fails undisturbed: {end.says()}")
             found = differences(t.run_folder, tries[0].run_folder)
             if found:
-                raise UsageError(
+                raise UserError(
                     f"two undisturbed runs of {program.script} differ, so that there is nothing to "
                     f"compare with: {'; '.join(found[:3])}"
                 )
@@ -246,7 +248,7 @@ def prepare(folder: Path, rows: list[Row], jobs: int) -> Lab:
         first = time.monotonic()
         end = started.wait()
         if end.status != 0:
-            raise UsageError(f"{kind} fails undisturbed: {end.says()}")
+            raise UserError(f"{kind} fails undisturbed: {end.says()}")
         lab.results[kind] = hashes(t.run_folder), time.monotonic() - first
         print(f"undisturbed: {kind}, {len(lab.results[kind][0])} files", flush=True)
     return lab

@@ -25,9 +25,10 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from datasets.files import DatasetError, orientation, upright
 from datasets.imagenet import CropLoader, training_images
-from utils.cli import ArgumentParser, file_path, positive_int, run
+from datasets.images import orientation, upright
+from utils.options import ArgumentParser, file_path, positive_int
+from utils.script import run
 
 WIDE, FEW = 1000, 40
 
@@ -136,4 +137,4 @@ def difference(crop: CropLoader, path: str, seed: int) -> float:
 
 
 if __name__ == "__main__":
-    run(main, DatasetError)
+    run(main)

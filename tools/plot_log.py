@@ -14,8 +14,10 @@ import matplotlib
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from utils.atomic import written_whole
-from utils.cli import ArgumentParser, UsageError, file_path, run
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.options import ArgumentParser, file_path
+from utils.script import run
 
 matplotlib.use("Agg")  # files, without a display
 
@@ -28,15 +30,15 @@ def main() -> None:
     parser.add_argument("--output", type=file_path, metavar="FILE", required=True)
     args = parser.parse_args()
     if Path(args.output).exists():
-        raise UsageError(f"--output {args.output} exists: give a new file, or move it away")
+        raise UserError(f"--output {args.output} exists: give a new file, or move it away")
     try:
         with open(args.log, newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["stage"] == "2"]
         rows = [row for row in rows if not math.isnan(float(row["val_miou"]))]
     except (OSError, KeyError, ValueError) as error:
-        raise UsageError(f"--log {args.log} is not the log.csv of a run: {error!r}") from error
+        raise UserError(f"--log {args.log} is not the log.csv of a run: {error!r}") from error
     if not rows:
-        raise UsageError(f"--log {args.log} holds no validation yet")
+        raise UserError(f"--log {args.log} holds no validation yet")
 
     epochs = [int(row["epoch"]) for row in rows]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -50,10 +52,10 @@ def main() -> None:
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     kind = Path(args.output).suffix[1:] or "png"
     try:
-        with written_whole(args.output) as unfinished:
+        with atomic_write(args.output) as unfinished:
             figure.savefig(unfinished, dpi=110, format=kind)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--output {args.output} cannot be written: {error}") from error
+        raise UserError(f"--output {args.output} cannot be written: {error}") from error
 
 
 if __name__ == "__main__":

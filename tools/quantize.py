@@ -27,15 +27,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets import DATASETS
-from datasets.files import DatasetError
 from datasets.segmentation import Classes, Segmentation
 from datasets.transforms import to_floats
-from utils.atomic import written_whole
-from utils.checkpoint import CheckpointError, load_network
-from utils.cli import ArgumentParser, UsageError, file_path, run
+from utils.checkpoint import load_network
+from utils.errors import UserError
+from utils.files import atomic_write, cannot_write
 from utils.metrics import ConfusionMatrix, mean_score
-from utils.onnx_model import MissingExtra, OnnxNetwork, export_onnx
-from utils.saver import cannot_write
+from utils.onnx import OnnxNetwork, export_onnx
+from utils.options import ArgumentParser, file_path
+from utils.script import run
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "lednet_d20_camvid.pth"
 IMAGES = 32  # of train, that ranges are measured on; 128 score the same on CamVid
@@ -60,11 +60,11 @@ def main() -> None:
     args = parser.parse_args()
     output = Path(args.output)
     if output.exists() or not output.parent.is_dir():
-        raise UsageError(f"--output {output} must be a new file in a folder that exists")
+        raise UserError(f"--output {output} must be a new file in a folder that exists")
     network, checkpoint = load_network(args.checkpoint)
     kind = DATASETS.get(checkpoint["dataset"])
     if kind is None:
-        raise UsageError(
+        raise UserError(
             f"{args.checkpoint} was trained on {checkpoint['dataset']}, which is none of "
             f"{', '.join(DATASETS)}: use another checkpoint, or add the data set to datasets/"
         )
@@ -88,7 +88,7 @@ def main() -> None:
             networks["OpenVINO, int8"] = openvino_network(quantized, "f32")
         compare(networks, val, floats)
         try:
-            with written_whole(output) as unfinished:
+            with atomic_write(output) as unfinished:
                 quantized.replace(unfinished)
         except OSError as error:
             raise cannot_write(error, "--output") from error
@@ -161,4 +161,4 @@ def miou(network: Network, val: Segmentation, floats: Network) -> float:
 
 
 if __name__ == "__main__":
-    run(main, CheckpointError, DatasetError, MissingExtra)
+    run(main)

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from fuzzing import Fuzzed, fuzzed_file
 from test_fuzz import OneLabel, check_every_pixel, only_found_by_reading_twice, same_pixels
 
-from datasets.files import DatasetError, read_image
 from datasets.imagenet import CropLoader
+from datasets.images import DatasetError, read_image
 
 KINDS = ("png", "jpeg", "label")
 MOST_MEMORY = 2 << 30  # bytes; an image of the largest size that is read takes 0.3 GB

@@ -16,12 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from utils.checkpoint import (
     DESCRIPTION,
-    CheckpointError,
     load_network,
     on_cpu,
     save_checkpoint,
 )
-from utils.cli import ArgumentParser, UsageError, file_path, run
+from utils.errors import UserError
+from utils.options import ArgumentParser, file_path
+from utils.script import run
 
 # What a description says beside what `load_network` needs.
 KEPT = ("categories", "train_images", "stage", "epoch", "args")
@@ -35,13 +36,13 @@ def main() -> None:
     parser.add_argument("--output", type=file_path, metavar="FILE", required=True)
     args = parser.parse_args()
     if Path(args.output).exists():
-        raise UsageError(f"--output {args.output} exists: give a new file, or move it away")
+        raise UserError(f"--output {args.output} exists: give a new file, or move it away")
     network, checkpoint = load_network(args.checkpoint)
     stored = ship(network, checkpoint)
     try:
         save_checkpoint(stored, args.output)
     except OSError as error:
-        raise UsageError(f"--output {args.output} cannot be written: {error}") from error
+        raise UserError(f"--output {args.output} cannot be written: {error}") from error
     print(f"{args.output}: {Path(args.output).stat().st_size / 1e6:.1f} MB")
 
 
@@ -57,4 +58,4 @@ def ship(network: torch.nn.Module, checkpoint: dict) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, CheckpointError)
+    run(main)

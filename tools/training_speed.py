@@ -30,28 +30,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets.cache import keep_decoded
 from datasets.check import LISTING, check_headers
 from datasets.cityscapes import Cityscapes
-from datasets.files import DatasetError
-from datasets.seeded import ShuffledSeeds, WithSeed, as_lists, loader_options, training_loader
-from datasets.synthetic import make_synthetic
+from datasets.drawn.streets import make_synthetic
+from datasets.loading import ShuffledSeeds, WithSeed, as_lists, loader_options, training_loader
 from datasets.transforms import Augment, Paper, to_floats
 from eval_cityscapes_server import device_name
 from models.lednet import LEDNet
-from utils.atomic import written_whole
-from utils.cli import (
-    ArgumentParser,
-    UsageError,
-    file_path,
-    natural_int,
-    pick_amp_dtype,
-    pick_device,
-    positive_int,
-    run,
-)
-from utils.engine import train_one_epoch
+from utils.errors import UserError
+from utils.evaluation import train_one_epoch
+from utils.files import atomic_write
+from utils.interrupts import Watch
 from utils.losses import build_loss
-from utils.recipe import OPTIMIZERS, PAPER
+from utils.optim import OPTIMIZERS, PAPER
+from utils.options import ArgumentParser, file_path, natural_int, positive_int
+from utils.script import pick_amp_dtype, pick_device, run
 from utils.training import Training
-from utils.watch import Watch
 
 CPU = torch.device("cpu")
 
@@ -78,7 +70,7 @@ def main() -> None:
     parser.add_argument("--json", type=file_path, metavar="FILE", help="write every figure there")
     args = parser.parse_args()
     if args.json and Path(args.json).exists():
-        raise UsageError(f"--json {args.json} exists: give a new file, or move the old one away")
+        raise UserError(f"--json {args.json} exists: give a new file, or move the old one away")
     device = pick_device(args.device)
     amp_dtype = pick_amp_dtype(args.amp, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +83,7 @@ def main() -> None:
         )  # fmt: skip
     print(table(figures))
     if args.json:
-        with written_whole(args.json) as unfinished:
+        with atomic_write(args.json) as unfinished:
             unfinished.write_text(json.dumps(figures, indent=2) + "\n")
 
 
@@ -125,7 +117,7 @@ def measure(
     # The same files again, where there are fewer.
     train.pairs = (train.pairs * math.ceil(images / len(train)))[:images]
     if len(train) < batch_size:
-        raise UsageError(f"--images {images} is less than a batch: give more, or --batch-size")
+        raise UserError(f"--images {images} is less than a batch: give more, or --batch-size")
     sizes = {train: check_headers(train.pairs, LISTING)}
     with tempfile.TemporaryDirectory() as folder:
         (in_file,) = keep_decoded(sizes, folder, workers)
@@ -269,4 +261,4 @@ def table(figures: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run(main, DatasetError)
+    run(main)

@@ -35,7 +35,8 @@ import torch
 from torch import Tensor, nn
 
 from models.lednet import Encoder, ImageClassifier, LEDNet
-from utils.atomic import written_whole
+from utils.errors import UserError
+from utils.files import atomic_write
 from utils.original_names import original_names
 
 # What a checkpoint must say of its network to rebuild it and its preprocessing.
@@ -53,7 +54,7 @@ DESCRIPTION = {
 }
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint file is not usable; the message is one line that says what to do."""
 
 
@@ -63,7 +64,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> N
     Raises:
         OSError: it cannot be written; the file that was there is as it was.
     """
-    with written_whole(path) as unfinished, unfinished.open("wb") as file:
+    with atomic_write(path) as unfinished, unfinished.open("wb") as file:
         try:
             torch.save(dict(checkpoint), file)
         except RuntimeError as error:

@@ -13,7 +13,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.atomic import remove_unfinished, written_whole
+from utils.files import atomic_write, remove_unfinished
 
 FILES = "events.out.tfevents.*"
 # A record: the length of its event and the checksum of that, the event, and its checksum.
@@ -97,7 +97,7 @@ def drop_events_after(folder: Path, step: int) -> None:
             kept, dropped = _split(file, step)
             if not dropped:
                 continue
-            with written_whole(path) as unfinished, unfinished.open("wb") as new:
+            with atomic_write(path) as unfinished, unfinished.open("wb") as new:
                 for start, end in kept:
                     file.seek(start)
                     while start < end:

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from utils import distributed
 from utils.checkpoint import fill, on_cpu
-from utils.recipe import Average, resume_optimizer
+from utils.optim import Average, resume_optimizer
 
 
 @dataclass

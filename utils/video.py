@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from PIL import Image
 
-from utils.atomic import written_whole
+from utils.files import atomic_write
 
 
 class VideoWriter:
@@ -51,7 +51,7 @@ class VideoWriter:
         self.container.mux(self.stream.encode(frame))
 
     def _begin(self, picture: Image.Image) -> None:
-        unfinished = self.open.enter_context(written_whole(self.path))
+        unfinished = self.open.enter_context(atomic_write(self.path))
         self.container = self.open.enter_context(self.av.open(str(unfinished), "w"))
         codec = "libx264" if "libx264" in self.av.codecs_available else "mpeg4"
         self.stream = self.container.add_stream(codec, self.rate)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from datasets.cityscapes import Cityscapes
-from datasets.scene import CLASSES, draw_scene
+from datasets.drawn.scene import CLASSES, draw_scene
 
 NAMES = {c.id: name for name, c in CLASSES.items()}
 

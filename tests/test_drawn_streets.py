@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from datasets.cityscapes import Cityscapes
-from datasets.synthetic import coarsen, make_synthetic
+from datasets.drawn.streets import coarsen, make_synthetic
 
 
 def test_layout_is_that_of_the_download(cityscapes):

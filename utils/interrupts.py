@@ -13,15 +13,17 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from utils import cli, distributed
-from utils.cli import Interrupted, UsageError, dead_worker, one_line
+from utils import distributed
+from utils import script as cli
+from utils.errors import UserError, one_line
+from utils.script import Interrupted, worker_death
 from utils.training import Training
 
 SAME_SIGNAL = 1.0  # seconds in which a signal that comes again is the same one
 FILES_NAMED = 20  # of a batch, in a message
 
 
-class Diverged(UsageError):
+class Diverged(UserError):
     """A loss or a weight is not finite."""
 
 
@@ -152,7 +154,7 @@ class Watch:
         Raises:
             Interrupted: a signal came.
             Diverged: a loss is not finite; nothing was saved.
-            UsageError: the failure, if it is a mistake, and how to go on.
+            UserError: the failure, if it is a mistake, and how to go on.
             SystemExit: another process failed.
         """
         diverged = self._diverged()
@@ -186,15 +188,15 @@ class Watch:
             sys.exit(2)
         if isinstance(failure, Diverged):
             raise failure
-        if isinstance(failure, UsageError):
-            raise UsageError(f"{failure}; {how}") from failure
+        if isinstance(failure, UserError):
+            raise UserError(f"{failure}; {how}") from failure
         if isinstance(failure, self.mistakes):
-            raise UsageError(
+            raise UserError(
                 f"{one_line(failure)}, or leave it out with --skip-broken; {how}"
             ) from failure
-        died = dead_worker(failure)
+        died = worker_death(failure)
         if died is not None:
-            raise UsageError(f"{died}; {how}") from failure
+            raise UserError(f"{died}; {how}") from failure
         print(how, flush=True)
         raise failure
 

@@ -11,7 +11,8 @@ from torch.export import Dim
 
 from models.deployed import Deployed
 from models.lednet import LEDNet
-from utils.atomic import written_whole
+from utils.errors import UserError
+from utils.files import atomic_write
 
 # What the model's metadata says beside its graph, each as JSON: what a program needs to prepare
 # images and to show labels.
@@ -29,7 +30,7 @@ METADATA = (
 LEAST = 64  # height and width of an image
 
 
-class MissingExtra(Exception):
+class MissingExtra(UserError):
     """An optional package is not installed; the message is one line that says how to."""
 
 
@@ -64,7 +65,7 @@ def export_onnx(
         raise MissingExtra(f"{error}: pip install onnx onnxscript onnxruntime") from error
     properties = {name: json.dumps(checkpoint[name]) for name in METADATA if name in checkpoint}
     program.model.metadata_props.update(properties)
-    with written_whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         program.save(unfinished)
 
 

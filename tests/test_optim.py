@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from utils.recipe import OPTIMIZERS, SCHEDULES, ema_of, resume_optimizer
+from utils.optim import OPTIMIZERS, SCHEDULES, ema_of, resume_optimizer
 
 
 def rates(schedule: str, steps: int, lr: float = 0.1, optimizer: str = "adam") -> list[float]:

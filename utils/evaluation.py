@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import distributed
-from utils.cli import UsageError
+from utils.errors import UserError
+from utils.interrupts import Watch
 from utils.losses import IGNORE_INDEX
 from utils.metrics import ConfusionMatrix, TopKAccuracy
 from utils.speed import device_of
 from utils.training import Training
-from utils.watch import Watch
 
 SECONDS_BETWEEN_UPDATES = 0.5
 
@@ -158,7 +158,7 @@ def told_memory(
         more: to end the message.
 
     Raises:
-        UsageError: instead of torch.OutOfMemoryError, or what CUDA's libraries have for it.
+        UserError: instead of torch.OutOfMemoryError, or what CUDA's libraries have for it.
     """
     try:
         yield
@@ -166,7 +166,7 @@ def told_memory(
         if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
             raise
         height, width = images[0].shape[-2:]
-        raise UsageError(
+        raise UserError(
             f"the GPU ran out of memory with a batch of {len(images)} images of {width}x{height}: "
             f"give a smaller --batch-size or {size_option}{more}"
         ) from error
@@ -413,7 +413,7 @@ def _until_stopped(
             if batch is not None:
                 yield batch
         if left_out and len(left_out) == len(loader.dataset):
-            raise UsageError("none of the images to validate on can be read: is the disk gone?")
+            raise UserError("none of the images to validate on can be read: is the disk gone?")
     except Exception as error:
         if watch is None:
             raise

@@ -11,8 +11,8 @@ from conftest import ROOT
 
 from utils import distributed
 from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.cli import UsageError
-from utils.run import (
+from utils.errors import UserError
+from utils.run_folder import (
     RUN_STATE,
     append_row,
     check_free,
@@ -57,7 +57,7 @@ def test_options_come_back(tmp_path):
 )
 def test_a_folder_in_use_is_refused(tmp_path, name):
     (tmp_path / name).write_text("precious")
-    with pytest.raises(UsageError, match=r"holds a run already.* --resume or give another --sav"):
+    with pytest.raises(UserError, match=r"holds a run already.* --resume or give another --sav"):
         check_free(tmp_path)
     assert (tmp_path / name).read_text() == "precious"
 
@@ -70,7 +70,7 @@ def test_a_folder_with_other_files_is_free(tmp_path):
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(UsageError, match="cannot be written"),
+        pytest.raises(UserError, match="cannot be written"),
         claimed(tmp_path / "file" / "run"),
     ):
         pass
@@ -79,14 +79,14 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
 def test_a_folder_is_one_runs_alone(tmp_path):
     """Also against another process, and free again when that was killed."""
     folder = tmp_path / "run"
-    code = "import sys, time\nfrom pathlib import Path\nfrom utils.run import claimed\n"
+    code = "import sys, time\nfrom pathlib import Path\nfrom utils.run_folder import claimed\n"
     code += "with claimed(Path(sys.argv[1])):\n    print('mine', flush=True)\n    time.sleep(60)"
     other = subprocess.Popen(
         [sys.executable, "-c", code, folder], stdout=subprocess.PIPE, cwd=ROOT, text=True
     )
     try:
         assert other.stdout.readline() == "mine\n"
-        with pytest.raises(UsageError, match="another run is writing into"), claimed(folder):
+        with pytest.raises(UserError, match="another run is writing into"), claimed(folder):
             pass
         assert folder.is_dir()
     finally:
@@ -168,7 +168,7 @@ def test_a_full_disk_under_a_damaged_checkpoint_is_told(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("shutil.copyfile", full)
-        with pytest.raises(UsageError, match=r"last\.pth cannot be written .*--resume"):
+        with pytest.raises(UserError, match=r"last\.pth cannot be written .*--resume"):
             load_run(tmp_path)
     assert load_run(tmp_path)["epoch"] == 0
 
@@ -194,8 +194,8 @@ def test_a_full_disk_keeps_the_checkpoints(tmp_path):
     """Here a limit on the size of files, which a checkpoint of larger weights exceeds."""
     save_run(STATE | {"epoch": 1}, tmp_path)
     code = (
-        "import resource, sys, torch\nfrom pathlib import Path\nfrom utils.cli import run\n"
-        "from utils.run import save_run\n"
+        "import resource, sys, torch\nfrom pathlib import Path\nfrom utils.script import run\n"
+        "from utils.run_folder import save_run\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "run(lambda: save_run({'model': {'w': torch.rand(9_000)}}, Path(sys.argv[1])))"
     )
@@ -217,7 +217,7 @@ def test_options_of_a_resume_hold_from_then_on(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "log.csv"])
 def test_a_failure_to_write_names_the_folder_of_the_run(tmp_path, name):
-    with pytest.raises(UsageError, match=rf"--savedir {tmp_path} --resume"), told(tmp_path / name):
+    with pytest.raises(UserError, match=rf"--savedir {tmp_path} --resume"), told(tmp_path / name):
         raise OSError(28, "No space left on device")
 
 
@@ -247,7 +247,7 @@ def test_what_was_left_out_is_told():
 def test_no_run_to_resume(tmp_path, content):
     if content is not None:
         (tmp_path / "args.json").write_text(content)
-    with pytest.raises(UsageError, match="holds no run to resume"):
+    with pytest.raises(UserError, match="holds no run to resume"):
         read_args(tmp_path)
 
 

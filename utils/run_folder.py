@@ -19,17 +19,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from utils import distributed
-from utils.atomic import remove_unfinished, written_whole
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from utils.cli import (
-    ArgumentParser,
-    UsageError,
-    file_path,
-    natural_float,
-    natural_int,
-    seed_int,
-)
+from utils.errors import UserError
 from utils.events import drop_events_after, flush_events, naming_events, open_events
+from utils.files import atomic_write, remove_unfinished
+from utils.options import ArgumentParser, file_path, natural_float, natural_int, seed_int
 
 # The checkpoint to go on from, and the one before it, in case it is damaged.
 LAST, PREVIOUS = "last.pth", "previous.pth"
@@ -136,7 +130,7 @@ def parse_run_args(
         free: options that may differ on resume, beside FREE_ON_RESUME.
 
     Raises:
-        UsageError: there is no run to resume, or it was begun with other options.
+        UserError: there is no run to resume, or it was begun with other options.
     """
     stored = None
     again = ArgumentParser(add_help=False)
@@ -145,11 +139,11 @@ def parse_run_args(
     first, _ = again.parse_known_args()
     if first.resume:
         if not first.savedir:
-            raise UsageError("--resume needs --savedir, the folder of the run to go on with")
+            raise UserError("--resume needs --savedir, the folder of the run to go on with")
         folder = run_folder(first.savedir, "")
         stored = read_args(folder)
         if not stored.keys() <= {*vars(parser.parse_args([])), "dataset"}:
-            raise UsageError(f"{folder} holds a run of another program: resume it with that")
+            raise UserError(f"{folder} holds a run of another program: resume it with that")
         parser.set_defaults(**{k: v for k, v in stored.items() if k not in ("savedir", "resume")})
     args = parser.parse_args()
     settle(args)
@@ -157,7 +151,7 @@ def parse_run_args(
         args.dataset = stored["dataset"]
     for name, value in (stored or {}).items():
         if name not in {*FREE_ON_RESUME, *free} and getattr(args, name, value) != value:
-            raise UsageError(
+            raise UserError(
                 f"the run in {args.savedir} has --{name.replace('_', '-')} {value}: "
                 "leave the option out to resume, or start another run"
             )
@@ -178,7 +172,7 @@ def claimed(folder: Path) -> Iterator[None]:
     A folder that is made for it, and into which nothing is written, is removed at the end.
 
     Raises:
-        UsageError: another run has it, or it cannot be written.
+        UserError: another run has it, or it cannot be written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / LOCK)
@@ -187,11 +181,11 @@ def claimed(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
         remove_unfinished(folder)
     except Timeout as error:
-        raise UsageError(
+        raise UserError(
             f"another run is writing into {folder}: wait for its end, or give another --savedir"
         ) from error
     except OSError as error:
-        raise UsageError(
+        raise UserError(
             f"{folder} cannot be written ({error.strerror}): give another --savedir"
         ) from error
     try:
@@ -209,14 +203,14 @@ def check_free(folder: Path) -> None:
     """See that no run lies in the folder.
 
     Raises:
-        UsageError: one does.
+        UserError: one does.
     """
     names = (
         ARGS, LOG, COUNTS, LAST, PREVIOUS, f"damaged-{LAST}", BEST, ENCODER,
         "stage*-epoch*.pth", "events.out.tfevents.*",
     )  # fmt: skip
     for found in (path for name in names for path in folder.glob(name)):
-        raise UsageError(
+        raise UserError(
             f"{folder} holds a run already ({found.name}): continue it with --resume or give "
             "another --savedir"
         )
@@ -226,13 +220,13 @@ def start_run(folder: Path, args: Mapping[str, Any]) -> None:
     """Write the options of a new run into its folder.
 
     Raises:
-        UsageError: the folder cannot be written.
+        UserError: the folder cannot be written.
     """
     try:
-        with written_whole(folder / ARGS) as unfinished:
+        with atomic_write(folder / ARGS) as unfinished:
             unfinished.write_text(json.dumps(dict(args), indent=2))
     except OSError as error:
-        raise UsageError(
+        raise UserError(
             f"{folder} cannot be written ({error.strerror}): give another --savedir"
         ) from error
 
@@ -241,7 +235,7 @@ def keep_options(folder: Path, args: Mapping[str, Any]) -> None:
     """Write the options that a run is resumed with, for when it is resumed again.
 
     Raises:
-        UsageError: the folder cannot be written.
+        UserError: the folder cannot be written.
     """
     begun = read_args(folder)
     now = dict(args) | {name: begun[name] for name in ("resume", "savedir")}
@@ -253,12 +247,12 @@ def save_run(checkpoint: Mapping[str, Any], folder: Path) -> None:
     """Write last.pth; the one before becomes previous.pth.
 
     Raises:
-        UsageError: the disk takes no more; both are as they were.
+        UserError: the disk takes no more; both are as they were.
     """
     last = folder / LAST
     with told(folder / LAST):
         if last.exists():
-            with written_whole(folder / PREVIOUS) as copy:
+            with atomic_write(folder / PREVIOUS) as copy:
                 shutil.copyfile(last, copy)
         save_checkpoint(checkpoint, last)
 
@@ -267,7 +261,7 @@ def save_network(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint of a run that nothing is resumed from.
 
     Raises:
-        UsageError: the disk takes no more; what was there is as it was.
+        UserError: the disk takes no more; what was there is as it was.
     """
     with told(path):
         save_checkpoint(checkpoint, path)
@@ -282,7 +276,7 @@ def load_run(folder: Path) -> dict[str, Any] | None:
 
     Raises:
         CheckpointError: neither can be read, or both were removed.
-        UsageError: the folder cannot be written.
+        UserError: the folder cannot be written.
     """
     last, previous = folder / LAST, folder / PREVIOUS
     if not last.exists() and not previous.exists():
@@ -307,7 +301,7 @@ def load_run(folder: Path) -> dict[str, Any] | None:
         with told(last):
             if last.exists():
                 os.replace(last, folder / f"damaged-{LAST}")
-            with written_whole(last) as copy:
+            with atomic_write(last) as copy:
                 shutil.copyfile(previous, copy)
         return checkpoint
 
@@ -331,13 +325,13 @@ def told(path: Path) -> Iterator[None]:
         path: of the file, or of the folder of the run.
 
     Raises:
-        UsageError: instead of an OSError.
+        UserError: instead of an OSError.
     """
     folder = path if path.is_dir() else path.parent
     try:
         yield
     except OSError as error:
-        raise UsageError(
+        raise UserError(
             f"{error.filename or path} cannot be written ({error.strerror or error}): mend that, "
             f"and go on with: {resume_command(folder)}"
         ) from error
@@ -360,11 +354,11 @@ def read_args(folder: Path) -> dict[str, Any]:
     """The options that a run was started with.
 
     Raises:
-        UsageError: the folder holds no run.
+        UserError: the folder holds no run.
     """
     args = read_json(folder / ARGS)
     if args is None:
-        raise UsageError(
+        raise UserError(
             f"{folder} holds no run to resume ({ARGS} is missing or damaged): give the "
             "--savedir of a run to resume, or another --savedir and no --resume"
         )
@@ -381,7 +375,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with told(path), written_whole(path) as unfinished:
+    with told(path), atomic_write(path) as unfinished:
         unfinished.write_text(json.dumps(dict(content), indent=2))
 
 
@@ -397,9 +391,9 @@ def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a log; its columns are those of the first row.
 
     Raises:
-        UsageError: it cannot be written, and is as it was.
+        UserError: it cannot be written, and is as it was.
     """
-    with told(path), written_whole(path) as unfinished, unfinished.open("w", newline="") as file:
+    with told(path), atomic_write(path) as unfinished, unfinished.open("w", newline="") as file:
         if rows:
             writer = csv.DictWriter(file, list(rows[0]), restval=math.nan, extrasaction="ignore")
             writer.writeheader()
@@ -417,7 +411,7 @@ def write_events(
     """A row of the log, without what was not measured, and pictures of val to TensorBoard.
 
     Raises:
-        UsageError: they cannot be written.
+        UserError: they cannot be written.
     """
     folder = Path(writer.log_dir)
     with told(folder), naming_events(folder):
@@ -448,7 +442,7 @@ def go_on_after(folder: Path, step: int, **done: int) -> SummaryWriter:
         What writes further events.
 
     Raises:
-        UsageError: they cannot be written.
+        UserError: they cannot be written.
     """
     drop_rows_after(folder / LOG, **done)
     with told(folder):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.files import DatasetError
-from datasets.seeded import (
+from datasets.images import DatasetError
+from datasets.loading import (
     Seeded,
     ShuffledSeeds,
     WithSeed,

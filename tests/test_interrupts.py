@@ -12,13 +12,14 @@ import torch
 from conftest import QUICK, ROOT
 from torch import nn
 
-from datasets.files import DatasetError
-from utils import cli
-from utils import watch as watch_module
+from datasets.images import DatasetError
+from utils import interrupts as watch_module
+from utils import script as cli
 from utils.checkpoint import load_checkpoint
-from utils.cli import Interrupted, UsageError
+from utils.errors import UserError
+from utils.interrupts import Diverged, Watch
+from utils.script import Interrupted
 from utils.training import Training
-from utils.watch import Diverged, Watch
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -228,7 +229,7 @@ def test_a_loss_that_nobody_looked_at_yet_is_looked_at_before_saving(clock):
 def test_a_failure_of_reading_saves_first_and_says_how_to_go_on(clock):
     watch, training, saved = watching()
     step(watch, training)
-    with pytest.raises(UsageError) as raised:
+    with pytest.raises(UserError) as raised:
         watch.look_up(DatasetError("a.png is broken"))
     expected = (
         "a.png is broken, or leave it out with --skip-broken; "

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.shapes import CLASSES, draw_shape, make_shapes
+from datasets.drawn.shapes import CLASSES, draw_shape, make_shapes
 
 
 def test_layout_is_that_of_imagenet(shapes):

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-import utils.engine
-from datasets.seeded import as_lists
-from utils.cli import UsageError
-from utils.engine import (
+import utils.evaluation
+from datasets.loading import as_lists
+from utils.errors import UserError
+from utils.evaluation import (
     Waiting,
     evaluate,
     evaluate_classifier,
@@ -22,10 +22,10 @@ from utils.engine import (
     largest,
     train_one_epoch,
 )
+from utils.interrupts import Diverged, Watch
 from utils.losses import build_loss
 from utils.metrics import ConfusionMatrix
 from utils.training import Training
-from utils.watch import Diverged, Watch
 
 
 class Pixels(torch.utils.data.Dataset):
@@ -253,7 +253,7 @@ def test_steps_that_the_scaler_skips_are_counted_and_shown(model, capsys):
 
 def test_one_process_of_several_counts_the_skipped_steps(model, monkeypatch):
     """All skip the same ones, and the sums of an epoch are taken over the processes."""
-    monkeypatch.setattr(utils.engine.distributed, "is_first", lambda: False)
+    monkeypatch.setattr(utils.evaluation.distributed, "is_first", lambda: False)
     model[0].weight.register_hook(lambda gradient: gradient * math.inf)
     _, training = train(model, Pixels(4, (16, 24)), scaled=True)
     assert training.totals["skipped_steps"] == 0
@@ -273,7 +273,7 @@ def test_a_gpu_without_memory_says_what_was_asked_of_it(model):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     for part in ("forward", "prepare"):
-        with pytest.raises(UsageError, match=r"of 2 images of 24x16: .*--batch-size or --height;"):
+        with pytest.raises(UserError, match=r"of 2 images of 24x16: .*--batch-size or --height;"):
             train(model, Pixels(4, (16, 24)), **{part: full})
 
 
@@ -284,7 +284,7 @@ def test_cuda_libraries_without_memory_are_told_as_well(model):
     def wrong(images):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    with pytest.raises(UsageError, match="--batch-size or --crop;"):
+    with pytest.raises(UserError, match="--batch-size or --crop;"):
         train(model, Pixels(4, (16, 24)), forward=full, size_option="--crop")
     with pytest.raises(RuntimeError, match="multiplied"):
         train(model, Pixels(4, (16, 24)), forward=wrong)

@@ -9,20 +9,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from datasets.files import DatasetError
-from utils.cli import (
-    ArgumentParser,
-    Interrupted,
-    UsageError,
-    dead_worker,
-    natural_int,
-    one_line,
-    pick_amp_dtype,
-    pick_device,
-    positive_float,
-    positive_int,
-    run,
-)
+from datasets.images import DatasetError
+from utils.errors import UserError, one_line
+from utils.options import ArgumentParser, natural_int, positive_float, positive_int
+from utils.script import Interrupted, dead_worker, pick_amp_dtype, pick_device, run
 
 
 def test_numbers():
@@ -57,7 +47,7 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys):
     assert error.count("\n") == 1 and "--height: -5 is not a positive whole number" in error
 
 
-@pytest.mark.parametrize("error", [UsageError("no\tway"), DatasetError("no\tway")])
+@pytest.mark.parametrize("error", [UserError("no\tway"), DatasetError("no\tway")])
 def test_run_ends_in_one_line_and_status_2(capsys, monkeypatch, error):
     monkeypatch.setattr(sys, "argv", ["main.py"])
 
@@ -65,7 +55,7 @@ def test_run_ends_in_one_line_and_status_2(capsys, monkeypatch, error):
         raise error
 
     with pytest.raises(SystemExit) as end:
-        run(main, DatasetError)
+        run(main)
     assert end.value.code == 2
     assert capsys.readouterr().err == "main.py: error: no\tway\n"
 
@@ -75,7 +65,7 @@ def test_run_lets_a_bug_through():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run(main, DatasetError)
+        run(main)
 
 
 class Broken(torch.utils.data.Dataset):
@@ -97,7 +87,7 @@ def test_devices():
     assert pick_device("cpu").type == "cpu"
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("gpu", "cuda:99", "meta"):
-        with pytest.raises(UsageError, match=f"--device {name} cannot be used here"):
+        with pytest.raises(UserError, match=f"--device {name} cannot be used here"):
             pick_device(name)
 
 
@@ -106,11 +96,11 @@ def test_precision(monkeypatch):
     assert pick_amp_dtype("auto", cpu) is None and pick_amp_dtype("off", cuda) is None
     assert pick_amp_dtype("bf16", cpu) == torch.bfloat16
     assert pick_amp_dtype("fp16", cuda) == torch.float16
-    with pytest.raises(UsageError, match="needs a CUDA GPU"):
+    with pytest.raises(UserError, match="needs a CUDA GPU"):
         pick_amp_dtype("fp16", cpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     assert pick_amp_dtype("auto", cuda) == torch.float16
-    with pytest.raises(UsageError, match="not supported by this GPU"):
+    with pytest.raises(UserError, match="not supported by this GPU"):
         pick_amp_dtype("bf16", cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert pick_amp_dtype("auto", cuda) == torch.bfloat16
@@ -127,10 +117,10 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
     assert taken == [torch.device("cuda:1")] * 2
     assert pick_device("cpu").type == "cpu"
-    with pytest.raises(UsageError, match="torchrun gives each process a GPU"):
+    with pytest.raises(UserError, match="torchrun gives each process a GPU"):
         pick_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UsageError, match="there are 1 GPUs for the processes of this machine"):
+    with pytest.raises(UserError, match="there are 1 GPUs for the processes of this machine"):
         pick_device("auto")
 
 
@@ -178,7 +168,9 @@ def test_another_sigterm_does_not_keep_an_interrupted_program_from_saying_its_li
 
 @pytest.mark.parametrize("what", ["a full disk", "a closed pipe"])
 def test_a_standard_output_that_is_gone_ends_the_program_in_one_line(what):
-    code = "from utils.cli import run; run(lambda: [print('text', flush=True) for _ in range(9)])"
+    code = (
+        "from utils.script import run; run(lambda: [print('text', flush=True) for _ in range(9)])"
+    )
     if what == "a full disk":
         output = os.open("/dev/full", os.O_WRONLY)
     else:

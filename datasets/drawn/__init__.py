@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.files import DatasetError
-from datasets.sync import sync
+from datasets.images import DatasetError
+from utils.files import sync
 
 
 def draw_once(root: str | os.PathLike, make: Callable[..., None], what: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from datasets.whole import check_after, check_before
+from utils.errors import UserError
 
 # The label of pixels that are neither trained on nor scored.
 IGNORE_INDEX = 255
@@ -35,7 +36,7 @@ TO_UPRIGHT = {
 }
 
 
-class DatasetError(Exception):
+class DatasetError(UserError):
     """The data set on disk is not usable; the message is one line that says what to do."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from datasets.files import DatasetError
+from datasets.images import DatasetError
 
 Item = tuple[int, int]  # index and seed
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from datasets.drawn import make_folder
-from datasets.scene import Scene, draw_scene
+from datasets.drawn.scene import Scene, draw_scene
 
 COUNTS = {"train": 240, "val": 40, "test": 8, "train_extra": 80}
 CITIES = ("avalon", "brigadoon", "camelot", "zenda")

@@ -1,0 +1,14 @@
+"""Errors that are the user's to mend; a script prints them in one line and exits with status 2."""
+
+
+class UserError(Exception):
+    """The user asked for something that cannot be done; the message is one line.
+
+    It says what is wrong. Which option mends it is for the script to say: see `utils.script.run`.
+    """
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error, without the traceback that a DataLoader's worker adds."""
+    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")

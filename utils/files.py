@@ -1,0 +1,191 @@
+"""Files that are whole or absent, whatever stops the program that writes them."""
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+from utils.errors import UserError
+
+# A file that is being written: .last.pth-1f0c9ab2.unfinished.pth for last.pth.
+UNFINISHED = re.compile(r"\..*-[0-9a-f]{8}\.unfinished(\.[^.]+)?", re.DOTALL)
+
+# Results that may wait for each thread of a ResultWriter.
+WAITING = 4
+
+
+class WriteError(UserError):
+    """A file or folder cannot be written."""
+
+
+@contextmanager
+def write_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turn an OSError in the block into a WriteError.
+
+    Args:
+        path: file to name where the error names none.
+
+    Raises:
+        WriteError: the disk is full, the folder is read-only, ...
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise WriteError(f"{error.filename or path} cannot be written ({reason})") from error
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a file beside `path`, then sync and rename it when the block ends.
+
+    The old file stays until then, and for good if the block fails. A symbolic link at `path` is
+    replaced, not followed.
+
+    Yields:
+        Path of an empty file in the same folder, with the same suffix, to write and close.
+
+    Raises:
+        OSError: the file cannot be written; its `filename` is `path`.
+    """
+    path = Path(path)
+    # File names are limited to 255 bytes; the first hundred are enough to recognise one.
+    name = os.fsencode(path.name)[:100].decode(errors="ignore")
+    unfinished = path.with_name(f".{name}-{secrets.token_hex(4)}.unfinished{path.suffix}")
+    try:
+        # With the permissions of any new file; tempfile would make it private.
+        os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield unfinished
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        sync(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        # A failed write names no file, or the temporary one, which means nothing to the user.
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.filename in (None, unfinished, os.fspath(unfinished)):
+                raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        raise
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Flush a file, or the names in a folder, to the disk where the system supports it."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows, and folders that can be written but not listed
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some network file systems
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Remove what `atomic_write` left in a folder when its process was killed.
+
+    No other process may be writing into the folder.
+    """
+    for path in Path(folder).iterdir():
+        if UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def make_results_folder(folder: Path) -> None:
+    """Make a folder for results, or take an empty one.
+
+    Raises:
+        UserError: the folder is not empty.
+        WriteError: it cannot be made.
+    """
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        used = any(folder.iterdir())
+    if used:
+        raise UserError(f"{folder} is not empty: name a new folder")
+
+
+def result_path(folder: Path, name: str) -> Path:
+    """Return the path of a result in a folder, and make the subfolder that it needs.
+
+    Args:
+        folder: folder of the results.
+        name: relative path, possibly taken from the name of somebody's file.
+
+    Raises:
+        UserError: the path leads out of the folder, by its name or through a symbolic link.
+        OSError: the subfolder cannot be made.
+    """
+    path, relative = folder / name, PurePath(name)
+    parts = relative.parts
+    leaves = relative.is_absolute() or ".." in parts or not parts or "\0" in name
+    if leaves or not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{name!r} leads out of {folder}: rename the file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def save_result(path: Path, encode: Callable[[BinaryIO], None]) -> None:
+    """Write what `encode` writes into a file, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with atomic_write(path) as unfinished:
+        # In memory first: PIL and its codecs hide why a file could not be written.
+        content = BytesIO()
+        encode(content)
+        unfinished.write_bytes(content.getbuffer())
+
+
+class ResultWriter:
+    """Threads that write results while the network goes on; a full queue blocks.
+
+    Attributes:
+        failures: results that could not be encoded, one sentence each.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.pool = ThreadPoolExecutor(max(1, threads))
+        self.limit = WAITING * max(1, threads)
+        self.waiting: deque[Future] = deque()
+        self.failures: list[str] = []
+
+    def __enter__(self) -> "ResultWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.pool.shutdown(cancel_futures=exception[0] is not None)
+
+    def put(self, write: Callable[..., None], *args: Any) -> None:
+        """Call `write` with the arguments in one of the threads."""
+        self.waiting.append(self.pool.submit(write, *args))
+        self.finish(self.limit)
+
+    def finish(self, limit: int = 0) -> None:
+        """Wait until at most `limit` results are left.
+
+        Raises:
+            WriteError: a file cannot be written.
+        """
+        while len(self.waiting) > limit:
+            try:
+                with write_errors("a result"):
+                    self.waiting.popleft().result()
+            except WriteError as error:
+                if error.__cause__.errno is not None:
+                    raise
+                # PIL's own OSError: this picture cannot be encoded, others can.
+                self.failures.append(f"a result cannot be saved ({error.__cause__})")

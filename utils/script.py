@@ -1,0 +1,181 @@
+"""What every script shares: errors in one line, exit statuses, the device and its precision."""
+
+import io
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import NoReturn
+
+import torch
+
+from utils import distributed
+from utils.errors import UserError, one_line
+
+Advice = Mapping[type[Exception], str]
+
+
+class Interrupted(Exception):
+    """A signal ended the program in good order; the message says how to go on.
+
+    Args:
+        number: number of the signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + number
+
+
+class WorkerDied(UserError):
+    """A process that loads data was killed."""
+
+
+# The signal that ends the program. Python drops an exception that a handler raises within certain
+# callbacks, such as those of a fork; then training sees the signal here and ends at its next step.
+received: int | None = None
+
+
+def run(main: Callable[[], None], advice: Advice | None = None) -> None:
+    """Run a script; a UserError ends it in one line on stderr and status 2.
+
+    When one of several processes fails, the others print its message.
+
+    Args:
+        advice: text that follows the message of an error of each class, such as the options that
+            mend it; the most specific class counts.
+    """
+    global received
+    name = os.path.basename(sys.argv[0])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, _end)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored: nohup
+        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, _end)
+    try:
+        main()
+        distributed.stop()
+    except Interrupted as end:
+        # torchrun sends SIGTERM to the processes that end last; they still print their message.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if distributed.is_first():
+            print(f"{name}: {end}", file=sys.stderr)
+        sys.exit(end.status)
+    except UserError as error:
+        message = with_advice(error, advice or {})
+        distributed.announce(message)
+        print(f"{name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        reason = distributed.failure_elsewhere(error)
+        if reason is None:
+            died = worker_death(error)
+            reason = with_advice(died, advice or {}) if died else lost_output(error)
+            distributed.announce(reason or one_line(error))
+        if reason is None:
+            raise
+        print(f"{name}: error: {reason}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        received = None
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def with_advice(error: Exception, advice: Advice) -> str:
+    """Return the message of an error and, where there is one, the advice for its class."""
+    found = (advice[kind] for kind in type(error).__mro__ if kind in advice)
+    return "; ".join([one_line(error), *filter(None, [next(found, "")])])
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    """End by an exception, so that whatever is under way cleans up."""
+    global received
+    received = number
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Interrupted("stopped by SIGTERM", number)
+
+
+def lost_output(error: Exception) -> str | None:
+    """Return what to say if standard output caused the error: a full disk or a closed pipe."""
+    if not isinstance(error, OSError):
+        return None
+    try:
+        print(flush=True)  # unbuffered output has nothing left to flush
+    except OSError:
+        # Python would try to flush the rest at exit, and complain.
+        sys.stdout = open(os.devnull, "w")
+        return f"standard output cannot be written ({error.strerror})"
+    return None
+
+
+def worker_death(error: Exception) -> WorkerDied | None:
+    """Return the error to report if a process that loads data has died."""
+    # A worker that dies while it hands over a batch breaks the connection first.
+    broken = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
+    if broken or str(error).startswith("DataLoader worker"):
+        return WorkerDied(f"a process that loads data died ({one_line(error)})")
+    return None
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" is a CUDA GPU where there is one.
+
+    Each process that torchrun starts on a machine gets a GPU of its own.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    number = distributed.local_rank()
+    if name.startswith("cuda:") and number is not None:
+        raise UserError(f"--device {name}: torchrun gives each process a GPU, leave it out")
+    if name == "cuda" and number is not None:
+        if number >= torch.cuda.device_count():
+            raise UserError(
+                f"this machine has {torch.cuda.device_count()} GPUs, fewer than its processes: "
+                "lower torchrun's --nproc-per-node, or give --device cpu"
+            )
+        name = f"cuda:{number}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} cannot be used here: give cpu, cuda or auto")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of mixed precision for a value of --amp; None is full precision.
+
+    Raises:
+        UserError: the device does not support it.
+    """
+    on_gpu = device.type == "cuda"
+    if name == "fp16" and not on_gpu:
+        raise UserError("--amp fp16 needs a CUDA GPU: give --amp bf16 or off")
+    # Older GPUs emulate bf16, slower than float32.
+    bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bf16" and not bf16:
+        raise UserError("--amp bf16 is not supported by this GPU: give --amp fp16 or off")
+    if name == "auto":
+        name = "off" if not on_gpu else "bf16" if bf16 else "fp16"
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the kind and threads of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
