@@ -100,7 +100,7 @@ from utils.run_folder import (
     write_events,
     write_json,
 )
-from utils.script import Obsolete, pick_amp_dtype, pick_device, run
+from utils.script import pick_amp_dtype, pick_device, run
 from utils.speed import count_parameters
 from utils.training import Training, seed_process
 from utils.visualize import score_table, strip
@@ -112,6 +112,16 @@ NOT_NORMALISED = ([0.0] * 3, [1.0] * 3)
 
 # Labels of stage 1 have the encoder's resolution.
 LABEL_STRIDE = {1: 8, 2: 1}
+
+
+class Obsolete(argparse.Action):
+    def __init__(self, option_strings, dest, reason="it means nothing any more", **kwargs):
+        super().__init__(
+            option_strings, dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **kwargs
+        )
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pass
 
 
 class BothStages(argparse.Action):
