@@ -14,7 +14,7 @@ from datasets.imagenet import (
     validation_images,
 )
 from datasets.images import DatasetError, to_stored, upright
-from datasets.transforms import to_floats
+from datasets.transforms import normalizer
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_augmentation_follows_the_recipe(folder):
 
 def test_images_are_normalised_with_the_figures_of_imagenet():
     images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
-    normalised = to_floats(MEAN, STD, torch.device("cpu"))(images)
+    normalised = normalizer(MEAN, STD, torch.device("cpu"))(images)
     expected = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
     assert normalised.dtype == torch.float32 and normalised.shape == (2, 3, 4, 4)
     for channel, value in enumerate(expected):
