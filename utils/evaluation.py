@@ -8,13 +8,13 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from datasets.images import IGNORE_INDEX
 from datasets.loading import Batch
 from utils import distributed
 from utils.errors import UserError
 from utils.metrics import ConfusionMatrix, TopKAccuracy
+from utils.progress import progress_bar
 from utils.speed import device_of
 
 Normalize = Callable[[Tensor], Tensor]
@@ -214,9 +214,3 @@ def evaluate_classifier(
     total_loss = distributed.total(total_loss)
     scores = {f"val_{name}": value for name, value in accuracy.summary().items()}
     return {"val_loss": (total_loss / accuracy.seen).item()} | scores
-
-
-def progress_bar(title: str, images: int) -> tqdm:
-    """Return a bar that counts images, on the terminal of the first process alone."""
-    disable = None if distributed.is_first() else True
-    return tqdm(total=images, desc=title, unit="img", leave=False, disable=disable)
