@@ -69,8 +69,6 @@ class Run:
     """A training run in its folder. Only the first process of several writes.
 
     Attributes:
-        args: options of the run.
-        folder: folder that everything is written into.
         resumed: checkpoint to go on from; None for a new run.
         signals: SIGTERM and Ctrl-C since `begin`.
         command: command line that resumes the run.
@@ -103,12 +101,9 @@ class Run:
         return None
 
     def begin(self) -> None:
-        """Start writing: what the log has beyond the epochs that were saved is dropped.
+        """Start writing; what the log has beyond the last checkpoint is dropped.
 
         Mistakes found before this leave no folder behind.
-
-        Raises:
-            WriteError: the folder cannot be written.
         """
         self.opened.enter_context(self.signals)
         if not distributed.is_first():
@@ -136,7 +131,7 @@ class Run:
 
     @contextmanager
     def write_errors(self, path: Path) -> Iterator[None]:
-        """Raise a WriteError that says how to resume, in place of an OSError."""
+        """Turn an OSError into a WriteError that says how to resume."""
         try:
             with write_errors(path):
                 yield
@@ -145,11 +140,7 @@ class Run:
             raise
 
     def save(self, checkpoint: Mapping[str, Any]) -> None:
-        """Write last.pth, and keep the one before as previous.pth.
-
-        Raises:
-            WriteError: it cannot be written; both files stay as they were.
-        """
+        """Write last.pth, and keep the one before as previous.pth."""
         last = self.folder / LAST
         with self.write_errors(last):
             if last.exists():
@@ -157,11 +148,7 @@ class Run:
             save_checkpoint(checkpoint, last)
 
     def save_network(self, checkpoint: Mapping[str, Any], name: str) -> None:
-        """Write a checkpoint that no run resumes from.
-
-        Raises:
-            WriteError: it cannot be written; the old file stays.
-        """
+        """Write a checkpoint that no run resumes from."""
         with self.write_errors(self.folder / name):
             save_checkpoint(checkpoint, self.folder / name)
 
@@ -173,14 +160,7 @@ class Run:
                 unfinished.write_text(text)
 
     def record(self, row: Mapping[str, Any], step: int, pictures: Sequence[Tensor]) -> None:
-        """Add the row of an epoch to the log, and its scores and pictures to TensorBoard.
-
-        Args:
-            step: number of the epoch over all stages.
-
-        Raises:
-            WriteError: they cannot be written.
-        """
+        """Add an epoch to the log and to TensorBoard, where `step` counts over all stages."""
         self._write_log([*read_log(self.folder / LOG), dict(row)])
         with self.write_errors(self.folder / EVENTS):
             for name, value in row.items():
@@ -223,12 +203,7 @@ def open_run(args: argparse.Namespace) -> Iterator[Run]:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder against other runs; remove it at the end if nothing was written into it.
-
-    Raises:
-        FolderInUse: another run has locked it.
-        WriteError: it cannot be written.
-    """
+    """Lock a folder against other runs; remove it at the end if nothing was written into it."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / LOCK)
     with write_errors(folder):
@@ -250,11 +225,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def check_free(folder: Path) -> None:
-    """Check that a folder holds no run.
-
-    Raises:
-        FolderInUse: it does.
-    """
+    """Raise FolderInUse if a folder holds a run."""
     names = (
         ARGS, LOG, COUNTS, LAST, PREVIOUS, f"damaged-{LAST}", BEST, ENCODER, "stage*-epoch*.pth",
         EVENTS,
@@ -334,11 +305,7 @@ def resume_command(folder: Path) -> str:
 
 
 def read_args(folder: Path) -> dict[str, Any]:
-    """Return the options that a run was started with.
-
-    Raises:
-        NoRun: the folder holds no run.
-    """
+    """Return the options that a run was started with; raise NoRun if there is none."""
     args = read_json(folder / ARGS)
     if args is None:
         raise NoRun(f"{folder} holds no run to resume: {ARGS} is missing or damaged")

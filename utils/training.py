@@ -1,4 +1,4 @@
-"""Training: one loop for every program, and the state that lets it go on from any step."""
+"""Training: a stage, how far it has come, and the one loop for every program."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -279,7 +279,13 @@ def fit(stage: Stage, run: Run) -> dict[str, Any]:
     state = TrainState(stage)
     resumed = run.resumed if run.resumed and run.resumed["stage"] == stage.number else None
     differences = state.load_state_dict(resumed, run.folder / LAST) if resumed else []
-    guard = guard_of(state, run, resumed is not None)
+
+    def save() -> None:
+        checkpoint = state.state_dict()
+        distributed.first(lambda: run.save(checkpoint))
+
+    minutes = run.args.checkpoint_minutes
+    guard = Guard(run.signals, state, save, run.folder / LAST, minutes, run.command)
     if resumed:
         print(f"resuming after {state.place()}")
     for difference in differences:
@@ -293,24 +299,6 @@ def fit(stage: Stage, run: Run) -> dict[str, Any]:
         # Last of all: what the epoch wrote is written again if the run is killed before this.
         guard.save()
     return state.best
-
-
-def guard_of(state: TrainState, run: Run, resumed: bool) -> Guard:
-    def save() -> None:
-        checkpoint = state.state_dict()
-        distributed.first(lambda: run.save(checkpoint))
-
-    return Guard(
-        run.signals,
-        run.folder / LAST,
-        run.args.checkpoint_minutes,
-        run.command,
-        save,
-        state.place,
-        (state.stage.model, state.stage.scored),
-        state.stage.files,
-        resumed,
-    )
 
 
 def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Module) -> None:
