@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.evaluation import device_of
-
 
 @dataclass(frozen=True)
 class Latency:
@@ -38,6 +36,11 @@ class InPrecision(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.network(images.to(self.dtype))
         return outputs.float() if outputs.is_floating_point() else outputs
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model; the CPU for runtimes that hide their parameters."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -107,13 +107,16 @@ def legend(names: Sequence[str], colors: Colors, width: int) -> Image.Image:
 
 def write_video(
     path: str | os.PathLike, rate: Fraction | int, pictures: Iterable[Image.Image]
-) -> None:
+) -> int:
     """Write an MP4 file with PyAV, whole or not at all; without pictures there is no file.
 
     Args:
         path: file to write.
         rate: pictures per second.
         pictures: pictures; all get the size of the first.
+
+    Returns:
+        The number of pictures.
 
     Raises:
         OSError: the file cannot be written.
@@ -123,17 +126,20 @@ def write_video(
     pictures = iter(pictures)
     first = next(pictures, None)
     if first is None:
-        return
+        return 0
     with atomic_write(path) as unfinished, av.open(str(unfinished), "w") as container:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         # MPEG-4 counts time in at most 65,535 parts of a second.
         stream = container.add_stream(codec, Fraction(rate).limit_denominator(65_535))
         stream.pix_fmt = "yuv420p"  # which stores one colour for 2x2 pixels
         stream.width, stream.height = (length // 2 * 2 for length in first.size)
+        count = 0
         for picture in chain([first], pictures):
             picture = picture.crop((0, 0, stream.width, stream.height))
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+            count += 1
         container.mux(stream.encode())
+    return count
 
 
 def score_table(names: Sequence[str], scores: Sequence[float], columns: int = 2) -> str:
