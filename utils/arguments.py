@@ -2,8 +2,12 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
+
+from utils.errors import UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -51,6 +55,20 @@ def finite_float(text: str) -> float:
 def file_path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def new_file(text: str) -> str:
+    """Check the path of a file to be written at the end of long work.
+
+    Raises:
+        UserError: the file exists, or its folder cannot be written to.
+    """
+    path = Path(file_path(text))
+    if path.exists():
+        raise UserError(f"{path} exists: name a new file")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise UserError(f"{path.parent} is not a folder that can be written to")
     return text
 
 

@@ -137,13 +137,18 @@ def result_path(folder: Path, name: str) -> Path:
     return path
 
 
-def save_result(path: Path, encode: Callable[[BinaryIO], None]) -> None:
+def save_result(folder: Path, name: str, encode: Callable[[BinaryIO], None]) -> None:
     """Write what `encode` writes into a file, whole or not at all.
 
+    Args:
+        folder, name: folder of the results, and relative path in it; see `result_path`.
+        encode: writes into an open file.
+
     Raises:
+        UserError: the path leads out of the folder.
         OSError: the file cannot be written.
     """
-    with atomic_write(path) as unfinished:
+    with atomic_write(result_path(folder, name)) as unfinished:
         # In memory first: PIL and its codecs hide why a file could not be written.
         content = BytesIO()
         encode(content)
