@@ -270,6 +270,7 @@ class Guard:
         weights = [w for state in states for w in state.values() if w.is_floating_point()]
         if torch.nn.utils.get_total_norm(weights).isfinite():
             return None
+        place = self.state.place()
         return Diverged(
-            f"a weight is not finite after {self.state.place()}: training has diverged; {self.last_good}"
+            f"a weight is not finite after {place}: training has diverged; {self.last_good}"
         )
