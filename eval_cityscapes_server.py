@@ -225,7 +225,7 @@ def measure(network: LEDNet, model: nn.Module, size: Size, setting: str) -> dict
     multiply_adds = speed.count_multiply_adds(network, size)
     print(
         f"parameters      {total:,} (encoder {encoder:,}, decoder {total - encoder:,})\n"
-        f"multiply-adds   {multiply_adds / 1e9:.2f} G at {size[1]}x{size[0]}\n"
+        f"multiply-adds   {multiply_adds / 1e9:.2f} G at {size[1]}x{size[0]}, of the convolutions\n"
         f"speed           {latency.fps:.1f} FPS at {size[1]}x{size[0]}, batch 1, image to logits\n"
         f"latency         median {latency.median_ms:.2f} ms, p95 {latency.p95_ms:.2f} ms, over "
         f"{latency.passes} passes in {setting}"

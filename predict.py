@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby, islice, starmap
 from pathlib import Path
 
 import torch
@@ -95,6 +95,11 @@ def main() -> None:
 
     started, done = time.perf_counter(), 0
     with files.ResultWriter(args.workers) as writer:
+
+        def draw(frame: pictures.Frame, labels: Tensor) -> Image.Image:
+            writer.put(save_maps, output, frame, labels, classes)
+            return overlay(frame.image, labels, classes.names, classes.colors)
+
         for frame, labels in segment(read_stills(stills, height, args.workers, fail)):
             writer.put(save_maps, output, frame, labels, classes)
             writer.put(save_overlay, output, frame, labels, classes)
@@ -111,7 +116,7 @@ def main() -> None:
             segmented = tqdm(segment(frames), name, total, False, unit="img", disable=None)
             with files.write_errors(output):
                 film = files.result_path(output, f"overlays/{name}.mp4")
-                done += write_video(film, rate, overlays(segmented, writer, output, classes))
+                done += write_video(film, rate, starmap(draw, segmented))
         writer.finish()
     for message in writer.failures:
         fail(message)
@@ -175,18 +180,6 @@ def save_overlay(output: Path, frame: pictures.Frame, labels: Tensor, classes: C
     suffix, kind = (".jpg", "JPEG") if max(page.size) <= JPEG_LIMIT else (".png", "PNG")
     name = f"overlays/{frame.name}{suffix}"
     files.save_result(output, name, lambda file: page.save(file, kind, quality=90))
-
-
-def overlays(
-    segmented: Iterable[tuple[pictures.Frame, Tensor]],
-    writer: files.ResultWriter,
-    output: Path,
-    classes: Classes,
-) -> Iterator[Image.Image]:
-    """Yield the overlays of the frames of a video, and save their maps."""
-    for frame, labels in segmented:
-        writer.put(save_maps, output, frame, labels, classes)
-        yield overlay(frame.image, labels, classes.names, classes.colors)
 
 
 if __name__ == "__main__":

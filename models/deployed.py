@@ -68,8 +68,7 @@ class Deployed(nn.Module):
     """A trained network for inference only.
 
     Args:
-        network: trained network, which is copied and stays as it is.
-        labels: return the class of each pixel instead of the logits.
+        network, labels: as for `deploy`.
         products: shuffle by 1x1 convolutions of zeros and ones, and upsample by matrix products.
             CPU runtimes keep channels in blocks, a layout that convolutions keep and copies
             break. False: copy and interpolate, which compilers for GPUs fuse with other steps.
@@ -79,19 +78,22 @@ class Deployed(nn.Module):
         super().__init__()
         self.labels, self.products = labels, products
         network = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
+        stages: list[list[nn.Module]] = []
+        for layer in network.encoder:
+            if isinstance(layer, Downsampler):
+                stages.append([])
+            stages[-1].append(layer)
         self.stages = nn.ModuleList()
         order = torch.arange(3)  # input channels: RGB
-        for downsampler, blocks in encoder_stages(network):
+        for downsampler, *blocks in stages:
             self.stages.append(Stage(downsampler, blocks, order, products))
-            order = unshuffled_order(downsampler.bn.num_features)
+            # The shuffle that the stage leaves out is done to the weights that read it.
+            order = shuffled_order(downsampler.bn.num_features).argsort()
         self.decoder = fused_decoder(network.decoder, order)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Segment images of at least 64 x 64 pixels.
-
-        Args:
-            images: N x 3 x H x W, floating point, normalised as the network was trained.
+        """Segment images, N x 3 x H x W, normalised as in training; H and W are at least 64.
 
         Returns:
             Logits, N x C x H x W, float32; or labels, N x H x W, uint8, trainIds.
@@ -135,7 +137,7 @@ class Downsample(nn.Module):
 
     Args:
         downsampler: trained downsampler.
-        order: order of its input channels; see `unshuffled_order`.
+        order: order in which its input channels come.
     """
 
     def __init__(self, downsampler: Downsampler, order: Tensor) -> None:
@@ -196,17 +198,6 @@ class ShuffleByProducts(nn.Module):
         return self.left(both), self.right(both)
 
 
-def encoder_stages(network: LEDNet) -> list[tuple[Downsampler, list[SSnbt]]]:
-    """Group the layers of the encoder into its stages."""
-    stages: list[tuple[Downsampler, list[SSnbt]]] = []
-    for layer in network.encoder:
-        if isinstance(layer, Downsampler):
-            stages.append((layer, []))
-        else:
-            stages[-1][1].append(layer)
-    return stages
-
-
 def fused(layers: nn.Sequential) -> nn.Sequential:
     """Fold each batch norm into the convolution before it, and drop the dropout."""
     steps: list[nn.Module] = []
@@ -219,7 +210,7 @@ def fused(layers: nn.Sequential) -> nn.Sequential:
 
 
 def fused_decoder(decoder: APN, order: Tensor) -> APN:
-    """Fold the batch norms of the decoder, for features whose channels are in this order."""
+    """Fold the batch norms of the decoder, for features whose channels come in this order."""
     for name, layers in list(decoder.named_children()):
         if isinstance(layers, nn.Sequential):
             setattr(decoder, name, fused(layers))
@@ -230,22 +221,15 @@ def fused_decoder(decoder: APN, order: Tensor) -> APN:
 
 def conv_of(weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> nn.Conv2d:
     """Return a convolution with these weights, out x in x height x width."""
-    out_channels, in_channels, *kernel = weight.shape
-    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=bias is not None)
-    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    if bias is not None:
-        conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return conv
+    outputs, inputs, *kernel = weight.shape
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=bias is not None)
+    conv.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+    return conv.requires_grad_(False)
 
 
 def shuffled_order(channels: int) -> Tensor:
     """Return the index that each channel had before a shuffle."""
     return F.channel_shuffle(torch.arange(channels)[None, :, None], groups=2).flatten()
-
-
-def unshuffled_order(channels: int) -> Tensor:
-    """Return the order of weights that read channels whose shuffle was left out."""
-    return shuffled_order(channels).argsort()
 
 
 def upsample_by_products(x: Tensor, like: Tensor) -> Tensor:

@@ -14,6 +14,10 @@ from utils.checkpoint import Description
 from utils.errors import UserError
 from utils.files import atomic_write
 
+# What a model states beside its graph, each as JSON: how to prepare images and to show labels.
+METADATA = ("dataset", "num_classes", "class_names", "colors", "label_ids", "apn_channels")
+METADATA += ("mean", "std", "height")
+
 
 class MissingExtra(UserError):
     """An optional package is not installed."""
@@ -24,18 +28,14 @@ def export_onnx(
 ) -> None:
     """Write a trained network as an ONNX model, whole or not at all.
 
-    Its input is "images", N x 3 x H x W, float32, RGB in [0, 1], normalised with the mean and std
-    of the metadata; N, H and W are free, H and W from 64. Its output is "logits",
-    N x C x H x W, float32, or "labels", N x H x W, uint8, trainIds.
-
     Args:
         network: trained network.
         about: content of the metadata; None: no metadata.
         path: file to write.
-        labels: output labels instead of logits.
+        labels: output "labels", N x H x W, uint8, trainIds, instead of "logits", N x C x H x W.
 
     Raises:
-        MissingExtra: the exporter's packages are not installed.
+        MissingExtra: packages of the exporter are not installed.
         OSError: the file cannot be written.
     """
     free = {0: Dim("batch"), 2: Dim("height", min=MIN_SIZE), 3: Dim("width", min=MIN_SIZE)}
@@ -52,26 +52,10 @@ def export_onnx(
     except ImportError as error:
         raise MissingExtra(f"{error}: pip install onnx onnxscript onnxruntime") from error
     if about is not None:
-        program.model.metadata_props.update(metadata(about))
+        stated = about.to_checkpoint()
+        program.model.metadata_props.update({key: json.dumps(stated[key]) for key in METADATA})
     with atomic_write(path) as unfinished:
         program.save(unfinished)
-
-
-def metadata(about: Description) -> dict[str, str]:
-    """Return what a program needs to prepare images and to show labels, each as JSON."""
-    classes = about.classes
-    values = {
-        "dataset": about.dataset,
-        "num_classes": len(classes),
-        "class_names": classes.names,
-        "colors": classes.colors,
-        "label_ids": classes.label_ids,
-        "apn_channels": about.apn_channels,
-        "mean": about.mean,
-        "std": about.std,
-        "height": about.height,
-    }
-    return {name: json.dumps(value) for name, value in values.items()}
 
 
 class OnnxNetwork(nn.Module):

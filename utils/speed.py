@@ -12,18 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of single forward passes, from an input on the device to logits on the device.
-
-    Attributes:
-        median_ms, p95_ms: milliseconds.
-        fps: images per second at the median.
-        passes: number of passes that were timed.
-    """
+    """Time of single forward passes, from an input on the device to logits on the device."""
 
     median_ms: float
     p95_ms: float
-    fps: float
-    passes: int
+    fps: float  # at the median
+    passes: int  # number of passes that were timed
 
 
 class InPrecision(nn.Module):
@@ -70,19 +64,20 @@ def measure_latency(
         size: height and width of the image.
         passes: number of timed passes; fewer, but at least 5, if they would exceed `seconds`.
         warmup: number of passes before them, limited in the same way.
-        seconds: most time for the timed passes.
+        seconds: limit for the timed passes.
     """
     model.eval()
     device = device_of(model)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     image = torch.rand(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
 
     def timed_passes(most: int, seconds: float) -> list[float]:
         times: list[float] = []
         while len(times) < most and (len(times) < 5 or sum(times) < seconds):
-            synchronize(device)
+            synchronize()
             started = time.perf_counter()
             model(image)
-            synchronize(device)
+            synchronize()
             times.append(time.perf_counter() - started)
         return times
 
@@ -90,9 +85,3 @@ def measure_latency(
     times = timed_passes(passes, seconds)
     median, p95 = np.percentile(times, [50, 95]).tolist()
     return Latency(1e3 * median, 1e3 * p95, 1 / median, len(times))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

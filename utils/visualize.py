@@ -1,7 +1,7 @@
 """Label maps as pictures and videos, and scores as a table."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from itertools import chain
@@ -17,28 +17,16 @@ from utils.files import atomic_write
 Colors = Sequence[Sequence[int]]  # RGB, 0 to 255, of each class
 
 
-def colorize(labels: Tensor, colors: Colors) -> Tensor:
-    """Paint classes: H x W integers to 3 x H x W, uint8; values without a colour become black."""
-    palette = torch.zeros(256, 3, dtype=torch.uint8, device=labels.device)
-    palette[: len(colors)] = torch.tensor(colors, dtype=torch.uint8, device=labels.device)
-    return palette[labels.long()].permute(2, 0, 1)
-
-
 def strip(
     image: Tensor, prediction: Tensor, label: Tensor, colors: Colors, height: int = 256
 ) -> Tensor:
-    """Show image, prediction and ground truth side by side.
-
-    Args:
-        image: 3 x h x w, uint8.
-        prediction, label: H x W, classes; H x W may differ from h x w.
-        colors: colours of the classes.
-        height: height of the result, if the image is not smaller.
+    """Show image, 3 x h x w, prediction and label, both H x W of any size, side by side.
 
     Returns:
-        3 x height x 3 width, uint8, on the CPU.
+        3 x height x 3 width, uint8, on the CPU; `height` is limited by that of the image.
     """
-    panels = [image.cpu(), *(colorize(classes, colors).cpu() for classes in (prediction, label))]
+    maps = (paint(classes.cpu().to(torch.uint8), colors) for classes in (prediction, label))
+    panels = [image.cpu(), *(pil_to_tensor(picture.convert("RGB")) for picture in maps)]
     height = min(height, image.shape[1])
     size = height, round(image.shape[2] * height / image.shape[1])
     panels = [F.interpolate(panel[None], size, mode="nearest-exact")[0] for panel in panels]
@@ -46,12 +34,7 @@ def strip(
 
 
 def captioned(image: Tensor, caption: str, right: bool) -> Tensor:
-    """Add a line of text below an image, green if it is right, else red.
-
-    Args:
-        image: 3 x H x W, uint8.
-        caption: text.
-        right: whether the text is a correct prediction.
+    """Add a line of text below an image, 3 x H x W, uint8; green if it is right, else red.
 
     Returns:
         3 x (H + 16) x W, uint8.
@@ -65,20 +48,14 @@ def captioned(image: Tensor, caption: str, right: bool) -> Tensor:
 
 
 def paint(labels: Tensor, colors: Colors) -> Image.Image:
-    """Return classes, H x W, uint8, on the CPU, as a picture with a palette of their colours."""
+    """Return classes, H x W, uint8, on the CPU, as a picture with a palette; others are black."""
     picture = Image.fromarray(labels.numpy())
     picture.putpalette([value for color in colors for value in color])
     return picture
 
 
 def overlay(image: Tensor, labels: Tensor, names: Sequence[str], colors: Colors) -> Image.Image:
-    """Blend an image with the colours of its classes, and add a legend of all classes below.
-
-    Args:
-        image: 3 x H x W, uint8.
-        labels: H x W, uint8, classes, on the CPU.
-        names, colors: of the classes.
-    """
+    """Blend an image, 3 x H x W, with the colours of its labels, H x W; add a legend below."""
     painted = Image.blend(to_pil_image(image), paint(labels, colors).convert("RGB"), 0.5)
     key = legend(tuple(names), tuple(map(tuple, colors)), painted.width)
     page = Image.new("RGB", (max(painted.width, key.width), painted.height + key.height), "white")
@@ -142,7 +119,7 @@ def write_video(
     return count
 
 
-def score_table(names: Sequence[str], scores: Sequence[float], columns: int = 2) -> str:
+def score_table(names: Collection[str], scores: Iterable[float], columns: int = 2) -> str:
     """Return names beside percentages, in columns that are read downwards; '-' for NaN."""
     width = max(map(len, names))
     cells = [
