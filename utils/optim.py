@@ -85,11 +85,7 @@ class Average(AveragedModel):
 
 
 def average_of(model: nn.Module, steps: int) -> Average:
-    """Average weights and running statistics exponentially (EMA) over the last 2 % of a run.
-
-    Args:
-        steps: length of the run. The horizon is at least 10 steps and at most 10,000.
-    """
+    """Average weights and running statistics (EMA) over 2 % of `steps`, from 10 to 10,000 steps."""
     horizon = min(10_000, max(10, steps // 50))
     average = get_ema_multi_avg_fn(1 - 1 / horizon)
     return Average(model, multi_avg_fn=average, use_buffers=True)

@@ -271,11 +271,7 @@ class TrainState:
 
 
 def fit(stage: Stage, run: Run) -> dict[str, Any]:
-    """Train a stage to its end, from where it stopped if it was begun before.
-
-    Returns:
-        The best epoch and its scores.
-    """
+    """Train a stage to its end, from where it stopped; return its best epoch and the scores."""
     state = TrainState(stage)
     resumed = run.resumed if run.resumed and run.resumed["stage"] == stage.number else None
     differences = state.load_state_dict(resumed, run.folder / LAST) if resumed else []
