@@ -28,7 +28,7 @@ class WriteError(UserError):
 
 @contextmanager
 def write_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turn an OSError in the block into a WriteError, which names `path` if the error names none."""
+    """Turn an OSError into a WriteError, which names `path` if the error itself names no file."""
     try:
         yield
     except OSError as error:

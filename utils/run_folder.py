@@ -32,29 +32,8 @@ BEST, ENCODER = "best.pth", "encoder.pth"
 ARGS, LOG, COUNTS, LOCK = "args.json", "log.csv", "class_counts.json", ".lock"
 EVENTS = "events.out.tfevents.*"
 
-# What LAST holds for resuming, beside the weights and their description.
-RUN_STATE = (
-    "stage", "epoch", "step", "steps", "lr", "batch_size", "best", "training_model", "ema_updates",
-    "optimizer", "scheduler", "scaler", "computed_by", "processes",
-)  # fmt: skip
-
-# Columns of the log that TensorBoard shows, beside the IoU of every class.
-TAGS = {
-    "train_loss": "loss/train",
-    "val_loss": "loss/val",
-    "lr": "lr",
-    "train_miou": "miou/train",
-    "val_miou": "miou/val",
-    "val_pixel_accuracy": "pixel accuracy/val",
-    "images_per_second": "images per second/train",
-    "data_wait": "share of time waiting for data/train",
-    "skipped_steps": "steps skipped by the scaler/train",
-    "left_out": "broken images left out",
-    "train_top1": "top-1/train",
-    "val_top1": "top-1/val",
-    "train_top5": "top-5/train",
-    "val_top5": "top-5/val",
-}
+# Columns of the log that TensorBoard does not show.
+NOT_SHOWN = ("stage", "epoch", "seconds")
 
 
 class FolderInUse(UserError):
@@ -164,9 +143,8 @@ class Run:
         self._write_log([*read_log(self.folder / LOG), dict(row)])
         with self.write_errors(self.folder / EVENTS):
             for name, value in row.items():
-                tag = TAGS.get(name) or (name.replace(" ", "/", 1) if " " in name else None)
-                if tag and not math.isnan(value):
-                    self.writer.add_scalar(tag, value, step)
+                if name not in NOT_SHOWN and not math.isnan(value):
+                    self.writer.add_scalar(tensorboard_tag(name), value, step)
             for number, picture in enumerate(pictures):
                 self.writer.add_image(f"val/{number}", picture, step)
             self.writer.flush()
@@ -226,11 +204,9 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 def check_free(folder: Path) -> None:
     """Raise FolderInUse if a folder holds a run."""
-    names = (
-        ARGS, LOG, COUNTS, LAST, PREVIOUS, f"damaged-{LAST}", BEST, ENCODER, "stage*-epoch*.pth",
-        EVENTS,
-    )  # fmt: skip
-    for found in (path for name in names for path in folder.glob(name)):
+    for found in (
+        path for name in (ARGS, LOG, COUNTS, "*.pth", EVENTS) for path in folder.glob(name)
+    ):
         raise FolderInUse(f"{folder} holds a run already ({found.name})")
 
 
@@ -270,13 +246,18 @@ def load_run(folder: Path) -> dict[str, Any] | None:
 
 def _load_state(path: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(path)
-    missing = [key for key in RUN_STATE if key not in checkpoint]
-    if missing:
+    if not {"stage", "optimizer", "processes"} <= checkpoint.keys():
         raise CheckpointError(
-            f"{path} does not hold the {missing[0]} of a run: put back the file that the run "
-            "wrote, or start another run"
+            f"{path} is not the state of a run: put back the file that the run wrote, or start "
+            "another run"
         )
     return checkpoint
+
+
+def tensorboard_tag(column: str) -> str:
+    """Return the tag of a column of the log: loss/train of train_loss, iou/road of "iou road"."""
+    split, _, score = column.partition("_")
+    return f"{score}/{split}" if split in ("train", "val") else column.replace(" ", "/", 1)
 
 
 def copy_whole(source: Path, target: Path) -> None:
