@@ -76,8 +76,8 @@ def test_a_full_disk_keeps_the_old_picture_and_says_why(tmp_path, kind):
     path, picture = tmp_path / "a.img", Image.effect_noise((64, 64), 50)
     path.write_text("old")
     with full_disk(500), pytest.raises(OSError) as caught:
-        save_result(path, lambda file: picture.save(file, kind))
+        save_result(path.parent, path.name, lambda file: picture.save(file, kind))
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
     assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
-    save_result(path, lambda file: picture.save(file, kind))
+    save_result(path.parent, path.name, lambda file: picture.save(file, kind))
     assert Image.open(path).format == kind
