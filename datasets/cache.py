@@ -139,7 +139,7 @@ def memory_limit(root: Path = Path("/")) -> int:
     for group in (PurePosixPath(line.split(":", 2)[2]) for line in lines):
         # The limits of the groups around it apply as well; a container sees its own as the root.
         for around in (group, *group.parents):
-            for path in (f"{around}/memory.max", f"memory{around}/memory.limit_readable"):
+            for path in (f"{around}/memory.max", f"memory{around}/memory.limit_in_bytes"):
                 with suppress(OSError, ValueError):  # there is none, or it is "max"
                     limits.append(int((root / "sys/fs/cgroup" / path.lstrip("/")).read_text()))
     return min(limits)
