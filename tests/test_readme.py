@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
 from datasets import DATASETS
+from models.lednet import LEDNet
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "weights/README.md"]
 TINY = ("--height", 64, "--crop", 64, 64, "--epochs", 1, "--batch-size", 2, "--workers", 0)
@@ -97,10 +99,35 @@ def test_an_unknown_label_is_named_before_training(fails, rooms):
     assert "val/1_ids.png holds the label id 4" in line and "0 to 2, 5" in line
 
 
+def run_python(title: str, monkeypatch, tmp_path, **values: object) -> dict:
+    """Run a section's Python in tmp_path, where `lednet` is the repository; return its names."""
+    (code,) = code_blocks(section(title), "python")
+    for on_gpu, on_cpu in ((".cuda()", ""), ('"cuda"', '"cpu"'), ("float16", "bfloat16")):
+        code = code.replace(on_gpu, on_cpu)
+    (tmp_path / "lednet").symlink_to(ROOT)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), values)
+    return values
+
+
+def test_torch_hub(monkeypatch, tmp_path):
+    names = run_python("Segment your own pictures", monkeypatch, tmp_path)
+    assert isinstance(names["network"], LEDNet) and names["classes"].shape == (1, 360, 480)
+
+
+def test_deployment(monkeypatch, tmp_path, trained):
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)  # it takes a minute
+    (tmp_path / "save").mkdir()
+    (tmp_path / "save/fine").symlink_to(trained)
+    images = torch.randint(256, (2, 3, 64, 128), dtype=torch.uint8)
+    names = run_python("Deployment", monkeypatch, tmp_path, images=images)
+    assert names["labels"].shape == (2, 64, 128) and names["labels"].dtype == torch.uint8
+
+
 # Links, commands and module names exist
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     local = [link for link in links if not re.match(r"https?:", link)]
