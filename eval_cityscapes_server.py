@@ -35,6 +35,7 @@ from datasets.segmentation import Classes, Segmentation, resized_size, write_lab
 from datasets.transforms import to_floats
 from models.lednet import LEDNet
 from utils import distributed
+from utils.arguments import ArgumentParser, file_path, natural_int, positive_int
 from utils.checkpoint import load_network
 from utils.errors import UserError
 from utils.evaluation import evaluate
@@ -48,8 +49,7 @@ from utils.files import (
 )
 from utils.metrics import ConfusionMatrix, mean_score
 from utils.onnx import OnnxNetwork, export_onnx
-from utils.options import ArgumentParser, file_path, natural_int, positive_int
-from utils.script import pick_device, run
+from utils.script import pick_device, run_script
 from utils.speed import (
     InPrecision,
     count_multiply_adds,
@@ -370,4 +370,4 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

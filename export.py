@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.lednet import LEDNet
+from utils.arguments import ArgumentParser, file_path
 from utils.checkpoint import load_network
 from utils.errors import UserError
 from utils.files import WriteError, atomic_write
 from utils.onnx import LEAST, OnnxNetwork, export_onnx
-from utils.options import ArgumentParser, file_path
-from utils.script import run
+from utils.script import run_script
 
 SHIPPED = Path(__file__).parent / "weights" / "lednet_d20_camvid.pth"
 TOLERANCE = 1e-4  # of logits, relative to the largest
@@ -103,4 +103,4 @@ def blurred_noise(count: int, size: list[int]) -> Tensor:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

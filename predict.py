@@ -39,12 +39,12 @@ from datasets.pictures import (
 )
 from datasets.segmentation import Classes, write_label
 from datasets.transforms import to_floats
+from utils.arguments import ArgumentParser, file_path, natural_int, positive_int
 from utils.checkpoint import load_network
 from utils.errors import UserError
 from utils.evaluation import label_map
 from utils.files import ResultWriter, WriteError, make_results_folder, result_path, save_result
-from utils.options import ArgumentParser, file_path, natural_int, positive_int
-from utils.script import pick_device, run
+from utils.script import pick_device, run_script
 from utils.speed import deploy
 from utils.video import VideoWriter
 from utils.visualize import overlay, paint
@@ -231,4 +231,4 @@ def save_overlay(output: Path, frame: Frame, labels: Tensor, classes: Classes) -
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

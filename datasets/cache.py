@@ -33,12 +33,25 @@ FORMAT = 1
 
 UNFINISHED = ".unfinished"
 
+
+class CacheError(DatasetError):
+    """The cache cannot be used; the message says why."""
+
+
+class CacheTooLarge(CacheError):
+    """The cache does not fit into memory or on the disk."""
+
+
+class CacheLost(CacheError):
+    """A file of the cache was removed or cut short while in use."""
+
+
 Size = tuple[int, int]
 Pair = tuple[Tensor, Tensor]
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of an image and its label
 
 
-def keep_decoded(
+def cached(
     datasets: Mapping[Segmentation, list[Size]],
     place: str,
     workers: int = 0,
@@ -99,9 +112,9 @@ def _in_memory(
     total = memory_limit()
     if device.type == "cpu" and processes * count > total / 2:
         each = f" in each of {processes} processes" if processes > 1 else ""
-        raise DatasetError(
+        raise CacheTooLarge(
             f"{next(iter(datasets)).root} takes {_size(count)} of memory{each}, and the machine "
-            f"has {_size(total)}: give --cache off, a folder, or a smaller --height"
+            f"has {_size(total)}"
         )
     print(f"cache: {_size(count)} in the memory of {device}", flush=True)
     return [InMemory(dataset, sizes, workers, device) for dataset, sizes in datasets.items()]
@@ -165,10 +178,7 @@ class InFile(Dataset):
             # leaves the file as it is, whatever becomes of the item.
             part = np.memmap(self.path, np.uint8, "c", self.starts[index], _length(shapes))
         except (OSError, ValueError) as error:
-            raise DatasetError(
-                f"{self.path} was removed or cut short while it is read: go on with --resume, "
-                "which makes it again"
-            ) from error
+            raise CacheLost(f"{self.path} was removed or cut short while in use") from error
         return _views(torch.from_numpy(part), shapes)
 
     def exists(self) -> bool:
@@ -227,10 +237,7 @@ def _in_folder(
         with held:
             _write_missing(kept, folder, workers)
     except OSError as error:
-        raise DatasetError(
-            f"{folder} cannot be written ({error.strerror or error}): give --cache another folder, "
-            "or off"
-        ) from error
+        raise CacheError(f"{folder} cannot be written ({error.strerror or error})") from error
     return list(kept.values())
 
 
@@ -243,9 +250,8 @@ def _write_missing(kept: Mapping[Segmentation, InFile], folder: Path, workers: i
         return
     count, free = sum(file.length for file in missing.values()), shutil.disk_usage(folder).free
     if count > free:
-        raise DatasetError(
-            f"the decoded images take {_size(count)}, and {folder} has {_size(free)} free: give "
-            "--cache another folder, or off, or a smaller --height"
+        raise CacheTooLarge(
+            f"the decoded images take {_size(count)}, and {folder} has {_size(free)} free"
         )
     print(
         f"cache: writing {_size(count)} into {folder}, this once; {_size(free)} are free there",

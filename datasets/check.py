@@ -12,11 +12,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datasets.imagenet import ImageFolder
 from datasets.images import (
+    BrokenFiles,
     DatasetError,
     FileError,
     MissingFile,
+    NothingReadable,
     check_label_mode,
     check_sizes,
     naming,
@@ -27,9 +28,6 @@ from datasets.images import (
 from datasets.loading import reading_loader
 from datasets.segmentation import Segmentation
 from datasets.whole import check_pixels
-
-LISTING = "python tools/check_dataset.py lists them all"
-ADVICE = f"{LISTING}, --skip-broken leaves them out"
 
 T = TypeVar("T")
 Size = tuple[int, int]  # width and height
@@ -60,72 +58,46 @@ class Problem:
 # Before a run: headers and ends
 
 
-def check_headers(
-    pairs: Sequence[tuple[str, str | None]], advice: str = ADVICE
-) -> list[tuple[int, int]]:
-    """Look at the header and the end of every file of a data set, without decoding pixels.
+def check_files(pairs: Sequence[tuple[str, str | None]]) -> list[tuple[int, int]]:
+    """Check the header and the end of every file of a data set, without decoding pixels.
 
     Args:
-        pairs: paths of each image and its label, None where there is no label.
-        advice: what the message says that can be done.
+        pairs: paths of each image and its label, None if there is no label.
 
     Returns:
         Height and width of each image.
 
     Raises:
-        DatasetError: says how many files are missing, not an image or cut short, or a label of
-            another size than its image or of a wrong mode, and names the first.
+        BrokenFiles: files are missing, damaged or cut short, or a label differs from its image in
+            size or has a wrong mode.
     """
-    sizes = _check_all(_check_pair, pairs, advice)
-    return [(height, width) for width, height in sizes]
-
-
-def check_images(paths: Sequence[str], advice: str = ADVICE) -> None:
-    """Look at the header and the end of every image, without decoding pixels.
-
-    Args:
-        advice: what the message says that can be done.
-
-    Raises:
-        DatasetError: says how many files are missing, not an image or cut short, and names the
-            first.
-    """
-    _check_all(_header_size, paths, advice)
-
-
-def _check_all(check: Callable[[T], Size], items: Sequence[T], advice: str) -> list[Size]:
-    """Check all items in threads; an error about the first one that fails says how many do."""
-
-    def attempt(item: T) -> Size | DatasetError:
-        try:
-            return check(item)
-        except DatasetError as error:
-            return error
-
-    sizes: list[Size] = []
+    sizes: list[tuple[int, int]] = []
     errors: list[DatasetError] = []
     with (
         ThreadPoolExecutor(max_workers=8) as pool,
-        tqdm(total=len(items), desc="checking files", leave=False, disable=None) as bar,
+        tqdm(total=len(pairs), desc="checking files", leave=False, disable=None) as bar,
     ):
-        for start in range(0, len(items), 4096):  # at a time: ImageNet has over a million
-            for found in pool.map(attempt, items[start : start + 4096]):
+        for start in range(0, len(pairs), 4096):  # ImageNet has over a million
+            for found in pool.map(_size_or_error, pairs[start : start + 4096]):
                 (errors if isinstance(found, DatasetError) else sizes).append(found)
                 bar.update()
     if errors:
-        raise DatasetError(
-            f"{len(errors)} of {len(items)} images or their labels are broken, the first: "
-            f"{errors[0]}; {advice}"
+        raise BrokenFiles(
+            f"{len(errors)} of {len(pairs)} images or their labels are broken, the first: "
+            f"{errors[0]}"
         ) from errors[0]
     return sizes
 
 
-def _check_pair(pair: tuple[str, str | None]) -> Size:
+def _size_or_error(pair: tuple[str, str | None]) -> tuple[int, int] | DatasetError:
     image_path, label_path = pair
-    size = _header_size(image_path)
-    if label_path is not None:
-        check_sizes(label_path, _label_header_size(label_path), size)
-    return size
+    try:
+        width, height = size = _header_size(image_path)
+        if label_path is not None:
+            check_sizes(label_path, _label_header_size(label_path), size)
+        return height, width
+    except DatasetError as error:
+        return error
 
 
 def _header_size(path: str) -> Size:
@@ -141,9 +113,7 @@ def _label_header_size(path: str) -> Size:
 # Everything
 
 
-def look_through(
-    dataset: Segmentation | ImageFolder, workers: int = 0, fast: bool = False
-) -> Iterator[list[Problem]]:
+def look_through(dataset: Dataset, workers: int = 0, fast: bool = False) -> Iterator[list[Problem]]:
     """Look every image of a data set through, and its label, with a bar.
 
     Args:
@@ -188,29 +158,21 @@ def labels_without_image(dataset: Segmentation) -> list[Problem]:
     ]
 
 
-def without_broken(
-    dataset: Segmentation | ImageFolder,
-    workers: int = 0,
-    fast: bool = False,
-    replace: bool = False,
-) -> list[Problem]:
-    """Take the images out of a data set that are broken, or their labels are.
+def leave_out_broken(dataset: Dataset, workers: int = 0, replace: bool = False) -> list[Problem]:
+    """Remove broken images, and images whose label is broken, from a data set, and report them.
 
     Args:
-        workers, fast: as those of `look_through`.
-        replace: the next image that is whole stands in for a broken one: the data set keeps its
-            length, as a run that is resumed needs it.
-
-    Returns:
-        What was wrong with those that were taken out.
+        workers: processes that read.
+        replace: replace each by the next good image; the data set keeps its length, as a run that
+            is resumed needs it.
 
     Raises:
-        DatasetError: none is left, or a worker process died.
+        NothingReadable: no image is left.
     """
-    problems = [problem for found in look_through(dataset, workers, fast) for problem in found]
+    problems = [problem for found in look_through(dataset, workers) for problem in found]
     count, broken = len(dataset), {problem.index for problem in problems}
     if problems and len(broken) == count:
-        raise DatasetError(f"all {count} images are broken, the first: {problems[0]}; {LISTING}")
+        raise NothingReadable(f"all {count} images are broken, the first: {problems[0]}")
     kept: deque[int] = deque()
     following = min(set(range(count)) - broken, default=0)  # after the last comes the first
     for index in reversed(range(count)):
@@ -220,32 +182,23 @@ def without_broken(
             kept.appendleft(following)
     if broken:
         dataset.keep(kept)
+        for problem in problems:
+            print(f"left out: {problem}", file=sys.stderr)
+        print(f"{len(broken)} broken images are left out", flush=True)
     return problems
-
-
-def told_left_out(problems: Sequence[Problem]) -> None:
-    """Name the broken files of a data set that a run goes without, on stderr."""
-    for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
-    if problems:
-        images = len({problem.index for problem in problems})
-        print(f"{images} broken images are left out", flush=True)
 
 
 class _Checked(Dataset):
     """The problems of each image of a data set, and of its label."""
 
-    def __init__(self, dataset: Segmentation | ImageFolder, fast: bool) -> None:
-        self.dataset, self.fast = dataset, fast
+    def __init__(self, dataset: Dataset, fast: bool) -> None:
+        self.dataset, self.pairs, self.fast = dataset, dataset.pairs, fast
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> list[Problem]:
-        if isinstance(self.dataset, Segmentation):
-            image_path, label_path = self.dataset.pairs[index]
-        else:
-            image_path, label_path = self.dataset.samples[index][0], None
+        image_path, label_path = self.pairs[index]
         problems: list[Problem] = []
 
         def attempt(path: str, read: Callable[[], T]) -> T | None:

@@ -7,6 +7,7 @@ Decoding dominates, so a file is cropped before it is decoded: where the crop is
 decoded at 1/2, 1/4 or 1/8 of its size, never below the size that the crop is resized to.
 """
 
+import argparse
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +22,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from datasets.check import check_files, leave_out_broken
+from datasets.drawn import draw_once
+from datasets.drawn.shapes import make_shapes
 from datasets.images import (
     SIDEWAYS,
     Box,
@@ -38,6 +42,41 @@ STD = (0.229, 0.224, 0.225)
 
 # Validation shows the central part of the shorter side, as 224 of 256 pixels.
 CENTRAL_PART = 224 / 256
+
+
+def open_images(
+    args: argparse.Namespace,
+    first: Callable[[Callable[[], Any]], Any] = lambda function: function(),
+    check: bool = True,
+) -> tuple["ImageFolder", "ImageFolder"]:
+    """Open and check the images to train and to validate on.
+
+    Args:
+        args: dataset ("shapes" are drawn if they are missing), datadir, size, recipe, workers and
+            skip_broken.
+        first: calls a function in the first process only and returns its result in all.
+        check: check every file; a resumed run has done so already.
+
+    Raises:
+        UserError: the images cannot be trained on.
+    """
+    train, val = first(lambda: _find_images(args, check))
+    if len(train.classes) < 2:
+        raise DatasetError(f"{args.datadir} has only one class: there is nothing to tell apart")
+    return train, val
+
+
+def _find_images(args: argparse.Namespace, check: bool) -> tuple["ImageFolder", "ImageFolder"]:
+    if args.dataset == "shapes":
+        draw_once(args.datadir, make_shapes, "shapes and textures")
+    train = training_images(args.datadir, args.size, augment=args.recipe == "modern")
+    val = validation_images(args.datadir, args.size, train.classes)
+    if args.skip_broken:
+        leave_out_broken(train, args.workers, replace=True)
+        leave_out_broken(val, args.workers)
+    elif check:
+        check_files(train.pairs + val.pairs)
+    return train, val
 
 
 def training_images(datadir: str | Path, size: int, augment: bool) -> "ImageFolder":
@@ -98,6 +137,11 @@ class ImageFolder(torchvision.datasets.ImageFolder):
                     f"{root / name} holds no images ({', '.join(IMG_EXTENSIONS)}): "
                     "put some in, or remove the folder"
                 )
+
+    @property
+    def pairs(self) -> list[tuple[str, None]]:
+        """Paths as a segmentation data set lists them: each image, without a label."""
+        return [(path, None) for path, _ in self.samples]
 
     def keep(self, indices: Iterable[int]) -> None:
         """Go on with the images of these indices alone, in this order."""

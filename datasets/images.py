@@ -15,6 +15,8 @@ from utils.errors import UserError
 
 # The label of pixels that are neither trained on nor scored.
 IGNORE_INDEX = 255
+# The smallest height and width that LEDNet takes.
+MIN_SIZE = 64
 # PIL modes whose pixels are one 8-bit id; in "P" the id is the palette index.
 LABEL_MODES = ("L", "P")
 # Larger files are not read at all: no image within PIL's limit of pixels needs so much.
@@ -37,7 +39,27 @@ TO_UPRIGHT = {
 
 
 class DatasetError(UserError):
-    """The data set on disk is not usable; the message is one line that says what to do."""
+    """The data set on disk cannot be used.
+
+    Its subclasses that a script should follow with advice, such as the option that mends them:
+
+        FileError         an image or label is missing, damaged or wrong; raised while training,
+                          its name opens the message: leave out broken files
+        BrokenFiles       the check at the start found such files: list them, leave them out
+        NothingReadable   no image can be read, with broken files left out: list them
+        CacheError        the cache cannot be written: another folder, or no cache
+        CacheTooLarge     there is too little memory or disk for it: smaller images as well
+        CacheLost         it was removed while in use: resume, which writes it again
+        DrawingError      the embedded data set cannot be drawn: another folder
+    """
+
+
+class BrokenFiles(DatasetError):
+    """Some files of a data set cannot be used; the message names the first."""
+
+
+class NothingReadable(DatasetError):
+    """None of the images that were tried can be read."""
 
 
 class FileError(DatasetError):

@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT
 
 from datasets.images import DatasetError
+from utils.arguments import ArgumentParser, natural_int, positive_float, positive_int
 from utils.errors import UserError, one_line
-from utils.options import ArgumentParser, natural_int, positive_float, positive_int
 from utils.script import Interrupted, dead_worker, pick_amp_dtype, pick_device, run
 
 

@@ -28,9 +28,9 @@ from datasets.folder import read_classes
 from datasets.imagenet import ImageFolder
 from datasets.images import DatasetError, read_image
 from datasets.segmentation import Segmentation
+from utils.arguments import ArgumentParser, file_path, natural_int
 from utils.errors import UserError, one_line
-from utils.options import ArgumentParser, file_path, natural_int
-from utils.script import run
+from utils.script import run_script
 
 IMAGENET = "imagenet"
 # What every training needs: without them, it is no smaller data set, but a broken one.
@@ -145,4 +145,4 @@ def find_splits(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

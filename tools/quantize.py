@@ -29,13 +29,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets import DATASETS
 from datasets.segmentation import Classes, Segmentation
 from datasets.transforms import to_floats
+from utils.arguments import ArgumentParser, file_path
 from utils.checkpoint import load_network
 from utils.errors import UserError
 from utils.files import atomic_write, cannot_write
 from utils.metrics import ConfusionMatrix, mean_score
 from utils.onnx import OnnxNetwork, export_onnx
-from utils.options import ArgumentParser, file_path
-from utils.script import run
+from utils.script import run_script
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "lednet_d20_camvid.pth"
 IMAGES = 32  # of train, that ranges are measured on; 128 score the same on CamVid
@@ -161,4 +161,4 @@ def miou(network: Network, val: Segmentation, floats: Network) -> float:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -14,6 +14,10 @@ from datasets.images import DatasetError
 from utils.files import sync
 
 
+class DrawingError(DatasetError):
+    """The embedded data set cannot be drawn."""
+
+
 def draw_once(root: str | os.PathLike, make: Callable[..., None], what: str) -> None:
     """Make an embedded data set, with every core, where it does not exist yet.
 
@@ -22,7 +26,7 @@ def draw_once(root: str | os.PathLike, make: Callable[..., None], what: str) -> 
         what: is drawn, to say so.
 
     Raises:
-        DatasetError: the folder cannot be written.
+        DrawingError: the folder cannot be written.
     """
     if Path(root).exists():
         return
@@ -30,10 +34,7 @@ def draw_once(root: str | os.PathLike, make: Callable[..., None], what: str) -> 
     try:
         make(root, workers=os.cpu_count() or 1)
     except OSError as error:
-        raise DatasetError(
-            f"{root} cannot be made ({error.strerror or error}): run in a folder that you may "
-            "write to, or give --datadir"
-        ) from error
+        raise DrawingError(f"{root} cannot be made ({error.strerror or error})") from error
 
 
 def make_folder(
