@@ -6,6 +6,7 @@ import resource
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from datasets.drawn.streets import make_synthetic
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("datasets", "docs", "examples", "models", "tests", "tools", "utils", "weights")
 COUNTS = {"train": 6, "val": 3, "test": 2, "train_extra": 3}
 
 PRETRAIN_QUICK = ("--size", 32, "--epochs", 1, "--batch-size", 4, "--workers", 0)
@@ -210,6 +212,19 @@ def wait_for_the_next_second() -> None:
     """TensorBoard reads event files in the order of their names, which begin with the second they
     were opened in; those of one second, and one process, can change places."""
     time.sleep(1 - time.time() % 1)
+
+
+def tracked_files(*suffixes: str) -> list[Path]:
+    """Return the files of the repository with these suffixes.
+
+    Environments that lie in the clone are none of ours: git knows what is, and without git the
+    names of our folders do.
+    """
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    paths = [ROOT / name for name in listing.stdout.split("\0") if name]
+    if not paths:
+        paths = [*ROOT.iterdir(), *(path for name in FOLDERS for path in (ROOT / name).rglob("*"))]
+    return sorted(path for path in paths if path.suffix in suffixes and path.is_file())
 
 
 def street_scenes(count: int, size: tuple[int, int]) -> torch.Tensor:
