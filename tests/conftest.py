@@ -1,6 +1,8 @@
-"""What the tests share: small drawn data sets, and a way to run the scripts."""
+"""What the tests share: small drawn data sets, short runs, and ways to run programs."""
 
 import csv
+import itertools
+import multiprocessing
 import os
 import resource
 import runpy
@@ -13,27 +15,30 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-# On the CPU, where results are exact: tools/measure_gpu.sh is what tries a GPU.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# The images of the tests are so small that a second thread costs more than it gives; and sums are
-# rounded otherwise in two. Programs that a test starts inherit it.
-os.environ["OMP_NUM_THREADS"] = "1"
-# Tests count the lines that programs print, and this one is torch's, where there is a single core.
+# On the CPU, where results are exact, and with one thread: a second one rounds differently and costs
+# more than it gains on such small images. Programs that a test starts inherit this.
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+# On one core, torch adds this line to those that tests count.
 os.environ["PYTHONWARNINGS"] = "ignore:This DataLoader will create:UserWarning"
 
 import torch
+from tensorboard.summary.writer import event_file_writer
 
 from datasets.drawn.scene import draw_scene
 from datasets.drawn.shapes import make_shapes
 from datasets.drawn.streets import make_synthetic
 
-# In the background of a shell script Ctrl-C is ignored, and programs leave it so.
+# Ctrl-C is ignored in the background of a shell script, and programs leave it so.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# TensorBoard reads the event files of one second and process in the order of this number, as text.
+event_numbers = itertools.count()
+event_file_writer._global_uid = SimpleNamespace(get=lambda: f"{next(event_numbers):06d}")
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("datasets", "docs", "examples", "models", "tests", "tools", "utils", "weights")
@@ -150,6 +155,52 @@ class Result:
     status: int
     out: str
     err: str
+
+
+class Forked(multiprocessing.get_context("fork").Process):
+    """A process of its own that calls a function, without importing everything again.
+
+    Args:
+        function: function to call; its SystemExit decides the status.
+        folder: existing folder for the files that take what the process prints.
+        env: environment variables to set.
+    """
+
+    def __init__(self, function: Callable[[], object], folder: Path, **env: object) -> None:
+        super().__init__(daemon=False)
+        self.function, self.env = function, {name: str(value) for name, value in env.items()}
+        number = next(event_numbers)
+        self.out, self.err = folder / f"out-{number}.txt", folder / f"err-{number}.txt"
+        self.start()
+
+    def run(self) -> None:
+        os.environ |= self.env
+        for number, path in ((1, self.out), (2, self.err)):
+            os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+        try:
+            self.function()
+        finally:  # this end would wait for the workers of a loader, and runs no atexit functions
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Wait until the process has printed a text."""
+        end = time.monotonic() + seconds
+        while not self.out.exists() or text not in self.out.read_text():
+            assert self.is_alive() and time.monotonic() < end, self.err.read_text()
+            time.sleep(0.01)
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def finish(self, seconds: float = 120) -> Result:
+        """Wait for the end of the process; one that takes too long is killed, and fails."""
+        self.join(seconds)
+        if self.exitcode is None:
+            self.kill()
+            self.join()
+        return Result(self.exitcode, self.out.read_text(), self.err.read_text())
 
 
 @pytest.fixture
