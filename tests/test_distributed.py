@@ -45,7 +45,7 @@ def network(auxiliary: bool = False) -> nn.Module:
 
 
 def sharpened(logits: Tensor) -> Tensor:
-    """Raise the contrast of an untrained network, pixel by pixel, so that OHEM tells pixels apart."""
+    """Raise the contrast of an untrained network by pixel, so that OHEM tells pixels apart."""
     count, _, height, width = logits.shape
     generator = torch.Generator().manual_seed(3)
     contrast = torch.rand(BATCH, 1, height, width, generator=generator, dtype=torch.float64)
