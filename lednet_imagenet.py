@@ -16,7 +16,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from datasets.imagenet import MEAN, STD, ImageFolder, open_images, validation_images
 from datasets.loading import Batch, ShuffledSeeds, training_loader, validation_loader
@@ -27,7 +26,7 @@ from utils.checkpoint import CheckpointError, Description, load_classifier, on_c
 from utils.errors import UserError
 from utils.evaluation import evaluate_classifier
 from utils.metrics import TopKAccuracy
-from utils.optim import average_of, build_optimizer, one_cycle
+from utils.optim import PretrainingSchedule, average_of, build_optimizer, one_cycle
 from utils.options import ADVICE, PRETRAINING, parse_options, settle_pretraining
 from utils.run_folder import BEST, ENCODER, Run, open_run
 from utils.script import pick_amp_dtype, run_script, start_device
@@ -35,11 +34,7 @@ from utils.speed import count_parameters
 from utils.training import Stage, Validation, fit, seed_process
 from utils.visualize import captioned
 
-# The published recipe: learning rate and weight decay hold up to this epoch; then the rate falls
-# by 5 % with each epoch, and the decay is off.
-CONSTANT_EPOCHS = 15
-SGD_DECAY = 1e-4
-ADAMW_DECAY = 0.05
+SGD_DECAY, ADAMW_DECAY = 1e-4, 0.05
 PICTURES = 8  # of val for TensorBoard
 
 
@@ -55,10 +50,11 @@ def main() -> None:
         check_resumable(args, run, train, same_data)
         torch.manual_seed(args.seed)
         model = ImageClassifier(Encoder(), len(train.classes))
-        print_plan(args, run, model, train, val, device)
+        stage = build_stage(args, model, train, val, device)
+        print_plan(args, run, stage, val)
         run.begin()
         seed_process(args.seed)
-        best = fit(build_stage(args, model, train, val, device), run)
+        best = fit(stage, run)
     cityscapes = "" if args.dataset == "shapes" else "--datadir CITYSCAPES "
     print(
         f"\nbest on val after epoch {best['epoch']}: top-1 {best['val_top1']:.2%}, top-5 "
@@ -70,21 +66,14 @@ def main() -> None:
     )
 
 
-def print_plan(
-    args: argparse.Namespace,
-    run: Run,
-    model: ImageClassifier,
-    train: ImageFolder,
-    val: ImageFolder,
-    device: torch.device,
-) -> None:
+def print_plan(args: argparse.Namespace, run: Run, stage: Stage, val: ImageFolder) -> None:
     count = distributed.processes()
     each = f" in each of {count} processes" if count > 1 else ""
     print(
-        f"LEDNet's encoder: {count_parameters(model.encoder):,} parameters, under a linear layer, "
-        f"on {device} in {pick_amp_dtype(args.amp, device) or 'full precision'}\n"
-        f"data: {args.datadir}: {len(train)} images of {len(train.classes)} classes to train on, "
-        f"{len(val)} to validate\n"
+        f"LEDNet's encoder: {count_parameters(stage.network.encoder):,} parameters, under a linear "
+        f"layer, on {stage.device} in {stage.amp_dtype or 'full precision'}\n"
+        f"data: {args.datadir}: {stage.about.train_images} images of {len(val.classes)} classes to "
+        f"train on, {len(val)} to validate\n"
         f"images: {args.size}x{args.size}, in batches of {args.batch_size}{each}, {args.workers} "
         f"workers; {args.epochs} epochs of the {args.recipe} recipe\n"
         f"output: {run.folder}",
@@ -121,7 +110,7 @@ def build_stage(
         scheduler = one_cycle(optimizer, steps)
     else:
         optimizer = build_optimizer("sgd", model, args.lr, momentum=0.9, weight_decay=SGD_DECAY)
-        scheduler = PaperSchedule(optimizer, len(loader))
+        scheduler = PretrainingSchedule(optimizer, len(loader))
     normalize, amp_dtype = about.normalize(device), pick_amp_dtype(args.amp, device)
     cross_entropy = nn.CrossEntropyLoss(label_smoothing=0.1 if modern else 0.0)
     shared = distributed.share(val)
@@ -151,26 +140,6 @@ def build_stage(
         meter=partial(TopKAccuracy, device=device),
         amp_dtype=amp_dtype,
     )  # fmt: skip
-
-
-class PaperSchedule(LambdaLR):
-    """Learning rate and weight decay of the published recipe; steps with each batch.
-
-    Args:
-        steps: steps of an epoch.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        self.steps = steps
-        super().__init__(
-            optimizer, lambda step: 0.95 ** max(0, step // steps + 1 - CONSTANT_EPOCHS)
-        )
-
-    def step(self) -> None:
-        super().step()
-        for group in self.optimizer.param_groups:
-            constant = self.last_epoch // self.steps < CONSTANT_EPOCHS
-            group["weight_decay"] = SGD_DECAY if constant else 0.0
 
 
 def encoder_weights(model: ImageClassifier) -> dict[str, Tensor]:

@@ -1,12 +1,12 @@
-"""Data sets by name, and the opening of what a run trains and validates on.
+"""Data sets by name, and opening what a run trains and validates on.
 
 To add a data set, write its module and add its line to DATASETS.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset, Dataset
@@ -31,45 +31,28 @@ DATASETS = {
     "folder": Folder,
 }
 
-T = TypeVar("T")
 Size = tuple[int, int]  # height and width
 
 
 @dataclass
 class Data:
-    """What a run trains and validates on.
-
-    Attributes:
-        classes: classes of the data set.
-        train, val: data sets of (image, label), cached if the options ask for it.
-        train_files: paths of the image and the label of each index of train.
-        counts: training pixels by name of the class, then "ignored".
-        size: height and width that is trained on.
-        augment: recipe of augmentation, for `transforms.Augment`.
-        summary: "6 of train to train on, 3 of val to validate, 19 classes".
-        trains_on_val: images of val are trained on.
-        workers: processes that are needed to load; 0 if everything is in memory.
-        pin_memory: batches may be pinned; those that are on the GPU already may not.
-    """
+    """What a run trains and validates on."""
 
     classes: Classes
-    train: Dataset
+    train: Dataset  # of (image, label), cached if the options say so
     val: Dataset
-    train_files: list[tuple[str, str | None]]
-    counts: dict[str, int]
-    size: Size
-    augment: Paper | Strong
-    summary: str
+    train_files: list[tuple[str, str | None]]  # image and label of each index of train
+    counts: dict[str, int]  # training pixels by name of the class, then "ignored"
+    size: Size  # height and width that is trained on
+    augment: Paper | Strong  # recipe of transforms.Augment
+    summary: str  # "6 of train to train on, 3 of val to validate, 19 classes"
     trains_on_val: bool
-    workers: int
-    pin_memory: bool
+    workers: int  # processes to load with: none if all is in memory
+    pin_memory: bool  # not if all is on the GPU
 
 
 def read_classes_for(args: argparse.Namespace) -> Classes:
-    """Return the classes of a data set, from its file of classes if it has no fixed ones.
-
-    Args:
-        args: `dataset` and `classes`.
+    """Return the classes of `args.dataset`, from the file `args.classes` if it has no fixed ones.
 
     Raises:
         UserError: the file is missing, needless or wrong.
@@ -87,15 +70,14 @@ def open_splits(
     classes: Classes,
     device: torch.device,
     counts: dict[str, int] | None = None,
-    first: Callable[[Callable[[], T]], T] = lambda function: function(),
+    first: Callable[[Callable[[], Any]], Any] = lambda function: function(),
     processes: int = 1,
     local_processes: int | None = None,
 ) -> Data:
     """Open, check, count and cache what a run trains and validates on.
 
     Args:
-        args: dataset, datadir, train_on, height, augment, crop, scale, cache, workers and
-            skip_broken.
+        args: dataset, datadir, train_on, height, augment, crop, scale, cache, workers, skip_broken.
         classes: classes of the labels.
         device: device of the training.
         counts: training pixels by class, if a resumed run knows them.
@@ -115,11 +97,19 @@ def open_splits(
         raise UserError(f"{args.datadir} has too few training images, {len(files)}: give 2{each}")
     if counts is None:
         counts = first(lambda: _count_classes(parts, val, classes, args.workers))
-    *train, val_items = _cache(sizes, args, device, first, local_processes or processes)
+
+    def items() -> list[Dataset]:
+        if args.cache == "off":
+            return [*parts, val]
+        return cached(sizes, args.cache, args.workers, device, local_processes or processes)
+
+    if args.cache not in ("off", "ram"):
+        first(lambda: bool(items()))  # the other processes find the files
+    *train_items, val_items = items()
     sources = " + ".join(f"{len(part)} of {part.split}" for part in parts)
     return Data(
         classes=classes,
-        train=ConcatDataset(train),
+        train=ConcatDataset(train_items),
         val=val_items,
         train_files=files,
         counts=counts,
@@ -127,7 +117,6 @@ def open_splits(
         augment=Strong(size, tuple(args.scale)) if args.augment == "strong" else Paper(),
         summary=f"{sources} to train on, {len(val)} of val to validate, {len(classes)} classes",
         trains_on_val=not set(files).isdisjoint(val.pairs),
-        # A folder still has to be read: workers hide a slow disk.
         workers=0 if args.cache == "ram" else args.workers,
         pin_memory=args.cache != "ram" or not val_items[0][0].is_cuda,
     )
@@ -138,12 +127,10 @@ def _find_splits(args: argparse.Namespace, classes: Classes) -> dict[Segmentatio
     if args.dataset == "synthetic":
         draw_once(args.datadir, make_synthetic, "street scenes")
     dataset_class = DATASETS[args.dataset]
-    need_labels = not args.skip_broken
-    splits = [
-        dataset_class(args.datadir, split, classes, args.height, need_labels=need_labels)
-        for split in dataset_class.TRAIN_ON[args.train_on]
-    ]
-    splits.append(dataset_class(args.datadir, "val", classes, args.height, False, need_labels))
+    options = {"classes": classes, "height": args.height, "need_labels": not args.skip_broken}
+    parts = dataset_class.TRAIN_ON[args.train_on]
+    splits = [dataset_class(args.datadir, part, **options) for part in parts]
+    splits.append(dataset_class(args.datadir, "val", resize_labels=False, **options))
     if args.skip_broken:
         for split in splits:
             leave_out_broken(split, args.workers, replace=split is not splits[-1])
@@ -170,29 +157,10 @@ def _training_size(args: argparse.Namespace, sizes: set[Size]) -> Size:
 
 
 def _count_classes(
-    parts: Sequence[Segmentation], val: Segmentation, classes: Classes, workers: int
+    parts: list[Segmentation], val: Segmentation, classes: Classes, workers: int
 ) -> dict[str, int]:
-    """Count the training pixels of each class; also finds unknown label ids, in val as well."""
+    """Count the training pixels of each class, and find unknown label ids, in val as well."""
     print("class weights: counting the pixels of the labels", flush=True)
     counts = count_pixels(parts, len(classes), workers)
     count_pixels([val], len(classes), workers)
     return dict(zip([*classes.names, "ignored"], counts.tolist(), strict=True))
-
-
-def _cache(
-    sizes: dict[Segmentation, list[Size]],
-    args: argparse.Namespace,
-    device: torch.device,
-    first: Callable[[Callable[[], T]], T],
-    processes: int,
-) -> list[Dataset]:
-    """Return the splits as --cache says; `processes` are those on this machine."""
-    if args.cache == "off":
-        return list(sizes)
-
-    def keep() -> list[Dataset]:
-        return cached(sizes, args.cache, args.workers, device, processes)
-
-    if args.cache != "ram":
-        first(lambda: bool(keep()))  # the other processes find the files
-    return keep()

@@ -20,13 +20,10 @@ Pair = tuple[Tensor, Tensor]
 def normalizer(
     mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function from images, N x 3 x H x W, uint8, to the input of the network.
+    """Return a function from uint8 images, N x 3 x H x W, to the input of the network.
 
-    The input is float32, in channels_last format, on the device.
-
-    Args:
-        mean, std: mean and standard deviation of each RGB channel in [0, 1]; 0 and 1 only scale
-            to [0, 1], as published.
+    That is float32, in channels_last format, on the device. Mean and standard deviation are those
+    of each RGB channel in [0, 1]; 0 and 1, as published, only scale to [0, 1].
     """
     # Made once: a copy to the GPU in every step would wait for it.
     scale = 1 / (255 * torch.tensor(std, device=device))
@@ -34,12 +31,12 @@ def normalizer(
 
     def normalize(images: Tensor) -> Tensor:
         images = images.to(device, non_blocking=True)
-        normalized = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
+        images = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
         # As rows of 3 x W numbers: on a CPU, arithmetic on three at a time takes ten times as long.
-        count, _, height, width = normalized.shape
-        rows = normalized.permute(0, 2, 3, 1).view(count, height, 3 * width)
+        count, _, height, width = images.shape
+        rows = images.permute(0, 2, 3, 1).view(count, height, 3 * width)
         rows.mul_(scale.repeat(width)).sub_(shift.repeat(width))
-        return normalized
+        return images
 
     return normalize
 
@@ -67,10 +64,8 @@ class Augment:
         self.jitter, self.label_stride = jitter, label_stride
 
     def __call__(self, batch: Batch) -> Pair:
-        """Return images, N x 3 x h x w, float32, and labels, N x h x w, int64.
-
-        The size of the labels is divided by label_stride and rounded up.
-        """
+        """Return images, N x 3 x h x w, float32, and labels, N x h x w, int64, where h and w of the
+        labels are divided by label_stride and rounded up."""
         pairs, factors = [], []
         for image, label, seed in zip(batch.images, batch.labels, batch.seeds, strict=True):
             random = torch.Generator().manual_seed(seed)
@@ -103,12 +98,7 @@ class Paper:
 
 
 class Strong:
-    """A random scale, a random crop, a random flip.
-
-    Args:
-        size: height and width of the crop.
-        scale: smallest and largest scale; log-uniform between them.
-    """
+    """A random scale, log-uniform from `scale`, a random crop of `size`, and a random flip."""
 
     def __init__(self, size: tuple[int, int], scale: tuple[float, float] = (0.5, 2.0)) -> None:
         self.size, self.scale = size, scale
@@ -117,14 +107,15 @@ class Strong:
         low, high = (math.log(factor) for factor in self.scale)
         factor = math.exp(uniform(low, high, random)[0])
         # Cropped first, then resized: far fewer pixels than the other way around.
-        cut = [max(1, round(length / factor)) for length in self.size]
+        crop = [max(1, round(length / factor)) for length in self.size]
         shares = uniform(0, 1, random, 2)
         top, left = (
             round((length - part) * share)
-            for length, part, share in zip(label.shape, cut, shares, strict=True)
+            for length, part, share in zip(label.shape, crop, shares, strict=True)
         )
-        image = F.crop_image(image, top, left, *cut)
-        label = crop_label(label, top, left, *cut)
+        image = F.crop_image(image, top, left, *crop)
+        # crop_image fills with 0, which is a class: uint8 arithmetic makes IGNORE_INDEX the 0.
+        label = F.crop_image(label[None] - IGNORE_INDEX, top, left, *crop)[0] + IGNORE_INDEX
         if uniform(0, 1, random)[0] < 0.5:
             image, label = image.flip(-1), label.flip(-1)
         image = F.resize_image(image, list(self.size), antialias=True)
@@ -141,19 +132,11 @@ def shifted(planes: Tensor, down: int, right: int, fill: int) -> Tensor:
     return moved
 
 
-def crop_label(label: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    """Crop a label; pixels beyond its border become IGNORE_INDEX."""
-    # crop_image fills with 0, which is a class: uint8 arithmetic makes IGNORE_INDEX the 0.
-    moved = F.crop_image(label[None] - IGNORE_INDEX, top, left, height, width)[0]
-    return moved + IGNORE_INDEX
-
-
 def jittered(images: Tensor, factors: Tensor) -> Tensor:
-    """Change brightness, contrast and saturation, each image by its own factors.
+    """Change the brightness, contrast and saturation of images, N x 3 x H x W, uint8.
 
     Args:
-        images: N x 3 x H x W, uint8.
-        factors: N x 3, brightness, contrast and saturation; 1 changes nothing.
+        factors: N x 3, one of each for every image; 1 changes nothing.
 
     Returns:
         N x 3 x H x W, float32, 0 to 255.

@@ -85,12 +85,12 @@ class Description:
         Raises:
             CheckpointError: a part of it is missing or of another type.
         """
-        kinds = dict(dataset=str, class_names=list, colors=list, label_ids=list, height=int)
-        for key, kind in kinds.items():
-            if not isinstance(checkpoint.get(key), kind):
+        types = dict(dataset=str, class_names=list, colors=list, label_ids=list, height=int)
+        for key, expected in types.items():
+            if not isinstance(checkpoint.get(key), expected):
                 raise CheckpointError(
-                    f"{path} does not state its {key}: main.py did not write it; use it to start "
-                    f"training, with main.py --init {path}"
+                    f"{path} does not state its {key}: main.py did not write it, and it can only "
+                    "be used to start training"
                 )
         mean, std = normalisation(checkpoint, path) or ([0.0] * 3, [1.0] * 3)
         return cls(
@@ -194,22 +194,13 @@ def load_classifier(path: str | os.PathLike) -> tuple[ImageClassifier, Descripti
         CheckpointError: the file is not a checkpoint of a classifier by lednet_imagenet.py.
     """
     checkpoint = load_checkpoint(path)
-    head, names = checkpoint["model"].get("head.weight"), checkpoint.get("class_names")
-    if (
-        checkpoint.get("stage") != 0
-        or not isinstance(names, list)
-        or not all(isinstance(name, str) for name in names)
-        or head is None
-        or head.shape[:1] != (len(names),)
-        or not isinstance(checkpoint.get("height"), int)
-        or normalisation(checkpoint, path) is None
-    ):
+    if checkpoint.get("stage") != 0 or "head.weight" not in checkpoint["model"]:
         raise CheckpointError(
             f"{path} holds no image classifier: give the best.pth of a run of lednet_imagenet.py"
         )
     # Files of earlier versions state nothing about colours and label ids.
     about = Description.from_checkpoint({"colors": [], "label_ids": []} | checkpoint, path)
-    model = ImageClassifier(Encoder(), len(names))
+    model = ImageClassifier(Encoder(), len(about.classes))
     fill(model, checkpoint["model"], path)
     return model.eval(), about
 
@@ -273,17 +264,16 @@ def normalisation(
     """
     if "mean" not in checkpoint and "std" not in checkpoint:
         return None
-    mean, std = checkpoint.get("mean"), checkpoint.get("std")
-    for values in (mean, std):
-        if not (
-            isinstance(values, list | tuple)
-            and len(values) == 3
-            and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
-        ):
-            raise CheckpointError(f"{path} states a mean and std that are not three numbers each")
-    if min(std) <= 0:
-        raise CheckpointError(f"{path} states a std of {min(std)}: it must be above 0")
-    return list(mean), list(std)
+    try:
+        mean, std = ([float(v) for v in checkpoint[key]] for key in ("mean", "std"))
+        usable = len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0
+    except (KeyError, TypeError, ValueError):
+        usable = False
+    if not usable:
+        raise CheckpointError(
+            f"{path} states a mean and std that are not three numbers each, with a std above 0"
+        )
+    return mean, std
 
 
 def init_network(

@@ -8,13 +8,14 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from datasets.images import IGNORE_INDEX
 from datasets.loading import Batch
+from models.lednet import upsample
 from utils import distributed
 from utils.errors import UserError
 from utils.metrics import ConfusionMatrix, TopKAccuracy
+from utils.progress import progress_bar
 from utils.speed import device_of
 
 Normalize = Callable[[Tensor], Tensor]
@@ -26,13 +27,10 @@ class OutOfMemory(UserError):
 
 @contextmanager
 def memory_errors(images: Sequence[Tensor]) -> Iterator[None]:
-    """Turn the error of a GPU without memory into one that says what it was given.
+    """Turn the errors of a GPU without memory into OutOfMemory, which tells the batch's size.
 
     Args:
         images: images of the batch as they were loaded, each 3 x H x W.
-
-    Raises:
-        OutOfMemory: instead of torch.OutOfMemoryError, or of what CUDA's libraries raise.
     """
     try:
         yield
@@ -64,11 +62,9 @@ def evaluate(
     Args:
         batches: images, 3 x h x w, and labels, H x W; each of any size.
         normalize: turns images of one size, N x 3 x h x w, uint8, into inputs of the model.
-        title: title of the progress bar.
-        total: number of images, for the progress bar.
+        title, total: title and number of images of the progress bar.
         class_weights: weights of the cross entropy, one a class; None skips the loss.
-        on_image: called for each image, in order, with the image as loaded, its predicted
-            classes and its label (both H x W, uint8).
+        on_image: called with each image, its prediction and its label, both H x W, uint8.
 
     Returns:
         The weighted cross entropy over all labelled pixels, NaN without class weights, and the
@@ -87,21 +83,17 @@ def evaluate(
                     batch.images, logits_of_each, batch.labels, strict=True
                 ):
                     label = label.to(device, non_blocking=True)
+                    truth = label.long()
                     if class_weights is None:
                         prediction = label_map(logits[0], label.shape)
                     else:
-                        logits = F.interpolate(
-                            logits, label.shape, mode="bilinear", align_corners=True
-                        )
+                        logits = upsample(logits, label)
                         prediction = argmax_classes(logits[0])
                         total_loss += F.cross_entropy(
-                            logits,
-                            label[None].long(),
-                            class_weights,
-                            ignore_index=IGNORE_INDEX,
-                            reduction="sum",
-                        )
-                    confusion.update(prediction, label.long())
+                            logits, truth[None], class_weights,
+                            ignore_index=IGNORE_INDEX, reduction="sum",
+                        )  # fmt: skip
+                    confusion.update(prediction, truth)
                     if on_image is not None:
                         on_image(image, prediction, label)
                     bar.update()
@@ -186,8 +178,7 @@ def evaluate_classifier(
     Args:
         batches: images, N x 3 x H x W, uint8, and class numbers, N, int64.
         normalize: turns images into inputs of the model.
-        title: title of the progress bar.
-        total: number of images, for the progress bar.
+        title, total: title and number of images of the progress bar.
         on_batch: called with each batch and its logits, N x C.
 
     Returns:
@@ -214,9 +205,3 @@ def evaluate_classifier(
     total_loss = distributed.total(total_loss)
     scores = {f"val_{name}": value for name, value in accuracy.summary().items()}
     return {"val_loss": (total_loss / accuracy.seen).item()} | scores
-
-
-def progress_bar(title: str, images: int) -> tqdm:
-    """Return a bar that counts images, on the terminal of the first process alone."""
-    disable = None if distributed.is_first() else True
-    return tqdm(total=images, desc=title, unit="img", leave=False, disable=disable)

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from utils import distributed, script
@@ -86,34 +86,28 @@ class Guard:
 
     Args:
         signals: noted signals.
+        state: `utils.training.TrainState` of the stage.
+        save: writes the checkpoint.
         checkpoint: path of the file that `save` writes.
         minutes: interval between checkpoints.
         command: command line that resumes the run.
-        save: writes the checkpoint.
-        place: says how far training has come, such as "step 3 of epoch 2".
-        networks: modules whose weights must stay finite.
-        files: returns the files of the training item of an index.
     """
 
     def __init__(
         self,
         signals: StopSignals,
+        state: Any,
+        save: Callable[[], None],
         checkpoint: Path,
         minutes: float,
         command: str,
-        save: Callable[[], None],
-        place: Callable[[], str],
-        networks: Sequence[nn.Module],
-        files: Callable[[int], Sequence[str]],
-        resumed: bool = False,
     ) -> None:
-        self.signals, self.minutes, self.command = signals, minutes, command
-        self._save, self.place, self.networks, self.files = save, place, networks, files
-        self.checkpoint = checkpoint
+        self.signals, self.state, self._save = signals, state, save
+        self.checkpoint, self.minutes, self.command = checkpoint, minutes, command
         self.saved = time.monotonic()
         self.losses: list[tuple[str, Tensor, Sequence[int], torch.cuda.Event | None]] = []
         self.last_good = "no checkpoint was written yet"
-        if resumed:
+        if state.epoch or state.step:
             self._note_saved()
         elif checkpoint.exists():  # by the stage before
             self.last_good = f"the last good checkpoint is {checkpoint}"
@@ -169,18 +163,16 @@ class Guard:
             left_out += len(reason.splitlines())
 
     def save(self) -> None:
-        """Write the checkpoint, unless a loss or a weight is not finite.
-
-        Raises:
-            Diverged: one is not finite; the checkpoint before stays.
-        """
+        """Write the checkpoint, unless a loss or a weight is not finite."""
         self.check_finite()
         self._save()
         self._note_saved()
 
     def _note_saved(self) -> None:
         self.saved = time.monotonic()
-        self.last_good = f"the last good checkpoint is {self.checkpoint}, after {self.place()}"
+        self.last_good = (
+            f"the last good checkpoint is {self.checkpoint}, after {self.state.place()}"
+        )
 
     def check_finite(self) -> None:
         """Check all losses so far and all weights; this waits for a GPU.
@@ -192,7 +184,7 @@ class Guard:
         self._act(Action.FAIL_UNSAVED if diverged else Action.CONTINUE, diverged)
 
     def note_loss(self, loss: Tensor, indices: Sequence[int]) -> None:
-        """Have the loss of this step checked once it is known, without waiting for a GPU.
+        """Note the loss of a step, to check it once a GPU has computed it.
 
         Args:
             indices: indices of the items of its batch.
@@ -203,7 +195,7 @@ class Guard:
             host = torch.empty((), dtype=loss.dtype, pin_memory=True)
             loss, event = host.copy_(loss.detach(), non_blocking=True), torch.cuda.Event()
             event.record()
-        self.losses.append((self.place(), loss.detach(), indices, event))
+        self.losses.append((self.state.place(), loss.detach(), indices, event))
 
     def poll(self, failure: Exception | None = None) -> None:
         """Save if it is time; save and end if a signal came or a process failed.
@@ -238,7 +230,7 @@ class Guard:
             self.save()
         if action == Action.SAVE:
             return
-        how = f"saved after {self.place()}, to go on: {self.command}"
+        how = f"saved after {self.state.place()}, to go on: {self.command}"
         if action in SIGNALS:
             name = "Ctrl-C" if action == Action.STOP_ON_SIGINT else "SIGTERM"
             raise Interrupted(f"stopped by {name}, {how}", SIGNALS[action])
@@ -261,7 +253,9 @@ class Guard:
                 event.synchronize()
             if not math.isfinite(loss.item()):
                 self.losses.clear()
-                paths = [path for index in indices for path in self.files(int(index)) if path]
+                paths = [
+                    path for index in indices for path in self.state.stage.files(int(index)) if path
+                ]
                 more = f" and {len(paths) - FILES_NAMED} more" if len(paths) > FILES_NAMED else ""
                 return Diverged(
                     f"the loss is {loss.item()} in {place}, with "
@@ -271,10 +265,12 @@ class Guard:
         return None
 
     def _bad_weights(self) -> Diverged | None:
-        states = [network.state_dict() for network in self.networks]
+        stage = self.state.stage
+        states = (stage.model.state_dict(), stage.scored.state_dict())
         weights = [w for state in states for w in state.values() if w.is_floating_point()]
         if torch.nn.utils.get_total_norm(weights).isfinite():
             return None
+        place = self.state.place()
         return Diverged(
-            f"a weight is not finite after {self.place()}: training has diverged; {self.last_good}"
+            f"a weight is not finite after {place}: training has diverged; {self.last_good}"
         )

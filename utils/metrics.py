@@ -15,16 +15,14 @@ class ConfusionMatrix:
         counts: num_classes x num_classes, int64; rows are the truth, columns the prediction.
     """
 
-    def __init__(
-        self, num_classes: int, device: torch.device | str = "cpu", ignore_index: int = IGNORE_INDEX
-    ) -> None:
-        self.num_classes, self.ignore_index = num_classes, ignore_index
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+        self.num_classes = num_classes
         self.counts = torch.zeros((num_classes, num_classes), dtype=torch.int64, device=device)
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Count the pixels of integer tensors of one shape, except ignored labels."""
         # Ignored pixels go to an extra row that is cut off, which is cheaper than selection.
-        rows = labels.flatten().masked_fill(labels.flatten() == self.ignore_index, self.num_classes)
+        rows = labels.flatten().masked_fill(labels.flatten() == IGNORE_INDEX, self.num_classes)
         cells = rows * self.num_classes + predictions.flatten()
         counts = torch.bincount(cells, minlength=(self.num_classes + 1) * self.num_classes)
         self.counts += counts.view(self.num_classes + 1, self.num_classes)[:-1]

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, PolynomialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
@@ -24,6 +24,31 @@ def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
         div_factor=100,
         cycle_momentum=False,
     )
+
+
+class PretrainingSchedule(LambdaLR):
+    """Learning rate and weight decay of the published pretraining.
+
+    Both are constant for 15 epochs. Then the rate falls by 5 % with each epoch, and the decay is
+    off.
+
+    Args:
+        steps: steps of an epoch.
+    """
+
+    CONSTANT_EPOCHS = 15
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        self.last_constant_step = self.CONSTANT_EPOCHS * steps - 1
+        super().__init__(
+            optimizer, lambda step: 0.95 ** max(0, step // steps + 1 - self.CONSTANT_EPOCHS)
+        )
+
+    def step(self) -> None:
+        super().step()
+        if self.last_epoch > self.last_constant_step:
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = 0.0
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -60,11 +85,7 @@ class Average(AveragedModel):
 
 
 def average_of(model: nn.Module, steps: int) -> Average:
-    """Average weights and running statistics exponentially (EMA) over the last 2 % of a run.
-
-    Args:
-        steps: length of the run. The horizon is at least 10 steps and at most 10,000.
-    """
+    """Average weights and running statistics (EMA) over 2 % of `steps`, from 10 to 10,000 steps."""
     horizon = min(10_000, max(10, steps // 50))
     average = get_ema_multi_avg_fn(1 - 1 / horizon)
     return Average(model, multi_avg_fn=average, use_buffers=True)

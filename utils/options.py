@@ -34,7 +34,6 @@ from utils.script import WorkerDied
 # Where the embedded data sets are drawn.
 STREETS, SHAPES = Path("data/synthetic"), Path("data/shapes")
 
-
 # Which options of the training programs mend an error.
 ADVICE = {
     BrokenFiles: "python tools/check_dataset.py lists them all, --skip-broken leaves them out",
@@ -80,11 +79,8 @@ class Option:
         return self.flags.split()[0].removeprefix("--").replace("-", "_")
 
     def add_to(self, parser: argparse._ActionsContainer) -> None:
-        kind = {
-            "flag": {"action": "store_true"},
-            "switch": {"action": argparse.BooleanOptionalAction},
-        }
-        how = kind.get(self.type) if isinstance(self.type, str) else {"type": self.type}
+        actions = {"flag": "store_true", "switch": argparse.BooleanOptionalAction}
+        how = {"action": actions[self.type]} if self.type in actions else {"type": self.type}
         shown = "; ".join(filter(None, [self.help, self._defaults()]))
         parser.add_argument(*self.flags.split(), default=None, help=shown, **how, **self.shape)
 
@@ -303,11 +299,7 @@ def fill_defaults(args: argparse.Namespace, table: Table, presets: Sequence[str]
 
 
 def settle_segmentation(args: argparse.Namespace) -> None:
-    """Settle the options of main.py.
-
-    Raises:
-        UserError: they contradict each other, or cannot be used.
-    """
+    """Settle the options of main.py; raise a UserError if they contradict each other."""
     embedded = args.datadir is None or Path(args.datadir).resolve() == STREETS.resolve()
     if args.datadir is None and args.dataset not in (None, "synthetic"):
         raise UserError(f"--dataset {args.dataset} needs --datadir, the folder of the data set")
@@ -352,11 +344,7 @@ def settle_segmentation(args: argparse.Namespace) -> None:
 
 
 def settle_pretraining(args: argparse.Namespace) -> None:
-    """Settle the options of lednet_imagenet.py.
-
-    Raises:
-        UserError: they contradict each other, or cannot be used.
-    """
+    """Settle the options of lednet_imagenet.py; raise a UserError if they contradict each other."""
     if args.evaluate:
         if args.resume:
             raise UserError("--evaluate and --resume exclude each other: give one of them")

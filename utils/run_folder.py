@@ -32,29 +32,8 @@ BEST, ENCODER = "best.pth", "encoder.pth"
 ARGS, LOG, COUNTS, LOCK = "args.json", "log.csv", "class_counts.json", ".lock"
 EVENTS = "events.out.tfevents.*"
 
-# What LAST holds for resuming, beside the weights and their description.
-RUN_STATE = (
-    "stage", "epoch", "step", "steps", "lr", "batch_size", "best", "training_model", "ema_updates",
-    "optimizer", "scheduler", "scaler", "computed_by", "processes",
-)  # fmt: skip
-
-# Columns of the log that TensorBoard shows, beside the IoU of every class.
-TAGS = {
-    "train_loss": "loss/train",
-    "val_loss": "loss/val",
-    "lr": "lr",
-    "train_miou": "miou/train",
-    "val_miou": "miou/val",
-    "val_pixel_accuracy": "pixel accuracy/val",
-    "images_per_second": "images per second/train",
-    "data_wait": "share of time waiting for data/train",
-    "skipped_steps": "steps skipped by the scaler/train",
-    "left_out": "broken images left out",
-    "train_top1": "top-1/train",
-    "val_top1": "top-1/val",
-    "train_top5": "top-5/train",
-    "val_top5": "top-5/val",
-}
+# Columns of the log that TensorBoard does not show.
+NOT_SHOWN = ("stage", "epoch", "seconds")
 
 
 class FolderInUse(UserError):
@@ -69,8 +48,6 @@ class Run:
     """A training run in its folder. Only the first process of several writes.
 
     Attributes:
-        args: options of the run.
-        folder: folder that everything is written into.
         resumed: checkpoint to go on from; None for a new run.
         signals: SIGTERM and Ctrl-C since `begin`.
         command: command line that resumes the run.
@@ -103,12 +80,9 @@ class Run:
         return None
 
     def begin(self) -> None:
-        """Start writing: what the log has beyond the epochs that were saved is dropped.
+        """Start writing; what the log has beyond the last checkpoint is dropped.
 
         Mistakes found before this leave no folder behind.
-
-        Raises:
-            WriteError: the folder cannot be written.
         """
         self.opened.enter_context(self.signals)
         if not distributed.is_first():
@@ -136,7 +110,7 @@ class Run:
 
     @contextmanager
     def write_errors(self, path: Path) -> Iterator[None]:
-        """Raise a WriteError that says how to resume, in place of an OSError."""
+        """Turn an OSError into a WriteError that says how to resume."""
         try:
             with write_errors(path):
                 yield
@@ -145,11 +119,7 @@ class Run:
             raise
 
     def save(self, checkpoint: Mapping[str, Any]) -> None:
-        """Write last.pth, and keep the one before as previous.pth.
-
-        Raises:
-            WriteError: it cannot be written; both files stay as they were.
-        """
+        """Write last.pth, and keep the one before as previous.pth."""
         last = self.folder / LAST
         with self.write_errors(last):
             if last.exists():
@@ -157,11 +127,7 @@ class Run:
             save_checkpoint(checkpoint, last)
 
     def save_network(self, checkpoint: Mapping[str, Any], name: str) -> None:
-        """Write a checkpoint that no run resumes from.
-
-        Raises:
-            WriteError: it cannot be written; the old file stays.
-        """
+        """Write a checkpoint that no run resumes from."""
         with self.write_errors(self.folder / name):
             save_checkpoint(checkpoint, self.folder / name)
 
@@ -173,20 +139,12 @@ class Run:
                 unfinished.write_text(text)
 
     def record(self, row: Mapping[str, Any], step: int, pictures: Sequence[Tensor]) -> None:
-        """Add the row of an epoch to the log, and its scores and pictures to TensorBoard.
-
-        Args:
-            step: number of the epoch over all stages.
-
-        Raises:
-            WriteError: they cannot be written.
-        """
+        """Add an epoch to the log and to TensorBoard, where `step` counts over all stages."""
         self._write_log([*read_log(self.folder / LOG), dict(row)])
         with self.write_errors(self.folder / EVENTS):
             for name, value in row.items():
-                tag = TAGS.get(name) or (name.replace(" ", "/", 1) if " " in name else None)
-                if tag and not math.isnan(value):
-                    self.writer.add_scalar(tag, value, step)
+                if name not in NOT_SHOWN and not math.isnan(value):
+                    self.writer.add_scalar(tensorboard_tag(name), value, step)
             for number, picture in enumerate(pictures):
                 self.writer.add_image(f"val/{number}", picture, step)
             self.writer.flush()
@@ -223,12 +181,7 @@ def open_run(args: argparse.Namespace) -> Iterator[Run]:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder against other runs; remove it at the end if nothing was written into it.
-
-    Raises:
-        FolderInUse: another run has locked it.
-        WriteError: it cannot be written.
-    """
+    """Lock a folder against other runs; remove it at the end if nothing was written into it."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / LOCK)
     with write_errors(folder):
@@ -250,16 +203,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def check_free(folder: Path) -> None:
-    """Check that a folder holds no run.
-
-    Raises:
-        FolderInUse: it does.
-    """
-    names = (
-        ARGS, LOG, COUNTS, LAST, PREVIOUS, f"damaged-{LAST}", BEST, ENCODER, "stage*-epoch*.pth",
-        EVENTS,
-    )  # fmt: skip
-    for found in (path for name in names for path in folder.glob(name)):
+    """Raise FolderInUse if a folder holds a run."""
+    for found in (
+        path for name in (ARGS, LOG, COUNTS, "*.pth", EVENTS) for path in folder.glob(name)
+    ):
         raise FolderInUse(f"{folder} holds a run already ({found.name})")
 
 
@@ -299,13 +246,18 @@ def load_run(folder: Path) -> dict[str, Any] | None:
 
 def _load_state(path: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(path)
-    missing = [key for key in RUN_STATE if key not in checkpoint]
-    if missing:
+    if not {"stage", "optimizer", "processes"} <= checkpoint.keys():
         raise CheckpointError(
-            f"{path} does not hold the {missing[0]} of a run: put back the file that the run "
-            "wrote, or start another run"
+            f"{path} is not the state of a run: put back the file that the run wrote, or start "
+            "another run"
         )
     return checkpoint
+
+
+def tensorboard_tag(column: str) -> str:
+    """Return the tag of a column of the log: loss/train of train_loss, iou/road of "iou road"."""
+    split, _, score = column.partition("_")
+    return f"{score}/{split}" if split in ("train", "val") else column.replace(" ", "/", 1)
 
 
 def copy_whole(source: Path, target: Path) -> None:
@@ -334,11 +286,7 @@ def resume_command(folder: Path) -> str:
 
 
 def read_args(folder: Path) -> dict[str, Any]:
-    """Return the options that a run was started with.
-
-    Raises:
-        NoRun: the folder holds no run.
-    """
+    """Return the options that a run was started with; raise NoRun if there is none."""
     args = read_json(folder / ARGS)
     if args is None:
         raise NoRun(f"{folder} holds no run to resume: {ARGS} is missing or damaged")

@@ -126,11 +126,7 @@ def worker_death(error: Exception) -> WorkerDied | None:
 
 
 def start_device(args: argparse.Namespace) -> torch.device:
-    """Return the device of --device, and join the processes that torchrun started.
-
-    Raises:
-        UserError: the device is not there, or cannot do what the options ask for.
-    """
+    """Return the device that the options ask for, and join the processes of torchrun."""
     device = pick_device(args.device)
     if args.sync_bn and device.type == "cpu":
         raise UserError("--sync-bn needs GPUs: leave it out")

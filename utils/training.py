@@ -1,12 +1,10 @@
-"""Training: one loop for every program, and the state that lets it go on from any step."""
+"""Training: a stage, how far it has come, and the one loop for every program."""
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +14,11 @@ from torch.utils.data import DataLoader
 from datasets.loading import Batch
 from utils import distributed
 from utils.checkpoint import CheckpointError, Description, fill, on_cpu
-from utils.evaluation import OutOfMemory, memory_errors, progress_bar
+from utils.evaluation import OutOfMemory, memory_errors
 from utils.interrupts import Guard
 from utils.optim import Average, load_optimizer
+from utils.progress import Progress, Waiting, describe
 from utils.run_folder import BEST, LAST, Run
-
-SECONDS_BETWEEN_UPDATES = 0.5
-
-T = TypeVar("T")
 
 
 class Meter(Protocol):
@@ -156,11 +151,21 @@ class TrainState:
         if meter is not None:
             meter.counts = self.totals["meter"]
 
-    def end_epoch(self) -> dict[str, Tensor]:
-        """Return the sums of the epoch over all processes."""
-        totals = {name: distributed.total(value) for name, value in self.totals.items()}
+    def scores(self, meter: Meter | None) -> dict[str, Any]:
+        """Return the columns of the log that follow from the sums; this waits for a GPU."""
+        totals = self.totals
+        scores = {"train_loss": (totals["loss"] / totals["images"]).item()}
+        if meter is not None:
+            meter.counts = totals["meter"]
+            scores |= {f"train_{name}": value for name, value in meter.summary().items()}
+        return scores | {name: totals[name].item() for name in ("skipped_steps", "left_out")}
+
+    def end_epoch(self, meter: Meter | None) -> dict[str, Any]:
+        """Return the scores of the epoch over all processes."""
+        self.totals = {name: distributed.total(value) for name, value in self.totals.items()}
+        scores = self.scores(meter)
         self.totals, self.epoch, self.step = {}, self.epoch + 1, 0
-        return totals
+        return scores
 
     def checkpoint(self) -> dict[str, Any]:
         """Return what describes the network that is scored."""
@@ -266,15 +271,17 @@ class TrainState:
 
 
 def fit(stage: Stage, run: Run) -> dict[str, Any]:
-    """Train a stage to its end, from where it stopped if it was begun before.
-
-    Returns:
-        The best epoch and its scores.
-    """
+    """Train a stage to its end, from where it stopped; return its best epoch and the scores."""
     state = TrainState(stage)
     resumed = run.resumed if run.resumed and run.resumed["stage"] == stage.number else None
     differences = state.load_state_dict(resumed, run.folder / LAST) if resumed else []
-    guard = guard_of(state, run, resumed is not None)
+
+    def save() -> None:
+        checkpoint = state.state_dict()
+        distributed.first(lambda: run.save(checkpoint))
+
+    minutes = run.args.checkpoint_minutes
+    guard = Guard(run.signals, state, save, run.folder / LAST, minutes, run.command)
     if resumed:
         print(f"resuming after {state.place()}")
     for difference in differences:
@@ -290,24 +297,6 @@ def fit(stage: Stage, run: Run) -> dict[str, Any]:
     return state.best
 
 
-def guard_of(state: TrainState, run: Run, resumed: bool) -> Guard:
-    def save() -> None:
-        checkpoint = state.state_dict()
-        distributed.first(lambda: run.save(checkpoint))
-
-    return Guard(
-        run.signals,
-        run.folder / LAST,
-        run.args.checkpoint_minutes,
-        run.command,
-        save,
-        state.place,
-        (state.stage.model, state.stage.scored),
-        state.stage.files,
-        resumed,
-    )
-
-
 def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Module) -> None:
     """Train an epoch, validate if it is due, and record both."""
     stage, args = state.stage, run.args
@@ -321,15 +310,8 @@ def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Mo
         distributed.share_buffers(stage.scored)
         batches = guard.validation_batches(stage.val_loader, state.totals["left_out"])
         found = stage.validate(stage.scored, batches, f"{title}, validation")
-    totals = state.end_epoch()
-
     row = {"stage": stage.number} if stage.number else {}
-    row |= {"epoch": epoch, "lr": state.lr}
-    row |= {"train_loss": (totals["loss"] / totals["images"]).item()} | rates
-    row |= {name: totals[name].item() for name in ("skipped_steps", "left_out")}
-    if meter is not None:
-        meter.counts = totals["meter"]
-        row |= {f"train_{name}": value for name, value in meter.summary().items()}
+    row |= {"epoch": epoch, "lr": state.lr} | state.end_epoch(meter) | rates
     row |= found.columns if found else {}
     improved = found is not None and (
         state.best["epoch"] == 0 or found.best[stage.score] > state.best[stage.score]
@@ -351,33 +333,7 @@ def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Mo
         run.record(row, stage.epochs_before + epoch, found.pictures if shown else [])
 
     distributed.first(record)
-    print(f"{title}: {report(row)}", flush=True)
-
-
-# How the line that ends an epoch shows the columns of the log.
-REPORTED = {
-    "train_loss": "train loss {:.4f}",
-    "train_miou": "train mIoU {:.2%}",
-    "train_top1": "train top-1 {:.2%}",
-    "val_loss": "val loss {:.4f}",
-    "val_miou": "val mIoU {:.2%}",
-    "val_top1": "val top-1 {:.2%}",
-    "val_top5": "val top-5 {:.2%}",
-    "images_per_second": "{:.1f} images/s",
-    "data_wait": "waiting for data {:.0%}",
-    "seconds": "{:.0f} s",
-    "skipped_steps": "{} steps skipped by the scaler",
-    "left_out": "{} broken images left out",
-}
-
-
-def report(row: Mapping[str, Any]) -> str:
-    """Return the scores of an epoch as text; counts of what went wrong only if there are any."""
-    return ", ".join(
-        text.format(row[column])
-        for column, text in REPORTED.items()
-        if row.get(column) or (column in row and column not in ("skipped_steps", "left_out"))
-    )
+    print(f"{title}: {describe(row)}", flush=True)
 
 
 def train_one_epoch(
@@ -394,22 +350,27 @@ def train_one_epoch(
         forward: runs the model: itself, compiled, or in parallel.
         meter: scores the predictions in training.
         title: title of the progress bar.
-        steps_loss: steps between lines of progress where there is no terminal; 0 for none.
+        steps_loss: steps between lines of progress in a log; 0 for none.
 
     Returns:
         "images_per_second" of all processes, and "data_wait", the share of the time in which the
         device had to wait for data.
     """
-    stage, device = state.stage, state.stage.device
+    stage, loader, processes = state.stage, state.stage.loader, distributed.processes()
     stage.model.train()
-    # The epoch of the whole run: no two stages see the same order of images.
-    stage.loader.sampler.begin(
-        stage.epochs_before + state.epoch + 1, state.step * stage.loader.batch_size
-    )
+    # Epochs are counted over all stages: no two of them have the same order of images.
+    epoch = stage.epochs_before + state.epoch + 1
+    loader.sampler.begin(epoch, state.step * loader.batch_size)
     state.begin_epoch(meter)
-    waiting = Waiting(device)
-    with Progress(state, waiting, meter, title, steps_loss) as progress:
-        batches = waiting.measured(stage.loader)
+    waiting = Waiting(stage.device)
+
+    def scores() -> dict[str, Any]:
+        return state.scores(meter) | {"data_wait": waiting.seconds() / progress.seconds}
+
+    batch_size, images = processes * loader.batch_size, len(loader.dataset)
+    progress = Progress(title, images, stage.steps, state.step, batch_size, steps_loss, scores)
+    with progress:
+        batches = waiting.measured(loader)
         for batch in guard.training_batches(batches, state.totals["left_out"]):
             try:
                 with memory_errors(batch.images):
@@ -418,9 +379,10 @@ def train_one_epoch(
                 error.add_note(guard.last_good)
                 raise
             guard.note_loss(loss, batch.indices)
-            progress.step(len(batch.images))
-        guard.check_finite()  # before anything is scored or saved
-        return progress.rates()
+            progress.step(processes * len(batch.images))
+    guard.check_finite()  # before anything is scored or saved
+    wait = min(1.0, waiting.seconds() / progress.seconds)
+    return {"images_per_second": progress.images_per_second, "data_wait": wait}
 
 
 def train_step(state: TrainState, forward: nn.Module, meter: Meter | None, batch: Batch) -> Tensor:
@@ -450,103 +412,6 @@ def train_step(state: TrainState, forward: nn.Module, meter: Meter | None, batch
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         meter.update_from_logits(logits.detach(), labels)
     return loss
-
-
-class Progress:
-    """A bar on a terminal, lines in a log: loss, speed and time left of an epoch."""
-
-    def __init__(
-        self, state: TrainState, waiting: "Waiting", meter: Meter | None, title: str, lines: int
-    ) -> None:
-        self.state, self.waiting, self.meter = state, waiting, meter
-        self.title, self.lines = title, lines
-        self.images = self.steps = 0
-        self.started = self.updated = time.perf_counter()
-        images = len(state.stage.loader.dataset)
-        self.bar = progress_bar(title, images)
-        self.bar.update(state.step * state.stage.loader.batch_size * distributed.processes())
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def step(self, images: int) -> None:
-        """Count a step of so many images, and show it if it is time."""
-        images *= distributed.processes()
-        self.images, self.steps = self.images + images, self.steps + 1
-        self.bar.update(images)
-        now, steps = time.perf_counter(), self.state.stage.steps
-        if not self.bar.disable:
-            if now - self.updated > SECONDS_BETWEEN_UPDATES:
-                self.bar.set_postfix_str(self._scores())
-                self.updated = now
-        elif self.lines and self.state.step % self.lines == 0:
-            left = (steps - self.state.step) * (now - self.started) / self.steps
-            print(
-                f"{self.title}: step {self.state.step}/{steps}, {self._scores()}, "
-                f"{self.images / (now - self.started):.1f} images/s, {left:.0f} s left",
-                flush=True,
-            )
-
-    def _scores(self) -> str:
-        totals = self.state.totals  # to read them waits for a GPU
-        row = {"train_loss": (totals["loss"] / totals["images"]).item()}
-        if self.meter is not None:
-            row |= {f"train_{name}": value for name, value in self.meter.summary().items()}
-        row |= {name: totals[name].item() for name in ("skipped_steps", "left_out")}
-        row["data_wait"] = self.waiting.seconds() / (time.perf_counter() - self.started)
-        return report(row)
-
-    def rates(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.started
-        return {
-            "images_per_second": self.images / seconds,
-            "data_wait": min(1.0, self.waiting.seconds() / seconds),
-        }
-
-
-class Waiting:
-    """The time that the device is idle because the loader has no batch ready.
-
-    A program runs ahead of its GPU, and waiting costs nothing while the GPU still works. So the
-    GPU's own clock measures, from the end of its last work to the next batch.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.total = 0.0
-        self.gaps: list[tuple] = []  # start and end of those that are not in the total yet
-
-    def measured(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yield the same batches, and measure the time until each one."""
-        start, end = self._now(), object()
-        iterator = iter(batches)  # may start workers
-        # The loader would raise the error of a dead worker at any moment, even within a step. It
-        # also notices when it waits for that worker's next batch, which is soon enough.
-        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        while (batch := next(iterator, end)) is not end:
-            self.gaps.append((start, self._now()))
-            yield batch
-            start = self._now()
-
-    def seconds(self) -> float:
-        """Return the time so far; on a GPU, once it has finished its work."""
-        if self.device.type == "cuda":
-            self.total += sum(start.elapsed_time(end) for start, end in self.gaps) / 1000
-        else:
-            self.total += sum(end - start for start, end in self.gaps)
-        self.gaps.clear()
-        return self.total
-
-    def _now(self) -> "float | torch.cuda.Event":
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 def computed_by(device: torch.device, amp_dtype: torch.dtype | None) -> str:
