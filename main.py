@@ -71,7 +71,7 @@ def main() -> None:
             distributed.local_processes(),
         )
         about = Description(
-            args.dataset, classes, list(mean), list(std), args.height, len(data.train_files),
+            args.dataset, classes, mean, std, args.height, len(data.train_files),
             args.apn_channels, vars(args),
         )  # fmt: skip
         print_plan(args, run, data, network, about, device)
@@ -229,8 +229,8 @@ def validate(
     )
     class_iou = confusion.class_iou().tolist()
     miou = mean_score(class_iou)
-    columns = {"val_loss": loss, "val_miou": miou}
-    columns |= {"val_pixel_accuracy": confusion.pixel_accuracy()}
+    accuracy = confusion.pixel_accuracy()
+    columns = {"val_loss": loss, "val_miou": miou, "val_pixel_accuracy": accuracy}
     columns |= {f"iou {name}": iou for name, iou in zip(classes.names, class_iou, strict=True)}
     return Validation(columns, {"miou": miou, "class_iou": class_iou}, pictures)
 
