@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# On the CPU, where results are exact, and with one thread: a second one rounds differently and costs
-# more than it gains on such small images. Programs that a test starts inherit this.
+# On the CPU, where results are exact, and with one thread: a second one rounds differently, and is
+# of no use on such small images. Programs that a test starts inherit this.
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 # On one core, torch adds this line to those that tests count.
 os.environ["PYTHONWARNINGS"] = "ignore:This DataLoader will create:UserWarning"
@@ -37,10 +37,11 @@ from datasets.drawn.shapes import make_shapes
 from datasets.drawn.streets import make_synthetic
 from models.deployed import Deployed
 from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
+from utils.interrupts import Guard
 
 # Ctrl-C is ignored in the background of a shell script, and programs leave it so.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# TensorBoard reads the event files of one second and process in the order of this number, as text.
+# TensorBoard reads the event files of one second in the order of this number, compared as text.
 event_numbers = itertools.count()
 event_file_writer._global_uid = SimpleNamespace(get=lambda: f"{next(event_numbers):06d}")
 
@@ -166,12 +167,12 @@ class Forked(multiprocessing.get_context("fork").Process):
     """A process of its own that calls a function, without importing everything again.
 
     Args:
-        function: function to call; its SystemExit decides the status.
+        function: function to call; what it returns is the status of the process.
         folder: existing folder for the files that take what the process prints.
         env: environment variables to set.
     """
 
-    def __init__(self, function: Callable[[], object], folder: Path, **env: object) -> None:
+    def __init__(self, function: Callable[[], int | None], folder: Path, **env: object) -> None:
         super().__init__(daemon=False)
         self.function, self.env = function, {name: str(value) for name, value in env.items()}
         number = next(event_numbers)
@@ -184,7 +185,7 @@ class Forked(multiprocessing.get_context("fork").Process):
             os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
         sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
         try:
-            self.function()
+            sys.exit(self.function())
         finally:  # this end would wait for the workers of a loader, and runs no atexit functions
             for child in multiprocessing.active_children():
                 child.kill()
@@ -333,6 +334,32 @@ def wait_for_the_next_second() -> None:
     """TensorBoard reads event files in the order of their names, which begin with the second they
     were opened in; those of one second, and one process, can change places."""
     time.sleep(1 - time.time() % 1)
+
+
+@contextmanager
+def after_step(place: str, action: Callable[[], object]) -> Iterator[None]:
+    """Call a function when training has taken a step, before it checks whether to save or stop.
+
+    Args:
+        place: the step, such as "step 2 of epoch 1 of stage 2".
+        action: function to call, the first time only.
+    """
+    done: list[str] = []
+
+    def note_loss(guard: Guard, *args: object, note_loss=Guard.note_loss) -> None:
+        note_loss(guard, *args)
+        if guard.state.place() == place and not done:
+            done.append(place)
+            action()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Guard, "note_loss", note_loss)
+        yield
+
+
+def send(number: int) -> Callable[[], None]:
+    """Return a function that sends a signal to the process that calls it."""
+    return lambda: os.kill(os.getpid(), number)
 
 
 def tracked_files(*suffixes: str) -> list[Path]:
