@@ -47,7 +47,7 @@ def passes(fuzzed: Fuzzed, check, *args) -> bool:
 
 
 def must_be_found(fuzzed: Fuzzed) -> bool:
-    """Whether damage can be told: not in the bits of a JPEG, nor a forged end, nor double chunks."""
+    """Whether the damage can be told: not flipped bits of a JPEG, a forged end or double chunks."""
     damage = fuzzed.how.split(", ")[-1]
     jpeg = "jpeg" in fuzzed.how and damage in ("flip", "random_bytes", "end_early_jpeg")
     return not jpeg and damage != "double"
