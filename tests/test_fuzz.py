@@ -47,7 +47,7 @@ def passes(fuzzed: Fuzzed, check, *args) -> bool:
 
 
 def must_be_found(fuzzed: Fuzzed) -> bool:
-    """Whether damage can be seen: not in the bits or a forged end of a JPEG, nor double chunks."""
+    """Whether the damage can be told: not flipped bits of a JPEG, a forged end or double chunks."""
     damage = fuzzed.how.split(", ")[-1]
     jpeg = "jpeg" in fuzzed.how and damage in ("flip", "random_bytes", "end_early_jpeg")
     return not jpeg and damage != "double"
