@@ -4,12 +4,14 @@ import ast
 import pickle
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tracked_files
 from PIL import Image
 
 from utils.checkpoint import CheckpointError
@@ -28,18 +30,7 @@ UNSAFE_OUTSIDE_TESTS = {
     *("eval", "exec", "os.system", "os.popen", "torch.hub.load", "runpy.run_path"),
     *("subprocess.getoutput", "subprocess.getstatusoutput"),
 }
-PIL_LIMITS = {"MAX_IMAGE_PIXELS", "LOAD_TRUNCATED_IMAGES"}
-
-
-def sources(*suffixes: str) -> list[Path]:
-    """The files of the repository, without what is hidden or installed."""
-    found = [path for suffix in suffixes for path in ROOT.rglob(f"*{suffix}")]
-    skipped = {"site-packages", "save", "results", "data", "node_modules"}
-    return sorted(
-        path
-        for path in found
-        if not any(part.startswith(".") or part in skipped for part in path.relative_to(ROOT).parts)
-    )
+PIL_LIMITS = {"MAX_IMAGE_PIXELS", "LOAD_TRUNCATED_IMAGES", "MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY"}
 
 
 def aliases(tree: ast.AST) -> dict[str, str]:
@@ -108,7 +99,7 @@ def faults(code: str, file: str) -> Iterator[str]:
 
 
 def test_no_source_runs_what_is_in_files():
-    paths = sources(".py")
+    paths = tracked_files(".py")
     assert len(paths) > 60 and ROOT / "utils/checkpoint.py" in paths
     found = [
         fault
@@ -117,6 +108,19 @@ def test_no_source_runs_what_is_in_files():
     ]
     # This file says what is looked for, and sees one pickle go off.
     assert [fault for fault in found if not fault.startswith("tests/test_safety.py")] == []
+
+
+def test_an_environment_in_the_clone_is_not_ours(monkeypatch, tmp_path):
+    """Installed packages lift limits, and load pickles, in files that are not ours to check."""
+    for name in (".venv/lib/a.py", "venv/b.py", "tools/c.py", "d.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(conftest, "ROOT", tmp_path)
+    ours = [tmp_path / "d.py", tmp_path / "tools/c.py"]
+    assert tracked_files(".py") == ours  # without git
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "add", "tools", "d.py"], cwd=tmp_path, check=True)
+    assert tracked_files(".py") == ours
 
 
 @pytest.mark.parametrize(
@@ -140,6 +144,7 @@ def test_no_source_runs_what_is_in_files():
         "import subprocess\nsubprocess.run('ls', shell=True)",
         "from PIL import Image\nImage.MAX_IMAGE_PIXELS = None",
         "from PIL import ImageFile as f\nf.LOAD_TRUNCATED_IMAGES = True",
+        "from PIL import PngImagePlugin\nPngImagePlugin.MAX_TEXT_CHUNK = 1 << 30",
         "setattr(Image, 'MAX_IMAGE_PIXELS', None)",
         "import torch\ntorch.jit.load('a')",
     ],
@@ -250,7 +255,7 @@ def test_tensorboard_listens_to_this_machine_alone():
     """Its port shows a run to everyone in the network otherwise, where it is told to."""
     found = {
         path.relative_to(ROOT).as_posix(): options
-        for path in sources(".py", ".md", ".sh", ".toml", ".yml", ".yaml", ".txt")
+        for path in tracked_files(".py", ".md", ".sh", ".toml", ".yml", ".yaml", ".txt")
         for options in commands(path.read_text())
         if path.name != "test_safety.py"
     }
