@@ -1,6 +1,7 @@
 """What the tests share: small drawn data sets, short runs, and ways to run programs."""
 
 import csv
+import io
 import itertools
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +31,12 @@ os.environ["PYTHONWARNINGS"] = "ignore:This DataLoader will create:UserWarning"
 import torch
 from tensorboard.summary.writer import event_file_writer
 
+from datasets.cityscapes import Cityscapes
 from datasets.drawn.scene import draw_scene
 from datasets.drawn.shapes import make_shapes
 from datasets.drawn.streets import make_synthetic
+from models.deployed import Deployed
+from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.interrupts import Guard
 
 # Ctrl-C is ignored in the background of a shell script, and programs leave it so.
@@ -42,6 +46,7 @@ event_numbers = itertools.count()
 event_file_writer._global_uid = SimpleNamespace(get=lambda: f"{next(event_numbers):06d}")
 
 ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "weights/lednet_d20_camvid.pth"
 FOLDERS = ("datasets", "docs", "examples", "models", "tests", "tools", "utils", "weights")
 COUNTS = {"train": 6, "val": 3, "test": 2, "train_extra": 3}
 
@@ -258,6 +263,77 @@ def pretrained(shapes, tmp_path_factory) -> Path:
     argv = ("--datadir", shapes, *PRETRAIN_QUICK, "--lr", 0.01, "--savedir", folder)
     assert run_script("lednet_imagenet.py", *argv) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def street_network(tmp_path_factory) -> Path:
+    """A checkpoint of the shipped network with the classes of Cityscapes; not to be changed.
+
+    On the drawn scenes it gets some pixels right of several classes; it never says "train".
+    """
+    names = (
+        "sky building pole road sidewalk vegetation traffic_sign fence car person bicycle"
+    ).split()
+    trained = [name.replace("_", " ") for name in names]  # in the order of CamVid
+    classes = Cityscapes.CLASSES
+    checkpoint = load_checkpoint(SHIPPED) | classes.to_checkpoint() | {"dataset": "cityscapes"}
+    rows = [trained.index(name) if name in trained else -1 for name in classes.names]
+    weights = checkpoint["model"]
+    for name, missing in (("weight", 0.0), ("bias", -100.0)):
+        old = weights[f"decoder.classifier.{name}"].float()
+        new = torch.cat([old, torch.full_like(old[:1], missing)])[rows]
+        weights[f"decoder.classifier.{name}"] = new
+    path = tmp_path_factory.mktemp("checkpoints") / "streets.pth"
+    save_checkpoint(checkpoint | {"height": 64}, path)
+    return path
+
+
+@dataclass
+class Exported:
+    """The shipped network as logits.onnx and labels.onnx in a folder; not to be changed.
+
+    Attributes:
+        programs: what torch.onnx.export returned, by the name of the output.
+        printed: what export.py printed.
+    """
+
+    folder: Path
+    programs: dict
+    printed: str
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Exported:
+    folder, programs, printed = tmp_path_factory.mktemp("onnx"), {}, io.StringIO()
+    export = torch.onnx.export
+
+    def recording(*args, output_names, **options):
+        programs[output_names[0]] = export(*args, output_names=output_names, **options)
+        return programs[output_names[0]]
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(torch.onnx, "export", recording)
+        for name, options in (("logits", ()), ("labels", ("--labels",))):
+            assert run_script("export.py", "--output", folder / f"{name}.onnx", *options) == 0
+    return Exported(folder, programs, printed.getvalue())
+
+
+@pytest.fixture
+def quick_export(exported, monkeypatch) -> None:
+    """Let torch.onnx.export return the shipped network, which it must be given, at once."""
+    weights = Deployed(load_network(SHIPPED)[0]).state_dict()
+
+    def export(model, *args, output_names, **options):
+        assert same_weights(model.state_dict(), weights)
+        return exported.programs[output_names[0]]
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+
+
+def wait_for_the_next_second() -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the second they
+    were opened in; those of one second, and one process, can change places."""
+    time.sleep(1 - time.time() % 1)
 
 
 @contextmanager
