@@ -1,29 +1,26 @@
-import argparse
+import csv
 import errno
 import json
-import os
+import math
 import shlex
 import shutil
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from compare import shown
-from conftest import Forked, full_disk, read_log
+from conftest import Forked, full_disk
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils import distributed
 from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.errors import UserError
 from utils.files import WriteError
 from utils.run_folder import (
     FolderInUse,
     NoRun,
-    Run,
     check_free,
     load_run,
     locked_folder,
@@ -31,39 +28,41 @@ from utils.run_folder import (
     read_args,
     resume_command,
     run_path,
+    tensorboard_tag,
 )
 
-STATE = dict.fromkeys(("stage", "epoch", "optimizer", "processes"), 0)
-STATE |= {"model": {"weight": torch.ones(3)}}
+
+def options(folder: Path, resume: bool = False, **others: object) -> Namespace:
+    return Namespace(savedir=str(folder), resume=resume, encoder_epochs=1, **others)
 
 
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+def state(epoch: int, stage: int = 1) -> dict:
+    """Return what a checkpoint needs to be resumed from."""
+    weights = {"weight": torch.ones(3)}
+    return {"stage": stage, "epoch": epoch, "optimizer": 0, "processes": 0, "model": weights}
 
 
-def options(folder: Path, **more: object) -> argparse.Namespace:
-    return argparse.Namespace(savedir=str(folder), resume=False, encoder_epochs=0, **more)
+def save_epochs(folder: Path, *epochs: int) -> None:
+    with open_run(options(folder)) as run:
+        for epoch in epochs:
+            run.save(state(epoch))
 
 
-@pytest.fixture
-def run(tmp_path) -> Iterator[Run]:
-    """A run in tmp_path, as open_run would make it."""
-    run = Run(options(tmp_path), tmp_path, None)
-    with run.opened:
-        yield run
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {".lock"}
 
 
-# Names and options
+# Where a run writes
 
 
-def test_a_name_means_a_folder_under_save_and_a_path_itself():
+def test_a_name_lies_under_save_and_a_path_is_taken_as_it_is():
     assert run_path("first", "cityscapes") == Path("save/first")
     assert run_path("/tmp/first", "cityscapes") == Path("/tmp/first")
     assert run_path("./first", "cityscapes") == Path("first")
     assert run_path(None, "cityscapes").match("save/cityscapes-*-*")
 
 
-def test_the_command_that_resumes(monkeypatch):
+def test_the_command_that_resumes_a_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--savedir", "x"])
     assert resume_command(Path("save/my run")) == "python main.py --savedir 'my run' --resume"
     assert resume_command(Path("/runs/a")) == "python main.py --savedir /runs/a --resume"
@@ -78,56 +77,17 @@ def test_the_command_that_resumes(monkeypatch):
     assert resume_command(Path("save/a")) == f"{start} ... main.py --savedir a --resume"
 
 
-def test_options_are_stored_and_those_of_a_resume_hold_from_then_on(tmp_path):
-    folder = tmp_path / "deep/run"
-    begun = options(folder, batch_size=4, init=None)
-    with open_run(begun) as run:
-        run.begin()
-    assert read_args(folder) == vars(begun)
-    args = argparse.Namespace(**vars(begun) | {"batch_size": 2, "resume": True, "savedir": "b"})
-    run = Run(args, folder, None)
-    run.begin()
-    run.close()
-    assert read_args(folder) == vars(begun) | {"batch_size": 2}
-
-
-@pytest.mark.parametrize("content", [None, "", "{", "[]"])
-def test_a_folder_without_options_cannot_be_resumed(tmp_path, content):
-    if content is not None:
-        (tmp_path / "args.json").write_text(content)
-    with pytest.raises(NoRun, match="holds no run to resume"):
-        read_args(tmp_path)
-
-
-def test_what_a_run_stored_is_used_again_for_the_same_option(tmp_path):
-    (tmp_path / "args.json").write_text(json.dumps({"datadir": "a"}))
-    (tmp_path / "class_counts.json").write_text(json.dumps({"road": 7}))
-    args = argparse.Namespace(resume=True, datadir="a")
-    run = Run(args, tmp_path, None)
-    assert run.stored("class_counts.json", "datadir") == {"road": 7}
-    (tmp_path / "class_counts.json").write_text('{"road"')
-    assert run.stored("class_counts.json", "datadir") is None
-    args.datadir = "b"
-    assert run.stored("args.json", "datadir") is None
-    args.resume, args.datadir = False, "a"
-    assert run.stored("args.json", "datadir") is None
-
-
-# The lock
-
-
 @pytest.mark.parametrize(
     "name",
-    [
-        *("args.json", "log.csv", "class_counts.json", "last.pth", "previous.pth", "best.pth"),
-        *("encoder.pth", "stage2-epoch001.pth", "events.out.tfevents.1.a"),
-    ],
-)
-def test_a_folder_that_holds_a_run_is_refused_and_kept(tmp_path, name):
+    ["args.json", "log.csv", "last.pth", "previous.pth", "best.pth", "encoder.pth",
+     "stage2-epoch001.pth", "class_counts.json", "events.out.tfevents.1"],
+)  # fmt: skip
+def test_a_folder_that_holds_a_run_is_refused(tmp_path, name):
     (tmp_path / name).write_text("precious")
-    with pytest.raises(FolderInUse, match="holds a run already"):
-        check_free(tmp_path)
-    assert (tmp_path / name).read_text() == "precious"
+    with pytest.raises(FolderInUse, match=rf"holds a run already \({name}\)"):
+        with open_run(options(tmp_path)):
+            pass
+    assert (tmp_path / name).read_text() == "precious" and names_in(tmp_path) == {name}
 
 
 def test_a_folder_with_other_files_is_free(tmp_path):
@@ -135,58 +95,112 @@ def test_a_folder_with_other_files_is_free(tmp_path):
     check_free(tmp_path)
 
 
-def test_only_one_run_writes_into_a_folder_which_is_free_again_when_it_is_killed(tmp_path):
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="file/run cannot be written"):
+        with locked_folder(tmp_path / "file" / "run"):
+            pass
+
+
+def test_a_folder_belongs_to_one_run_until_its_process_ends(tmp_path):
+    """Also if the process is killed."""
     folder = tmp_path / "run"
 
-    def other() -> None:
+    def hold() -> None:
         with locked_folder(folder):
-            print("locked", flush=True)
+            print("locked")
             time.sleep(60)
 
-    process = Forked(other, tmp_path)
-    process.wait_for("locked")
-    with pytest.raises(FolderInUse, match="another run is writing into"), locked_folder(folder):
-        pass
+    other = Forked(hold, tmp_path)
+    other.wait_for("locked")
+    with pytest.raises(FolderInUse, match="another run is writing into"):
+        with open_run(options(folder)):
+            pass
     assert folder.is_dir()
-    process.signal(signal.SIGKILL)
-    process.finish()
+    other.kill()
+    other.finish()
     with locked_folder(folder):
         pass
 
 
 def test_a_folder_that_nothing_was_written_into_is_removed(tmp_path):
     folder = tmp_path / "deep/run"
-    with pytest.raises(ValueError), locked_folder(folder):
+    with pytest.raises(ValueError), open_run(options(folder)):
         raise ValueError
-    assert names(tmp_path) == set()
+    assert list(tmp_path.iterdir()) == []
     with locked_folder(folder):
         (folder / "log.csv").write_text("")
     with locked_folder(folder):
         (folder / ".log.csv-0123abcd.unfinished.csv").write_text("killed")
     with locked_folder(folder):
-        assert names(folder) == {"log.csv", ".lock"}
+        assert names_in(folder) == {"log.csv"}
 
 
-def test_a_folder_that_is_gone_or_shared_by_now_hides_no_error(tmp_path):
+def test_a_folder_that_is_gone_or_shared_at_the_end_hides_no_error(tmp_path):
     with pytest.raises(ValueError), locked_folder(tmp_path / "deep/run"):
         shutil.rmtree(tmp_path / "deep")
         raise ValueError
     with pytest.raises(ValueError), locked_folder(tmp_path / "deep/run"):
         (tmp_path / "deep/another").mkdir()
         raise ValueError
-    assert {path.name for path in tmp_path.rglob("*")} == {"deep", "another"}
+    assert [path.name for path in tmp_path.rglob("*")] == ["deep", "another"]
 
 
-# The checkpoints
+# Options
 
 
-def test_the_checkpoint_before_the_last_is_kept(run, tmp_path):
+def test_a_resume_keeps_the_options_and_changes_to_them(tmp_path):
+    with open_run(options(tmp_path / "a", batch_size=4)) as run:
+        run.begin()
+    (tmp_path / "a").rename(tmp_path / "b")
+    with open_run(options(tmp_path / "b", resume=True, batch_size=2)) as run:
+        run.begin()
+    expected = options(tmp_path / "a", batch_size=2)
+    assert read_args(tmp_path / "b") == vars(expected)
+
+
+def test_options_that_stay_the_same_are_not_written_again(tmp_path):
+    written = []
+    for resume in (False, True):
+        with open_run(options(tmp_path, resume)) as run:
+            run.begin()
+        found = (tmp_path / "args.json").stat()
+        written.append((found.st_ino, found.st_mtime_ns))
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]"])
+def test_without_options_there_is_no_run_to_resume(tmp_path, content):
+    if content is not None:
+        (tmp_path / "args.json").write_text(content)
+    with pytest.raises(NoRun, match=r"holds no run to resume: args\.json"):
+        read_args(tmp_path)
+
+
+def test_stored_results_count_only_for_the_same_data(tmp_path):
+    with open_run(options(tmp_path, datadir="a")) as run:
+        assert run.stored("counts.json", "datadir") is None
+        run.begin()
+        run.write_json("counts.json", {"road": 3})
+    with open_run(options(tmp_path, resume=True, datadir="a")) as run:
+        assert run.stored("counts.json", "datadir") == {"road": 3}
+        (tmp_path / "counts.json").write_text('{"road":')
+        assert run.stored("counts.json", "datadir") is None
+        run.write_json("counts.json", {"road": 3})
+    assert json.loads((tmp_path / "counts.json").read_text()) == {"road": 3}
+    with open_run(options(tmp_path, resume=True, datadir="b")) as run:
+        assert run.stored("counts.json", "datadir") is None
+
+
+# Checkpoints
+
+
+def test_the_checkpoint_before_the_last_is_kept(tmp_path):
     assert load_run(tmp_path) is None
-    for epoch in range(4):
-        run.save(STATE | {"epoch": epoch})
+    save_epochs(tmp_path, 0, 1, 2, 3)
     assert load_run(tmp_path)["epoch"] == 3
     assert load_checkpoint(tmp_path / "previous.pth")["epoch"] == 2
-    assert names(tmp_path) == {"last.pth", "previous.pth"}
+    assert names_in(tmp_path) == {"last.pth", "previous.pth"}
 
 
 def damage(path: Path, how: str) -> None:
@@ -203,116 +217,111 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["missing", "empty", "cut short", "a flipped bit"])
-def test_a_damaged_checkpoint_is_replaced_by_the_one_before(run, tmp_path, capsys, how):
-    for epoch in range(3):
-        run.save(STATE | {"epoch": epoch})
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path, capsys, how):
+    save_epochs(tmp_path, 0, 1, 2)
     damage(tmp_path / "last.pth", how)
-    assert load_run(tmp_path)["epoch"] == 1
-    out = capsys.readouterr().out
-    assert "last.pth" in out and f"going on from {tmp_path / 'previous.pth'}" in out
-    # The next save must not copy the damaged file over the good one.
-    run.save(STATE | {"epoch": 2})
+    with open_run(options(tmp_path, resume=True)) as run:
+        assert run.resumed["epoch"] == 1
+        out = capsys.readouterr().out
+        assert "last.pth" in out and f"going on from {tmp_path / 'previous.pth'}" in out
+        # The damaged file is not copied over the good one.
+        run.save(state(2))
     assert load_checkpoint(tmp_path / "previous.pth")["epoch"] == 1
-
-
-def test_two_damaged_checkpoints_are_refused_and_kept(run, tmp_path):
-    for epoch in range(2):
-        run.save(STATE | {"epoch": epoch})
-    for name in ("last.pth", "previous.pth"):
-        damage(tmp_path / name, "a flipped bit")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    damage(tmp_path / "last.pth", how)
+    damage(tmp_path / "previous.pth", "a flipped bit")
     with pytest.raises(CheckpointError, match=r"previous\.pth is damaged"):
         load_run(tmp_path)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_removed_checkpoints_are_not_silently_begun_anew(tmp_path):
-    log = tmp_path / "log.csv"
-    log.write_text("epoch\n1\n")
-    assert load_run(tmp_path) is None  # killed before its first checkpoint
-    log.write_text("epoch\n1\n2\n")
+def test_checkpoints_that_were_removed_are_missed(tmp_path):
+    with open_run(options(tmp_path)) as run:
+        run.begin()
+        run.record({"epoch": 1}, 1, [])
+        assert load_run(tmp_path) is None  # killed before its first checkpoint
+        run.record({"epoch": 2}, 2, [])
     with pytest.raises(CheckpointError, match=r"last\.pth and .* are missing"):
         load_run(tmp_path)
-    log.unlink()
+    (tmp_path / "log.csv").unlink()
     (tmp_path / "damaged-last.pth").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"last\.pth and .* are missing"):
         load_run(tmp_path)
 
 
-def test_a_network_is_not_the_state_of_a_run(run, tmp_path):
-    run.save_network({"model": STATE["model"], "stage": 2}, "last.pth")
-    with pytest.raises(CheckpointError, match="is not the state of a run"):
+def test_the_best_network_is_not_the_state_of_a_run(tmp_path):
+    with open_run(options(tmp_path)) as run:
+        run.save_network({"stage": 2, "epoch": 1, "model": {}}, "last.pth")
+    with pytest.raises(CheckpointError, match=r"last\.pth is not the state of a run"):
         load_run(tmp_path)
 
 
-# Writing fails
+def test_finished_stages_and_epochs_are_those_of_the_checkpoint(tmp_path):
+    found = []
+    for resumed in (None, state(3, stage=1), state(2, stage=2), state(4, stage=0)):
+        with open_run(options(tmp_path)) as run:
+            run.resumed = resumed
+            found.append((run.past_stage(1), run.epochs_done()))
+    assert found == [(False, 0), (False, 3), (True, 1 + 2), (False, 4)]
 
 
-def test_a_full_disk_keeps_the_checkpoints(run, tmp_path):
-    run.save(STATE | {"epoch": 1})
-    with full_disk(20_000), pytest.raises(WriteError) as caught:
-        run.save(STATE | {"model": {"weight": torch.rand(9_000)}})
-    assert str(caught.value) == f"{tmp_path / 'last.pth'} cannot be written (File too large)"
-    assert caught.value.__notes__ == [f"then go on with: {run.command}"]
+# Disks that are full
+
+
+def test_a_full_disk_keeps_the_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    save_epochs(tmp_path, 1)
+    large = state(2) | {"model": {"weight": torch.rand(9_000)}}
+    with open_run(options(tmp_path, resume=True)) as run, pytest.raises(WriteError) as raised:
+        with full_disk(20_000):
+            run.save(large)
+    assert str(raised.value) == f"{tmp_path / 'last.pth'} cannot be written (File too large)"
+    how = f"then go on with: python main.py --savedir {tmp_path} --resume"
+    assert raised.value.__notes__ == [how]
     assert load_run(tmp_path)["epoch"] == 1
-    assert names(tmp_path) == {"last.pth", "previous.pth"}
+    assert names_in(tmp_path) == {"last.pth", "previous.pth"}
 
 
-def test_a_full_disk_keeps_a_damaged_checkpoint(run, tmp_path, monkeypatch):
-    for epoch in range(2):
-        run.save(STATE | {"epoch": epoch})
+def test_a_full_disk_keeps_a_checkpoint_that_replaces_a_damaged_one(tmp_path, monkeypatch):
+    save_epochs(tmp_path, 0, 1)
     damage(tmp_path / "last.pth", "cut short")
 
     def full(*paths: Path) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(WriteError, match="cannot be written"):
+    with monkeypatch.context() as patch, pytest.raises(WriteError, match=r"last\.pth cannot be"):
         patch.setattr("shutil.copyfile", full)
         load_run(tmp_path)
     assert load_run(tmp_path)["epoch"] == 0
 
 
-def test_a_folder_that_cannot_be_written_is_reported(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match="cannot be written"), locked_folder(tmp_path / "file/run"):
-        pass
+@pytest.mark.parametrize(("records", "room"), [(0, 10), (1, 150), (500, 3000)])
+def test_a_full_disk_under_tensorboard_is_neither_silent_nor_endless(tmp_path, records, room):
+    """TensorBoard writes in a thread, which then is dead."""
 
-    def read_only(*args: object, **kwargs: object) -> int:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    # Root may write everywhere, so the call fails as it would for others.
-    monkeypatch.setattr(os, "open", read_only)
-    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
-        with locked_folder(tmp_path / "run"):
-            pass
-
-
-@pytest.mark.parametrize("classes", [None, 9, 500])
-def test_a_full_disk_under_tensorboard_is_reported(tmp_path, classes):
-    """The thread that writes the events is dead by then, and must not be waited for."""
-
-    def program() -> int:
-        run = Run(options(tmp_path), tmp_path, None)
-        run.write_json = run._write_log = lambda *_: None
-        try:
-            with full_disk(10 if classes is None else 300):
+    def fill() -> None:
+        with open_run(options(tmp_path / "run")) as run:
+            run._write_log = lambda rows: None  # the log is not at issue here
+            run.write_json = lambda name, content: None
+            with full_disk(room):
                 run.begin()
-                run.record({f"iou {number}": 1.0 for number in range(classes)}, 1, [])
+                for step in range(records):
+                    run.record({"lr": 1.0, "train_loss": 2.0, "val_loss": 3.0}, step, [])
                 run.close()
+
+    def main() -> None:
+        try:
+            fill()
         except WriteError as error:
-            print(error)
-            return 2
-        return 0
+            print(f"{error}; {error.__notes__[0]}")
 
-    result = Forked(program, tmp_path).finish(60)
-    assert result.status == 2, result
-    assert result.out == f"{tmp_path}/events.out.tfevents.* cannot be written (File too large)\n"
-    assert "Traceback" not in result.err
+    end = Forked(main, tmp_path).finish(60)
+    assert (end.status, end.err) == (0, "")
+    message = f"{tmp_path}/run/events.out.tfevents.* cannot be written (File too large); then go on"
+    assert end.out.startswith(message) and end.out.count("\n") == 1
 
 
-def test_errors_of_other_threads_are_still_printed(run, capsys):
-    run.begin()
-    run.close()
+def test_errors_of_other_threads_are_printed(tmp_path, capsys):
+    with open_run(options(tmp_path)) as run:
+        run.begin()
     thread = threading.Thread(target=lambda: 1 / 0)
     thread.start()
     thread.join()
@@ -322,65 +331,83 @@ def test_errors_of_other_threads_are_still_printed(run, capsys):
 # The log and TensorBoard
 
 
-def recorded(folder: Path, rows: list[dict], resumed: dict | None = None) -> None:
-    args = argparse.Namespace(savedir=str(folder), resume=resumed is not None, encoder_epochs=2)
-    run = Run(args, folder, resumed)
-    run.begin()
-    for row in rows:
-        run.record(row, row["epoch"] + (2 if row["stage"] == 2 else 0), [])
-    run.close()
+def train(folder: Path, *epochs: tuple[int, int], saved: tuple[int, int] | None = None) -> None:
+    """Start or resume a run, and record these epochs of stages.
+
+    Args:
+        saved: epoch after which the last checkpoint is written.
+    """
+    with open_run(options(folder, resume=(folder / "args.json").exists())) as run:
+        run.begin()
+        for stage, epoch in epochs:
+            step = (stage - 1) * run.args.encoder_epochs + epoch
+            row = {"stage": stage, "epoch": epoch, "train_loss": stage / epoch, "iou sky": math.nan}
+            run.record(row, step, [torch.full((3, 8, 8), step, dtype=torch.uint8)])
+            if (stage, epoch) == saved:
+                run.save(state(epoch, stage))
 
 
-def test_the_log_and_tensorboard_are_cut_after_the_checkpoint(tmp_path):
-    """The stages have two epochs and three; the run was killed before it saved the last two."""
-    places = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3)]
-    rows = [{"stage": s, "epoch": e, "train_loss": s / e} for s, e in places]
-    recorded(tmp_path, rows)
-    new = {"stage": 2, "epoch": 2, "train_loss": 9.0}
-    recorded(tmp_path, [new], resumed={"stage": 2, "epoch": 1})
-    log = [(int(row["stage"]), int(row["epoch"])) for row in read_log(tmp_path)]
-    assert log == places[:4]
-    assert shown(tmp_path)["loss/train"] == {1: [1], 2: [0.5], 3: [2], 4: [9]}
-    recorded(tmp_path, [], resumed={"stage": 1, "epoch": 1})
-    assert len(read_log(tmp_path)) == 1
-    assert shown(tmp_path)["loss/train"] == {1: [1]}
-    recorded(tmp_path, rows[:1], resumed=None)
+def logged(folder: Path) -> list[tuple[int, int]]:
+    with (folder / "log.csv").open() as file:
+        return [(int(row["stage"]), int(row["epoch"])) for row in csv.DictReader(file)]
 
 
-def test_a_resumed_run_without_a_checkpoint_begins_its_log_anew(tmp_path):
-    recorded(tmp_path, [{"stage": 1, "epoch": 1, "train_loss": 1.0}])
-    run = Run(argparse.Namespace(savedir=str(tmp_path), resume=True), tmp_path, None)
-    run.begin()
-    run.close()
-    assert read_log(tmp_path) == [] and shown(tmp_path) == {}
+def shown(folder: Path) -> dict[str, list[int]]:
+    """Return the steps that TensorBoard shows of each tag, as often as it shows them."""
+    events = EventAccumulator(str(folder), {"scalars": 0, "images": 0}).Reload()
+    tags = events.Tags()
+    found = {tag: [event.step for event in events.Scalars(tag)] for tag in tags["scalars"]}
+    return found | {tag: [event.step for event in events.Images(tag)] for tag in tags["images"]}
 
 
-def test_a_log_can_get_other_columns(run, tmp_path):
-    """A run is resumed with a version that logs more, or in another order."""
-    run.begin()
-    run.record({"epoch": 1, "loss": 0.5, "old": 7.0}, 1, [])
-    run.record({"new": 9.0, "loss": 0.25, "epoch": 2}, 2, [])
-    run.close()
-    assert read_log(tmp_path) == [
-        {"epoch": "1", "loss": "0.5", "old": "7.0", "new": "nan"},
-        {"epoch": "2", "loss": "0.25", "old": "nan", "new": "9.0"},
-    ]
+def test_a_resumed_run_shows_each_epoch_once(tmp_path):
+    """Stopped twice after more epochs than it had saved."""
+    train(tmp_path, (1, 1), (2, 1), (2, 2), (2, 3), saved=(2, 1))
+    train(tmp_path, (2, 2), (2, 3), (2, 4), saved=(2, 3))
+    train(tmp_path, (2, 4), saved=(2, 4))
+    assert logged(tmp_path) == [(1, 1), (2, 1), (2, 2), (2, 3), (2, 4)]
+    assert shown(tmp_path) == {"loss/train": [1, 2, 3, 4, 5], "val/0": [1, 2, 3, 4, 5]}
+    assert len(list(tmp_path.glob("events.*"))) == 3
+    before = (tmp_path / "log.csv").read_bytes()
+    train(tmp_path)  # it is finished
+    assert (tmp_path / "log.csv").read_bytes() == before
+    assert shown(tmp_path) == {"loss/train": [1, 2, 3, 4, 5], "val/0": [1, 2, 3, 4, 5]}
 
 
-def test_tensorboard_shows_columns_by_score_and_split(run, tmp_path):
-    run.begin()
-    row = {"stage": 2, "epoch": 1, "train_loss": 1.0, "val_miou": 0.5, "iou traffic light": 0.25}
-    row |= {"lr": 0.125, "iou road": float("nan"), "seconds": 3.0}
-    run.record(row, 1, [torch.zeros(3, 4, 6, dtype=torch.uint8)])
-    run.close()
-    found = shown(tmp_path)
-    assert found.keys() == {"loss/train", "miou/val", "iou/traffic light", "lr", "val/0"}
-    assert found["iou/traffic light"] == {1: [0.25]}
+def test_a_run_that_saved_nothing_begins_anew(tmp_path):
+    train(tmp_path, (1, 1))
+    train(tmp_path, (1, 1), (2, 1))
+    assert logged(tmp_path) == [(1, 1), (2, 1)]
+    assert shown(tmp_path) == {"loss/train": [1, 2], "val/0": [1, 2]}
 
 
-def test_names_of_classes_are_no_paths(run, tmp_path):
-    run.begin()
-    run.record({"epoch": 1, "iou ../../out": 1.0}, 1, [])
-    run.close()
-    assert list(shown(tmp_path)) == ["iou/../../out"]
+def test_events_that_a_kill_cut_short_hide_no_later_ones(tmp_path):
+    train(tmp_path, (1, 1), (2, 1), saved=(1, 1))
+    (path,) = tmp_path.glob("events.*")
+    path.write_bytes(path.read_bytes()[:-10])  # of the picture of step 2
+    train(tmp_path, (2, 1), (2, 2))
+    assert shown(tmp_path) == {"loss/train": [1, 2, 3], "val/0": [1, 2, 3]}
+
+
+def test_tags_of_tensorboard_follow_from_the_columns(tmp_path):
+    tags = {
+        "train_loss": "loss/train",
+        "val_top1": "top1/val",
+        "iou traffic light": "iou/traffic light",
+    }
+    assert [tensorboard_tag(column) for column in tags] == list(tags.values())
+    assert tensorboard_tag("images_per_second") == "images_per_second"
+    with open_run(options(tmp_path)) as run:
+        run.begin()
+        run.record({"stage": 1, "epoch": 1, "seconds": 9.0, "lr": 0.5, "../../out": 1.0}, 1, [])
+    assert shown(tmp_path) == {"lr": [1], "../../out": [1]}
     assert not (tmp_path.parent.parent / "out").exists()
+
+
+def test_a_newer_version_may_log_more_columns(tmp_path):
+    with open_run(options(tmp_path)) as run:
+        run.begin()
+        run.record({"epoch": 1, "loss": 0.5, "old": 7}, 1, [])
+        run.record({"new": 9, "loss": 0.25, "epoch": 2}, 2, [])
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert lines == ["epoch,loss,old,new", "1,0.5,7,nan", "2,0.25,nan,9"]
