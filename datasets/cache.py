@@ -126,10 +126,10 @@ def _in_memory(splits: Splits, workers: int, device: torch.device, processes: in
     if device.type == "cpu" and processes * count > total / 2:
         each = f" in each of {processes} processes" if processes > 1 else ""
         raise CacheTooLarge(
-            f"{next(iter(splits)).root} takes {_in_bytes(count)} of memory{each}, and the machine "
-            f"has {_in_bytes(total)}"
+            f"{next(iter(splits)).root} takes {_readable(count)} of memory{each}, and the machine "
+            f"has {_readable(total)}"
         )
-    print(f"cache: {_in_bytes(count)} in the memory of {device}", flush=True)
+    print(f"cache: {_readable(count)} in the memory of {device}", flush=True)
     for dataset in datasets:
         dataset.fill(workers, device)
     return datasets
@@ -145,7 +145,7 @@ def memory_limit(root: Path = Path("/")) -> int:
     for group in (PurePosixPath(line.split(":", 2)[2]) for line in lines):
         # The limits of the groups around it apply as well; a container sees its own as the root.
         for around in (group, *group.parents):
-            for path in (f"{around}/memory.max", f"memory{around}/memory.limit_in_bytes"):
+            for path in (f"{around}/memory.max", f"memory{around}/memory.limit_readable"):
                 with suppress(OSError, ValueError):  # there is none, or it is "max"
                     limits.append(int((root / "sys/fs/cgroup" / path.lstrip("/")).read_text()))
     return min(limits)
@@ -203,11 +203,11 @@ def _write_missing(files: list[InFile], folder: Path, workers: int) -> None:
     count, free = sum(file.length for file in missing), shutil.disk_usage(folder).free
     if count > free:
         raise CacheTooLarge(
-            f"the decoded images take {_in_bytes(count)}, and {folder} has {_in_bytes(free)} free"
+            f"the decoded images take {_readable(count)}, and {folder} has {_readable(free)} free"
         )
     if missing:  # else the other process has written them
         print(
-            f"cache: writing {_in_bytes(count)} into {folder}, this once; {_in_bytes(free)} are "
+            f"cache: writing {_readable(count)} into {folder}, this once; {_readable(free)} are "
             "free there",
             flush=True,
         )
@@ -232,5 +232,5 @@ def content_hash(dataset: Segmentation) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
-def _in_bytes(count: int) -> str:
+def _readable(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

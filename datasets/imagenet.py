@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision
 from PIL import Image
@@ -104,18 +103,14 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         if not Path(datadir).is_dir():
             raise DatasetError(f"{datadir} does not exist: give the folder that holds {split}")
         if not root.is_dir():
-            raise DatasetError(
-                f"{datadir} has no folder {split}: images lie in {split}/<class>/, "
-                "for train and val alike"
-            )
+            raise DatasetError(f"{datadir} has no folder {split}: images lie in {split}/<class>/")
         super().__init__(str(root), transform, loader=loader, allow_empty=True)
-        counts = np.bincount(self.targets, minlength=len(self.classes))
-        for name, count in zip(self.classes, counts, strict=True):
-            if count == 0 and (root / name).is_dir():
-                raise DatasetError(
-                    f"{root / name} holds no images ({', '.join(IMG_EXTENSIONS)}): "
-                    "put some in, or remove the folder"
-                )
+        found = {self.classes[number] for number in self.targets}
+        empty = [root / name for name in self.classes if name not in found]
+        empty = [folder for folder in empty if folder.is_dir()]
+        if empty:
+            suffixes = ", ".join(IMG_EXTENSIONS)
+            raise DatasetError(f"{empty[0]} holds no images ({suffixes}): add some or remove it")
 
     @property
     def pairs(self) -> list[tuple[str, None]]:

@@ -74,10 +74,10 @@ class ShuffledSeeds(Sampler[tuple[int, int]]):
 
 
 class SeededItems(Dataset):
-    """Items of a data set by index and seed, as batches of one item.
+    """Items of a data set by index and seed, from which random transforms start, as batches of one.
 
     Args:
-        dataset: data set of (image, label), whose random transforms start from the seed.
+        dataset: data set of (image, label).
         skip_broken: report unreadable images instead of raising their errors.
         replace: with skip_broken, read the next readable image instead: batches keep their size.
     """
@@ -180,22 +180,11 @@ def call_in_workers(
     function: Callable[[int], T], count: int, workers: int, title: str
 ) -> Iterator[T]:
     """Yield function(0), function(1), ... of `count` images, computed by worker processes."""
-    loader = _loader(_Calls(function, count), workers, batch_size=None)
+    loader = _loader(range(count), workers, batch_size=None, collate_fn=function)
     yield from tqdm(loader, title, unit="img", leave=False, disable=None)
 
 
-class _Calls(Dataset):
-    def __init__(self, function: Callable[[int], T], count: int) -> None:
-        self.function, self.count = function, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> T:
-        return self.function(index)
-
-
-def _loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
+def _loader(dataset: Dataset | range, workers: int, **options: Any) -> DataLoader:
     return DataLoader(
         dataset,
         num_workers=workers,

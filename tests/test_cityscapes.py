@@ -4,7 +4,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from datasets.check import check_headers
+from datasets.check import check_files
 from datasets.cityscapes import Cityscapes
 from datasets.images import DatasetError
 
@@ -131,10 +131,10 @@ def test_255_is_ignored(cityscapes_copy):
 
 def test_a_label_of_another_size_is_found(cityscapes_copy):
     train = Cityscapes(cityscapes_copy, "train")
-    assert check_headers(train.pairs) == [(64, 128)] * 6
+    assert check_files(train.pairs) == [(64, 128)] * 6
     path = train.pairs[5][1]
     Image.new("L", (64, 64)).save(path)
     with pytest.raises(DatasetError, match=f"{path} is 64x64"):
-        check_headers(train.pairs)
+        check_files(train.pairs)
     with pytest.raises(DatasetError, match=f"{path} is 64x64"):
         train[5]

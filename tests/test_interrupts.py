@@ -11,61 +11,64 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compare import differences
-from conftest import PRETRAIN_QUICK, Forked, run_script
+from conftest import QUICK, ROOT, Forked, after_step, run_script
 from torch import nn
 
 from datasets.images import DatasetError
 from datasets.loading import Batch
-from utils import interrupts, script
-from utils.checkpoint import load_checkpoint
+from utils import distributed, interrupts
 from utils.errors import UserError
 from utils.interrupts import Action, Diverged, Guard, StopSignals
 from utils.script import Interrupted
+from utils.script import run_script as run_main
 from utils.training import TrainState
 
-LAST = Path("run/last.pth")
-PROGRAM = "lednet_imagenet.py"
+SIGNALS = [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")]
 
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
-    """The seconds that time.monotonic shows; the wall clock jumps meanwhile."""
-    now, wall = [1000.0], iter([5e9, 0.0, 9e9, 1.0] * 100)
-    fake = SimpleNamespace(monotonic=lambda: now[0], time=lambda: next(wall))
-    monkeypatch.setattr(interrupts, "time", fake)
+    """The seconds that time.monotonic shows."""
+    now = [1000.0]
+    monkeypatch.setattr(interrupts.time, "monotonic", lambda: now[0])
     return now
 
 
-def guarded(minutes: float = 10.0, epoch: int = 0, step: int = 0) -> tuple[Guard, list[str]]:
-    """Return the guard of a stage of which nothing is trained, and the places where it saved."""
+def guarded(
+    minutes: float = 10.0, signals: StopSignals | None = None, **place: int
+) -> tuple[Guard, list[str]]:
+    """Return the guard of a stage that takes no real steps, and the places where it saved."""
     model = nn.Linear(2, 2)
-    files = {3: ["3.png", "3_labels.png"], 8: ["8.png", None]}
-    stage = SimpleNamespace(number=0, model=model, scored=model, files=files.__getitem__)
-    state = TrainState(stage, epoch, step)
-    saved: list[str] = []
-    save = lambda: saved.append(state.place())  # noqa: E731
-    return Guard(StopSignals(), state, save, LAST, minutes, "python main.py"), saved
+    files = {3: ["3.png", "3_labels.png"], 8: ["8.png"]}
+    stage = SimpleNamespace(number=0, model=model, scored=model, files=files.get)
+    state, saved = TrainState(stage, **place), []
+
+    def save() -> None:
+        saved.append(state.place())
+
+    last = Path("run/last.pth")
+    return Guard(signals or StopSignals(), state, save, last, minutes, "python main.py"), saved
 
 
-def take_step(guard: Guard, loss: float = 1.0) -> None:
+def step(guard: Guard, loss: float = 1.0) -> None:
     guard.state.step += 1
     guard.note_loss(torch.tensor(loss), [3, 8])
 
 
-# Saving
+# Checkpoints from time to time
 
 
-def test_a_checkpoint_is_saved_every_so_many_minutes_whatever_the_wall_clock_shows(clock):
+def test_a_checkpoint_is_saved_every_few_minutes(clock):
     guard, saved = guarded(minutes=2)
     for _ in range(10):
-        take_step(guard)
+        step(guard)
         guard.poll()
         clock[0] += 50
-    # After more than 120 s: steps 3 and 6 are 150 s apart.
+    # After more than 120 s: there are 150 s between steps 1, 4, 7 and 10.
     assert saved == [f"step {number} of epoch 1" for number in (4, 7, 10)]
 
 
-def test_the_minutes_count_from_the_checkpoint_after_an_epoch(clock):
+def test_the_checkpoint_of_an_epoch_starts_the_interval_anew(clock):
     guard, saved = guarded(minutes=2)
     clock[0] += 119
     guard.save()
@@ -77,29 +80,40 @@ def test_the_minutes_count_from_the_checkpoint_after_an_epoch(clock):
 # Signals
 
 
-@pytest.mark.parametrize(
-    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")]
-)
-def test_a_signal_ends_training_after_the_step(capfd, number, name):
-    guard, saved = guarded()
-    before = signal.getsignal(number)
-    with guard.signals:
+@pytest.mark.parametrize(("number", "name"), SIGNALS)
+def test_a_signal_lets_the_step_finish_and_saves(capfd, number, name):
+    signals, before = StopSignals(), signal.getsignal(number)
+    guard, saved = guarded(signals=signals)
+    with signals:
         os.kill(os.getpid(), number)
         assert guard.stopping and saved == []
-        take_step(guard)
+        step(guard)
         with pytest.raises(Interrupted) as raised:
             guard.poll()
     assert signal.getsignal(number) == before
-    assert saved == ["step 1 of epoch 1"]
-    expected = f"stopped by {name}, saved after step 1 of epoch 1, to go on: python main.py"
-    assert str(raised.value) == expected and raised.value.status == 128 + number
+    assert saved == ["step 1 of epoch 1"] and raised.value.status == 128 + number
+    how = "saved after step 1 of epoch 1, to go on: python main.py"
+    assert str(raised.value) == f"stopped by {name}, {how}"
     assert capfd.readouterr().err.endswith(": finishing the step to save; again to stop at once\n")
 
 
+def test_a_signal_ends_the_loading_of_batches():
+    signals = StopSignals()
+    guard, _ = guarded(signals=signals)
+    batches = [Batch([0], [0], [0], [number], []) for number in range(3)]
+    for loop in (guard.training_batches, guard.validation_batches):
+        signals.received, seen = None, []
+        with pytest.raises(Interrupted):
+            for batch in loop(batches, torch.tensor(0)):
+                seen += batch.indices
+                signals.received = signal.SIGTERM
+        assert seen == [0]
+
+
 def test_an_ignored_signal_stays_ignored():
-    signals, before = StopSignals(), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with signals:
+        with StopSignals() as signals:
             os.kill(os.getpid(), signal.SIGINT)
             assert signals.received is None
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -107,8 +121,8 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-class SignalledWhenDeleted:
-    """Receives a signal where Python drops the exception of its handler."""
+class SignalInDestructor:
+    """Receives a signal where Python drops the exception that its handler raises."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -118,56 +132,56 @@ class SignalledWhenDeleted:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_whose_exception_python_dropped_is_not_lost(number, capfd):
-    guard, saved = guarded()
+@pytest.mark.parametrize(("number", "name"), SIGNALS)
+def test_a_signal_whose_exception_python_drops_is_not_lost(number, name, capfd):
+    signals = StopSignals()
+    guard, saved = guarded(signals=signals)
 
     def main() -> None:
-        SignalledWhenDeleted(number)
-        with guard.signals:
-            assert guard.stopping
+        SignalInDestructor(number)
+        with signals:
             guard.poll()
 
     with pytest.raises(SystemExit) as end:
-        script.run_script(main)
+        run_main(main)
     assert saved == ["epoch 0"] and end.value.code == 128 + number
-    assert "saved after epoch 0, to go on: python main.py" in capfd.readouterr().err
-    with StopSignals() as others:
-        assert others.received is None
+    assert f"stopped by {name}, saved after epoch 0" in capfd.readouterr().err
+    with StopSignals() as later:
+        assert later.received is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_the_process_at_once(number, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["main.py"])
-
-    def main() -> None:
+def test_the_second_signal_ends_the_process_at_once(tmp_path, number):
+    def program() -> None:
         with StopSignals():
             try:
-                os.kill(os.getpid(), signal.SIGTERM)
-                print("still here")
-                os.kill(os.getpid(), number)
+                print("ready")
+                time.sleep(60)
             finally:
-                print("never printed")
+                print("cleaned up")
 
-    end = Forked(main, tmp_path).finish()
-    assert end.status == 128 + number and end.out == "still here\n"
-    noted, stopped = end.err.splitlines()
-    assert noted.startswith("main.py: finishing the step") and stopped == "main.py: stopped at once"
+    process = Forked(program, tmp_path)
+    process.wait_for("ready")
+    process.signal(signal.SIGTERM)
+    process.wait_for("finishing the step", process.err)
+    process.signal(number)
+    result = process.finish()
+    assert result.status == 128 + number and result.out == "ready\n"
+    assert result.err.endswith(": stopped at once\n")
 
 
-def test_torchrun_may_repeat_a_signal_within_a_second(clock, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    ended = []
-    monkeypatch.setattr(interrupts.os, "_exit", ended.append)
+def test_torchrun_may_deliver_a_signal_twice(clock, monkeypatch):
+    """A cluster sends it to every process, and torchrun forwards it."""
+    monkeypatch.setattr(distributed, "local_rank", lambda: 0)
+    monkeypatch.setattr(interrupts.os, "_exit", lambda status: pytest.fail("ended at once"))
     with StopSignals() as signals:
-        for seconds, expected in ((0, []), (0.9, []), (0.2, [143])):
-            clock[0] += seconds
+        for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-            assert signals.received == signal.SIGTERM and ended == expected
+            clock[0] += 0.5
+        assert signals.received == signal.SIGTERM
 
 
-# Failures
+# Training that diverges
 
 
 @pytest.mark.parametrize(
@@ -182,11 +196,12 @@ def test_torchrun_may_repeat_a_signal_within_a_second(clock, monkeypatch):
 def test_a_loss_that_is_not_finite_names_files_and_the_last_good_checkpoint(
     clock, begun, kept, loss
 ):
-    """It counts more than a signal, another failure and the time to save."""
-    guard, saved = guarded(minutes=0, **begun)
+    """It comes before whatever else there is to do, and nothing is saved."""
+    signals = StopSignals()
+    guard, saved = guarded(minutes=0, signals=signals, **begun)
     clock[0] += 60
-    guard.signals.received = signal.SIGTERM
-    take_step(guard, loss)
+    signals.received = signal.SIGTERM
+    step(guard, loss)
     place = guard.state.place()
     with pytest.raises(Diverged) as raised:
         guard.poll(DatasetError("another failure"))
@@ -196,21 +211,13 @@ def test_a_loss_that_is_not_finite_names_files_and_the_last_good_checkpoint(
     assert kept in text
 
 
-def test_a_large_batch_is_named_in_part():
-    guard, _ = guarded()
-    guard.state.stage.files = lambda index: [f"{index}.png"]
-    guard.note_loss(torch.tensor(math.nan), range(30))
-    with pytest.raises(Diverged, match=r"18\.png, 19\.png and 10 more: "):
-        guard.poll()
-
-
-def test_the_last_good_checkpoint_is_the_last_that_was_written(clock, tmp_path):
+def test_the_last_good_checkpoint_is_the_one_saved_last(clock):
     guard, saved = guarded(minutes=1)
-    for loss in (1.0, 1.0, math.nan):
-        take_step(guard, loss)
+    for _ in range(2):
+        step(guard)
         clock[0] += 50
-        if not math.isnan(loss):
-            guard.poll()
+        guard.poll()
+    step(guard, math.nan)
     with pytest.raises(Diverged, match=r"last good checkpoint is .* after step 2 of epoch 1"):
         guard.poll()
     assert saved == ["step 2 of epoch 1"]
@@ -224,7 +231,7 @@ def test_the_last_good_checkpoint_may_be_of_the_stage_before(tmp_path):
 
 def test_weights_that_are_not_finite_are_never_saved(clock):
     guard, saved = guarded(minutes=0)
-    take_step(guard)
+    step(guard)
     guard.state.stage.model.weight.data[0, 1] = math.nan
     clock[0] += 60
     for end in (guard.poll, guard.save, lambda: guard.poll(DatasetError("broken"))):
@@ -233,157 +240,84 @@ def test_weights_that_are_not_finite_are_never_saved(clock):
     assert saved == []
 
 
-def test_an_average_that_is_not_finite_is_not_saved_either():
+def test_losses_are_checked_before_anything_is_saved():
     guard, saved = guarded()
-    guard.state.stage.scored = nn.BatchNorm1d(2)
-    guard.state.stage.scored.running_var[0] = math.inf
-    with pytest.raises(Diverged, match="a weight is not finite"):
-        guard.save()
-    assert saved == []
-
-
-def test_the_newest_loss_is_checked_before_saving():
-    guard, saved = guarded()
-    take_step(guard, math.nan)
+    step(guard, math.nan)
     with pytest.raises(Diverged, match=r"3\.png"):
         guard.save()
     assert saved == []
 
 
-def test_a_broken_file_ends_training_after_saving():
+# Failures
+
+
+def test_a_users_mistake_saves_first_and_says_how_to_go_on():
     guard, saved = guarded()
-    take_step(guard)
-    with pytest.raises(DatasetError) as raised:
+    step(guard)
+    with pytest.raises(UserError, match=r"^a\.png is broken\n") as raised:
         guard.poll(DatasetError("a.png is broken"))
-    assert str(raised.value) == "a.png is broken" and saved == ["step 1 of epoch 1"]
+    assert saved == ["step 1 of epoch 1"]
     assert raised.value.__notes__ == ["saved after step 1 of epoch 1, to go on: python main.py"]
 
 
-def test_a_bug_is_raised_as_it_is_after_saving(capsys):
+def test_a_bug_saves_first_and_keeps_its_traceback(capsys):
     guard, saved = guarded()
-    take_step(guard)
+    step(guard)
     with pytest.raises(ZeroDivisionError):
         guard.poll(ZeroDivisionError("division by zero"))
     assert saved == ["step 1 of epoch 1"]
     assert capsys.readouterr().out == "saved after step 1 of epoch 1, to go on: python main.py\n"
 
 
-def test_the_failure_of_another_process_ends_this_one_after_saving(monkeypatch):
+def test_a_failure_of_another_process_ends_this_one(monkeypatch):
+    others = iter([Action.FAIL])
+    monkeypatch.setattr(distributed, "agree", lambda own: max(own, next(others, own)))
     guard, saved = guarded()
-    take_step(guard)
-    others = iter([Action.FAIL, Action.CONTINUE])
-    monkeypatch.setattr(interrupts.distributed, "agree", lambda own: max(own, next(others)))
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit):
         guard.poll()
-    assert end.value.code == 2 and saved == ["step 1 of epoch 1"]
+    assert saved == ["epoch 0"]
 
 
-# Batches
+# The program
 
 
-class Loader(list):
-    dataset = range(3)
-
-
-def batch(*indices: int, left_out: tuple[str, ...] = ()) -> Batch:
-    images = [torch.zeros(3, 4, 4)] * len(indices)
-    return Batch(images, images, [0] * len(indices), list(indices), list(left_out))
-
-
-def test_a_signal_is_noticed_before_each_batch():
-    guard, saved = guarded()
-    batches = guard.training_batches([batch(0), batch(1), batch(2)], torch.tensor(0))
-    assert next(batches).indices == [0] and next(batches).indices == [1]
-    take_step(guard)
-    guard.signals.received = signal.SIGINT
-    with pytest.raises(Interrupted):
-        next(batches)
-    assert saved == ["step 1 of epoch 1"]
-
-
-def test_a_signal_breaks_off_validation():
-    guard, saved = guarded(epoch=1)
-    batches = guard.validation_batches(Loader([batch(0), batch(1)]), torch.tensor(0))
-    assert next(batches).indices == [0]
-    guard.signals.received = signal.SIGTERM
-    with pytest.raises(Interrupted):
-        next(batches)
-    assert saved == ["epoch 1"]
-
-
-def failing(*batches: Batch):
-    yield from batches
-    raise DatasetError("b.png is broken")
-
-
-@pytest.mark.parametrize("batches", [Guard.training_batches, Guard.validation_batches])
-def test_a_failure_of_a_loader_saves_first(batches):
-    guard, saved = guarded(step=3)
-    found = batches(guard, failing(batch(0)), torch.tensor(0))
-    assert next(found).indices == [0]
-    with pytest.raises(DatasetError, match=r"b\.png is broken"):
-        next(found)
-    assert saved == ["step 3 of epoch 1"]
-
-
-@pytest.mark.parametrize("batches", [Guard.training_batches, Guard.validation_batches])
-def test_images_that_are_left_out_are_counted_and_printed(batches, capsys):
-    guard, count = guarded()[0], torch.tensor(0)
-    loader = Loader([batch(0, left_out=("a.png is broken",)), batch(2)])
-    assert [found.indices for found in batches(guard, loader, count)] == [[0], [2]]
-    assert count == 1 and capsys.readouterr().err == "left out: a.png is broken\n"
-
-
-def test_batches_of_which_nothing_can_be_read_are_not_scored():
-    guard, saved = guarded(epoch=1)
-    loader = Loader([batch(left_out=("a.png",)), batch(1), batch(left_out=("c.png",))])
-    found = guard.validation_batches(loader, torch.tensor(0))
-    assert [batch.indices for batch in found] == [[1]]
-    loader = Loader(batch(left_out=(name,)) for name in "abc")
-    with pytest.raises(UserError, match="none of the images to validate on can be read"):
-        list(guard.validation_batches(loader, torch.tensor(0)))
-    assert saved == ["epoch 1"]
-
-
-# A real run, with processes that load data
+def argv(datadir: Path, folder: Path) -> tuple:
+    return (
+        *("main.py", "--datadir", datadir, *QUICK, "--decoder", "--epochs", 2, "--D", 4),
+        *("--savedir", folder, "--device", "cpu", "--steps-loss", 1, "--workers", 2),
+    )
 
 
 @pytest.fixture(scope="module")
-def start(shapes, tmp_path_factory) -> Callable[[Path], Forked]:
-    """Start a run of two epochs of three steps in a process of its own."""
-    options = (*PRETRAIN_QUICK, "--epochs", 2, "--lr", 0.01, "--workers", 2, "--steps-loss", 1)
-
-    def begin(folder: Path) -> Forked:
-        argv = (PROGRAM, "--datadir", shapes, *options, "--savedir", folder)
-        return Forked(lambda: sys.exit(run_script(*argv)), tmp_path_factory.mktemp("output"))
-
-    return begin
-
-
-@pytest.fixture(scope="module")
-def whole(start, tmp_path_factory) -> Path:
+def whole(cityscapes, tmp_path_factory) -> Path:
     """The folder of a run that was never disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    end = start(folder).finish()
-    assert end.status == 0, end.err
+    assert run_script(*argv(cityscapes, folder), "--workers", 0) == 0
     return folder
 
 
-def test_ctrl_c_in_a_terminal_prints_the_command_that_goes_on(start, whole, tmp_path):
-    """Ctrl-C reaches the processes that load data too."""
+def test_ctrl_c_in_a_terminal_prints_the_command_that_goes_on(cityscapes, whole, tmp_path):
+    """The terminal sends the signal to the workers of the loader as well."""
     folder = tmp_path / "a run"
-    run = start(folder)
-    run.wait_for("step 1/3")
-    for number in (*children_of(run), run.pid):
-        os.kill(number, signal.SIGINT)
-    end = run.finish()
-    assert end.status == 130
-    noted, stopped = end.err.splitlines()
-    assert noted == f"{PROGRAM}: finishing the step to save; again to stop at once"
-    assert stopped.startswith(f"{PROGRAM}: stopped by Ctrl-C, saved after ")
-    command = shlex.split(stopped.split("to go on: python ")[1])
-    assert command[1:] == ["--savedir", str(folder), "--resume"]
-    assert run_script(*command) == 0
+    process = subprocess.Popen(
+        [sys.executable, *map(str, argv(cityscapes, folder))],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert any("step 1/3" in line for line in process.stdout)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    first, last = err.splitlines()
+    assert first == "main.py: finishing the step to save; again to stop at once"
+    assert last.startswith("main.py: stopped by Ctrl-C, saved after ")
+    command = last.split("to go on: python ")[1]
+    assert command == f"main.py --savedir '{folder}' --resume"
+    again = [sys.executable, *shlex.split(command)]
+    subprocess.run(again, cwd=ROOT, capture_output=True, timeout=120, check=True)
     assert differences(folder, whole) == []
 
 
@@ -394,19 +328,22 @@ def children_of(run: Forked) -> list[int]:
 
 
 @pytest.mark.parametrize("which", ["one", "all"])
-def test_when_a_process_that_loads_data_is_killed_nothing_is_lost(start, whole, tmp_path, which):
+def test_a_killed_worker_is_reported_in_one_line_and_costs_nothing(
+    cityscapes, whole, tmp_path, which
+):
     folder = tmp_path / "run"
-    run = start(folder)
-    run.wait_for("step 1/3")
-    for number in children_of(run)[-1 if which == "one" else 0 :]:
-        os.kill(number, signal.SIGKILL)
-    killed = time.monotonic()
-    end = run.finish()
-    assert time.monotonic() - killed < 60 and end.status == 2
-    (line,) = end.err.splitlines()
-    assert line.startswith(f"{PROGRAM}: error: a process that loads data died (")
-    assert "give fewer --workers" in line
-    assert line.endswith(f"{PROGRAM} --savedir {folder} --resume")
-    assert load_checkpoint(folder / "last.pth")["epoch"] <= 1
-    assert run_script(PROGRAM, "--savedir", folder, "--resume") == 0
+
+    def kill_workers() -> None:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        for child in children[-1 if which == "one" else 0 :]:
+            os.kill(int(child), signal.SIGKILL)
+
+    program: Callable[[], int] = lambda: run_script(*argv(cityscapes, folder))  # noqa: E731
+    with after_step("step 1 of epoch 1 of stage 2", kill_workers):
+        result = Forked(program, tmp_path).finish(60)
+    assert result.status == 2
+    (line,) = result.err.splitlines()
+    assert line.startswith("main.py: error: a process that loads data died (")
+    assert "fewer --workers" in line and f"--savedir {folder} --resume" in line
+    assert run_script("main.py", "--savedir", folder, "--resume", "--workers", 0) == 0
     assert differences(folder, whole) == []

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.check import check_headers
+from datasets.check import check_files
 from datasets.images import DatasetError, read_image
 from datasets.pictures import (
     Pictures,
@@ -150,4 +150,4 @@ def test_a_photo_of_a_data_set_is_turned_upright(tmp_path):
     turned = upright.transpose(Image.Transpose.ROTATE_90)
     turned.save(tmp_path / "a.jpg", exif=exif)
     assert read_image(str(tmp_path / "a.jpg")).size == (64, 96)
-    assert check_headers([(str(tmp_path / "a.jpg"), None)]) == [(96, 64)]
+    assert check_files([(str(tmp_path / "a.jpg"), None)]) == [(96, 64)]

@@ -1,263 +1,224 @@
-import io
+import argparse
 import math
-import os
-import signal
-from argparse import Namespace
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compare import differences, read, shown, value_differences
-from conftest import same_weights
-from torch import nn
+from compare import shown
+from conftest import read_log, same_weights
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from datasets.loading import Batch, ShuffledSeeds, training_loader, validation_loader
+from datasets.loading import Batch, ShuffledSeeds, training_loader
 from datasets.segmentation import Classes
 from utils import distributed
-from utils.checkpoint import CheckpointError, Description, load_checkpoint, on_cpu
-from utils.evaluation import OutOfMemory, evaluate_classifier
-from utils.interrupts import Diverged, Guard, StopSignals
+from utils.checkpoint import CheckpointError, Description, load_checkpoint, save_checkpoint
+from utils.evaluation import OutOfMemory
+from utils.interrupts import Diverged, Guard
 from utils.metrics import TopKAccuracy
-from utils.optim import SCHEDULES, PretrainingSchedule, average_of, build_optimizer
-from utils.run_folder import open_run
-from utils.script import Interrupted
-from utils.training import Stage, TrainState, Validation, fit, train_one_epoch
+from utils.optim import PretrainingSchedule, average_of, build_optimizer, one_cycle, poly
+from utils.run_folder import Run, open_run
+from utils.training import Stage, TrainState, Validation, fit, train_one_epoch, train_step
 
-CPU = torch.device("cpu")
-EPOCHS, IMAGES, LR = 4, 24, 0.01
-STEPS = IMAGES // 4
-PATH = Path("last.pth")
-CLASSES = Classes(["red", "green", "blue"], [], [])
+CPU, PATH = torch.device("cpu"), Path("last.pth")
+ABOUT = Description(
+    "fields", Classes(["a", "b"], [[0] * 3] * 2, [0, 1]), [0.0] * 3, [1.0] * 3, 8, 24
+)
+EPOCHS, STEPS, LR = 4, 6, 0.01
+
+
+class ShortPretraining(PretrainingSchedule):
+    CONSTANT_EPOCHS = 2
+
+
+# Optimizer and schedule by name of the recipe; the schedule takes the steps of an epoch.
 RECIPES = {
-    f"{optimizer}, {schedule}": (optimizer, SCHEDULES[schedule])
-    for optimizer, schedule in (("adam", "poly"), ("adamw", "onecycle"))
+    "adam, poly": ("adam", lambda optimizer, steps: poly(optimizer, EPOCHS * steps)),
+    "adamw, one cycle": ("adamw", lambda optimizer, steps: one_cycle(optimizer, EPOCHS * steps)),
+    "sgd, pretraining": ("sgd", ShortPretraining),
 }
-RECIPES["published classifier"] = ("sgd", None)
 
 
-class Colors(Dataset):
-    """Random images, 3 x 2 x 2, of which the strongest channel is the class."""
-
-    def __init__(self, count: int = IMAGES) -> None:
-        random = torch.Generator().manual_seed(0)
-        self.images = torch.randint(256, (count, 3, 2, 2), generator=random).to(torch.uint8)
-        self.labels = self.images.float().mean((2, 3)).argmax(1)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.images[index], self.labels[index]
-
-
-def prepare(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    return batch.images.float() / 255, batch.labels
-
-
-def validate(network: nn.Module, batches, title: str) -> Validation:
-    columns = evaluate_classifier(network, batches, lambda images: images.float() / 255, title, 6)
-    return Validation(columns, {"val_top1": columns["val_top1"]}, [torch.zeros(3, 4, 4).byte()])
-
-
-def make_stage(
+def stage_of(
     recipe: str = "adam, poly",
     batch_size: int = 4,
-    average: bool = True,
-    processes: int = 1,
-    data: Dataset | None = None,
-    **changes: Any,
+    average: bool = False,
+    model: nn.Module | None = None,
+    items: list[tuple[Tensor, int]] | None = None,
+    **options: Any,
 ) -> Stage:
-    """Return a stage that trains a small classifier with dropout for four epochs of 24 images."""
+    """Return a stage that classifies 24 points, 4 in a step by default."""
     torch.manual_seed(0)
-    data = data or Colors()
-    hidden = (nn.Linear(12, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
-    model = changes.pop("model", None) or nn.Sequential(nn.Flatten(), *hidden, nn.Linear(4, 3))
-    sampler = ShuffledSeeds(len(data), 0, distributed.rank(), processes)
-    loader = training_loader(data, sampler, batch_size, 0, CPU, stacked=True)
+    layers = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)
+    model = model or nn.Sequential(*layers)
+    if items is None:
+        points = torch.rand(24, 3, generator=torch.Generator().manual_seed(1))
+        items = [(point, int(point.sum() > 1.5)) for point in points]
+    sampler = ShuffledSeeds(len(items), 7, distributed.rank(), distributed.processes())
+    loader = training_loader(items, sampler, batch_size, 0, CPU, stacked=True)
     name, schedule = RECIPES[recipe]
     optimizer = build_optimizer(name, model, LR, weight_decay=0.1)
-    steps = EPOCHS * len(loader)
-    scheduler = (
-        schedule(optimizer, steps) if schedule else PretrainingSchedule(optimizer, len(loader))
-    )
-    options: dict[str, Any] = {
+    defaults = {
         "number": 0,
         "epochs": EPOCHS,
-        "about": Description("shapes", CLASSES, [0.0] * 3, [1.0] * 3, 2, len(data)),
+        "about": ABOUT,
         "model": model,
         "network": model,
         "loader": loader,
-        "prepare": prepare,
+        "prepare": lambda batch: (batch.images, batch.labels),
         "loss": nn.CrossEntropyLoss(),
         "optimizer": optimizer,
-        "scheduler": scheduler,
-        "val_loader": validation_loader(Colors(6), 4, 0, CPU, stacked=True),
-        "validate": validate,
-        "score": "val_top1",
+        "scheduler": schedule(optimizer, len(loader)),
+        "val_loader": [],
+        "validate": lambda network, batches, title: Validation({}, {"score": 0.5}, []),
+        "score": "score",
         "files": lambda index: [f"{index}.png"],
-        "average": average_of(model, steps) if average else None,
+        "average": average_of(model, EPOCHS * len(loader)) if average else None,
         "meter": partial(TopKAccuracy, (1,)),
     }
-    return Stage(**options | changes)
+    return Stage(**defaults | options)
 
 
-class Stopped(Exception):
-    pass
+# The state
 
 
-def train(
-    state: TrainState, steps: int, forward: Callable | None = None, steps_loss: int = 0
-) -> list[dict[str, Any]]:
-    """Train so many steps, over as many epochs as they take; return the scores of each epoch."""
-    stage, ended, left = state.stage, [], steps
-    guard = Guard(StopSignals(), state, lambda: None, PATH, math.inf, "python main.py")
-
-    def prepare_or_stop(batch: Batch, prepare: Callable = stage.prepare) -> Any:
-        nonlocal left
-        if left == 0:
-            raise Stopped
-        left -= 1
-        return prepare(batch)
-
-    with pytest.MonkeyPatch.context() as patch, suppress(Stopped):
-        patch.setattr(stage, "prepare", prepare_or_stop)
-        while left or state.step == stage.steps:
-            meter = stage.meter() if stage.meter else None
-            rates = train_one_epoch(
-                state, guard, forward or stage.model, meter, "epoch", steps_loss
-            )
-            ended.append(state.end_epoch(meter) | rates)
+def train(state: TrainState, steps: int, rates: list[float] | None = None) -> list[dict]:
+    """Take steps on random points, over the ends of epochs; returns the scores of each epoch."""
+    stage, ended = state.stage, []
+    for _ in range(steps):
+        meter = stage.meter()
+        if state.step == 0 and not state.totals:
+            state.begin_epoch(meter)
+        meter.counts = state.totals["meter"]
+        if rates is not None:
+            rates.append(stage.optimizer.param_groups[0]["lr"])
+        size = stage.loader.batch_size
+        batch = Batch(torch.rand(size, 3), torch.randint(2, (size,)), [], [], [])
+        train_step(state, stage.model, meter, batch)
+        if state.step == stage.steps:
+            ended.append(state.end_epoch(meter))
     return ended
 
 
-def reloaded(state: TrainState) -> dict[str, Any]:
+def written(state: TrainState, folder: Path) -> dict[str, Any]:
     """Return the state as it comes back from a file."""
-    file = io.BytesIO()
-    torch.save(state.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    save_checkpoint(state.state_dict(), folder / "state.pth")
+    return load_checkpoint(folder / "state.pth")
 
 
-def assert_same(ours: Any, theirs: Any) -> None:
-    assert list(value_differences(ours, theirs, "state")) == []
+def assert_same(value: Any, expected: Any, where: str = "") -> None:
+    if isinstance(expected, Tensor):
+        assert torch.equal(value, expected), where
+    elif isinstance(expected, dict):
+        assert value.keys() == expected.keys(), where
+        for key in expected:
+            assert_same(value[key], expected[key], f"{where} {key}")
+    elif isinstance(expected, list | tuple):
+        assert len(value) == len(expected), where
+        for place, pair in enumerate(zip(value, expected, strict=True)):
+            assert_same(*pair, f"{where} {place}")
+    else:
+        assert value == expected, where
 
 
-# Resuming
-
-
-@pytest.mark.parametrize("done", [1, STEPS - 1, STEPS, STEPS + 2])
-@pytest.mark.parametrize(
-    ("recipe", "average"), [*((recipe, True) for recipe in RECIPES), ("adam, poly", False)]
-)
-def test_a_resumed_stage_ends_as_if_it_had_never_stopped(recipe, average, done):
-    unbroken = TrainState(make_stage(recipe, average=average))
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("done", [1, STEPS - 1, STEPS, STEPS + 2, 2 * STEPS + 1])
+def test_resuming_from_a_file_is_like_never_stopping(recipe, average, done, tmp_path):
+    unbroken = TrainState(stage_of(recipe, average=average))
     scores = train(unbroken, 3 * STEPS + 1)
-    stopped = TrainState(make_stage(recipe, average=average))
+    stopped = TrainState(stage_of(recipe, average=average))
     train(stopped, done)
-    state = reloaded(stopped)
-    resumed = TrainState(make_stage(recipe, average=average))
-    train(resumed, 3)  # whatever it was before
+    state = written(stopped, tmp_path)
+    resumed = TrainState(stage_of(recipe, average=average))
+    train(resumed, 3)  # whatever state it had before
     torch.rand(5)
     assert resumed.load_state_dict(state, PATH) == []
     assert (resumed.epoch, resumed.step) == divmod(done, STEPS)
     assert resumed.lr == stopped.lr
     assert_same(train(resumed, 3 * STEPS + 1 - done), scores[done // STEPS :])
-    assert_same(reloaded(resumed), reloaded(unbroken))
+    assert_same(written(resumed, tmp_path), written(unbroken, tmp_path))
 
 
-def test_an_epoch_without_its_validation_is_not_trained_again():
-    """All of its steps are done; 21 images are no whole number of batches."""
-    stopped = TrainState(make_stage(data=Colors(21)))
-    train(stopped, STEPS - 1)
-    stopped.step = STEPS
-    resumed = TrainState(make_stage(data=Colors(21), batch_size=8))
-    resumed.load_state_dict(reloaded(stopped), PATH)
-    assert resumed.step == 3
-    assert len(train(resumed, 0)) == 1 and (resumed.epoch, resumed.step) == (1, 0)
+def test_the_best_epoch_comes_back(tmp_path):
+    stopped = TrainState(stage_of(), best={"epoch": 1, "score": 0.7})
+    resumed = TrainState(stage_of())
+    resumed.load_state_dict(written(stopped, tmp_path), PATH)
+    assert resumed.best == {"epoch": 1, "score": 0.7}
 
 
-def test_other_rounding_is_reported():
-    """Of another number of threads, or precision."""
-    stopped, resumed = TrainState(make_stage()), TrainState(make_stage())
-    state, threads = reloaded(stopped), torch.get_num_threads()
+def test_another_number_of_threads_is_reported(tmp_path):
+    state = written(TrainState(stage_of()), tmp_path)
+    threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        (difference,) = resumed.load_state_dict(state, PATH)
+        (difference,) = TrainState(stage_of()).load_state_dict(state, PATH)
     finally:
         torch.set_num_threads(threads)
     assert f"OMP_NUM_THREADS {threads + 1}, it was torch" in difference
     assert difference.endswith(f"OMP_NUM_THREADS {threads}: rounding differs")
-    resumed = TrainState(make_stage(amp_dtype=torch.bfloat16))
+
+
+def test_another_precision_is_reported(tmp_path):
+    state = written(TrainState(stage_of()), tmp_path)
+    resumed = TrainState(stage_of(amp_dtype=torch.bfloat16))
     (difference,) = resumed.load_state_dict(state, PATH)
     assert "in torch.bfloat16 on" in difference and "in full precision on" in difference
 
 
-def test_a_scaler_without_a_state_starts_anew():
-    """The run was in another precision before."""
-    resumed = TrainState(make_stage())
-    resumed.stage.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    resumed.load_state_dict(reloaded(TrainState(make_stage())), PATH)
-    assert resumed.stage.scaler.get_scale() == 4.0
-
-
-def test_another_number_of_images_is_refused():
-    state = reloaded(TrainState(make_stage()))
-    resumed = TrainState(make_stage(data=Colors(23)))
-    with pytest.raises(CheckpointError, match="has 23 training images now, and 24 when"):
-        resumed.load_state_dict(state, PATH)
-
-
-def rates_of(state: TrainState, steps: int) -> list[float]:
-    """Train so many steps; return the learning rate of each."""
-    rates, stage = [], state.stage
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        rates.append(stage.optimizer.param_groups[0]["lr"])
-        return stage.model(images)
-
-    train(state, steps, forward)
-    return rates
+def test_another_number_of_training_images_is_refused(tmp_path):
+    state = written(TrainState(stage_of()), tmp_path)
+    with pytest.raises(CheckpointError, match="has 24 training images now, and 23 when"):
+        TrainState(stage_of()).load_state_dict(state | {"train_images": 23}, PATH)
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(
-    ("batch_size", "steps", "done"),
-    [(2, 12, 1), (2, 12, STEPS - 1), (3, 8, 4), (5, 5, STEPS), (8, 3, STEPS + 3), (24, 1, 4)],
-)
-def test_with_another_batch_size_the_schedule_goes_on_at_the_same_place(
-    recipe, batch_size, steps, done
+@pytest.mark.parametrize(("batch_size", "steps"), [(2, 12), (3, 8), (5, 5), (8, 3), (24, 1)])
+@pytest.mark.parametrize("done", [1, STEPS - 1, STEPS + 3])
+def test_another_batch_size_goes_on_at_the_same_place_of_the_schedule(
+    recipe, batch_size, steps, done, tmp_path
 ):
-    """An epoch has 24 images, and each schedule ends where it would have ended."""
-    stopped = TrainState(make_stage(recipe))
+    """Each schedule ends where it would have ended."""
+    stopped = TrainState(stage_of(recipe))
     train(stopped, done)
-    resumed = TrainState(make_stage(recipe, batch_size))
+    resumed = TrainState(stage_of(recipe, batch_size))
     assert resumed.stage.steps == steps
-    (difference,) = resumed.load_state_dict(reloaded(stopped), PATH)
+    (difference,) = resumed.load_state_dict(written(stopped, tmp_path), PATH)
     assert f"steps are of {batch_size} images now, not 4" in difference
     epoch, step = divmod(done, STEPS)
     images = resumed.step * batch_size
-    assert resumed.epoch == epoch and images <= step * 4 < images + batch_size
-    whole = TrainState(make_stage(recipe, batch_size))
-    expected = rates_of(whole, EPOCHS * steps)
+    assert images <= step * 4 < images + batch_size or resumed.step == steps
+    expected, rates = [], []
+    train(TrainState(stage_of(recipe, batch_size)), EPOCHS * steps, expected)
     place = resumed.epoch * steps + resumed.step
-    rates = rates_of(resumed, EPOCHS * steps - place)
-    # Rates that each follow from the one before keep what is left of a step that was not whole.
+    train(resumed, EPOCHS * steps - place, rates)
+    # A schedule that derives each rate from the one before keeps the rest of a broken step.
     least = min(expected[min(place + 1, len(expected) - 1)] / expected[min(place, 3 * steps)], 1)
     for rate, at_place in zip(rates[1:], expected[place + 1 :], strict=True):
         assert 0.999 * least * at_place <= rate <= 1.001 * at_place
-    last = whole.stage.scheduler.get_last_lr()
-    assert resumed.stage.scheduler.get_last_lr() == pytest.approx(last, abs=1e-9)
+    at_end = TrainState(stage_of(recipe))
+    train(at_end, EPOCHS * STEPS)
+    assert resumed.stage.scheduler.get_last_lr()[0] == pytest.approx(
+        at_end.stage.scheduler.get_last_lr()[0], abs=1e-9
+    )
     assert (resumed.epoch, resumed.step) == (EPOCHS, 0)
 
 
-# Several processes
+def test_a_finished_epoch_is_not_begun_again_with_another_batch_size(tmp_path):
+    """Its last step is done, its validation is not."""
+    stopped = TrainState(stage_of())
+    train(stopped, 5)
+    stopped.step = 6
+    resumed = TrainState(stage_of(batch_size=9))
+    resumed.load_state_dict(written(stopped, tmp_path), PATH)
+    assert resumed.step == resumed.stage.steps == 3
 
 
 def pretend(monkeypatch, rank: int, count: int) -> None:
@@ -265,356 +226,329 @@ def pretend(monkeypatch, rank: int, count: int) -> None:
     monkeypatch.setattr(distributed, "processes", lambda: count)
 
 
-@pytest.fixture
-def of_two_processes() -> dict[str, Any]:
-    """What two processes with batches of two save after 4 of 6 steps."""
-    states = []
+def state_of_two(folder: Path) -> dict[str, Any]:
+    """Return what two processes would save, each with sums of its own, after 4 of 6 steps."""
+    processes = []
     for seed in range(2):
-        state = TrainState(make_stage("adamw, onecycle", 2, processes=2))
+        state = TrainState(stage_of("adamw, one cycle", batch_size=2))
+        state.stage.steps = STEPS
         torch.manual_seed(seed)
         train(state, 4)
-        states.append(reloaded(state))
-    return states[0] | {"processes": [state["processes"][0] for state in states]}
+        processes += state.state_dict()["processes"]
+    return written(state, folder) | {"processes": processes}
 
 
-def test_each_process_gets_its_own_sums_and_random_state_back(of_two_processes, monkeypatch):
+def test_each_process_gets_its_own_sums_and_random_state_back(tmp_path, monkeypatch):
+    state = state_of_two(tmp_path)
     for rank in range(2):
         pretend(monkeypatch, rank, 2)
-        resumed = TrainState(make_stage("adamw, onecycle", 2, processes=2))
-        assert resumed.load_state_dict(of_two_processes, PATH) == []
-        own = of_two_processes["processes"][rank]
+        resumed = TrainState(stage_of("adamw, one cycle", batch_size=2))
+        assert resumed.load_state_dict(state, PATH) == []
+        own = state["processes"][rank]
         assert_same(resumed.totals, own["totals"])
         assert torch.equal(torch.get_rng_state(), own["rng"]["torch"])
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_sums_are_kept_with_any_number_of_processes(of_two_processes, monkeypatch, count):
-    sums = dict.fromkeys(of_two_processes["processes"][0]["totals"], 0)
-    drawn = set()
+def test_sums_are_kept_for_any_number_of_processes(tmp_path, monkeypatch, count):
+    state = state_of_two(tmp_path)
+    sums, drawn = Counter(), set()
     for rank in range(count):
         pretend(monkeypatch, rank, count)
-        resumed = TrainState(make_stage("adamw, onecycle", 2, processes=count))
-        *_, difference = resumed.load_state_dict(of_two_processes, PATH)
+        resumed = TrainState(stage_of("adamw, one cycle", batch_size=2))
+        *_, difference = resumed.load_state_dict(state, PATH)
         assert f"the number of processes is {count}, not 2" in difference
         assert resumed.step == 16 // (2 * count)
         drawn.add(torch.rand(()).item())
-        resumed.begin_epoch(resumed.stage.meter())
-        for name in sums:
-            sums[name] += resumed.totals[name]
+        resumed.begin_epoch(TopKAccuracy((1,)))
+        for name, value in resumed.totals.items():
+            sums[name] += value
     assert sums["images"] == 16 and sums["meter"][-1] == 16
-    expected = sum(process["totals"]["loss"] for process in of_two_processes["processes"])
+    expected = sum(process["totals"]["loss"] for process in state["processes"])
     assert torch.isclose(sums["loss"], expected)
-    assert len(drawn) == count  # each has random numbers of its own
+    assert len(drawn) == count  # no two drop the same channels
 
 
-def test_the_same_batches_go_on_exactly_with_fewer_processes(of_two_processes):
-    """One process has four images a step, where two had two each."""
-    resumed = TrainState(make_stage("adamw, onecycle", 4))
-    (difference,) = resumed.load_state_dict(of_two_processes, PATH)
+def test_other_processes_with_the_same_batches_go_on_exactly(tmp_path, monkeypatch):
+    """One process takes 4 images a step, where two took 2 each."""
+    resumed = TrainState(stage_of("adamw, one cycle", batch_size=4))
+    (difference,) = resumed.load_state_dict(state_of_two(tmp_path), PATH)
     assert "the number of processes is 1, not 2" in difference
     assert resumed.step == 4 and resumed.stage.scheduler.last_epoch == 4
 
 
 @pytest.mark.parametrize(("processes", "batch_size"), [(1, 4), (2, 2), (2, 3), (4, 1), (3, 2)])
-def test_other_processes_train_on_the_images_that_are_left(processes, batch_size):
-    """On each image of the epoch once, but for whole batches that begin again."""
+def test_the_rest_of_an_epoch_is_what_was_not_seen(processes, batch_size):
+    """Each image of the epoch once, except in batches that are begun again."""
     order = [item for item, _ in ShuffledSeeds(24, 7)]
-    seen = 4 * 4  # by two processes with two images a step
+    seen = 4 * 4  # by two processes with 2 images each
     step = seen // (processes * batch_size)
     rest = []
     for rank in range(processes):
         sampler = ShuffledSeeds(24, 7, rank, processes)
         sampler.begin(0, step * batch_size)
         rest += [item for item, _ in sampler]
-    assert set(order[16:]) <= set(rest)
-    assert len(rest) == len(set(rest)) < 24 - 16 + processes * batch_size
+    assert set(order[seen:]) <= set(rest)
+    assert len(rest) == len(set(rest)) < 24 - seen + processes * batch_size
     assert len(DataLoader(range(24), sampler=sampler)) == len(rest) // processes
 
 
 # An epoch
 
 
-def test_training_lowers_the_loss_and_steps_the_schedule_with_each_batch():
-    state = TrainState(make_stage(average=False))
-    first, *_, last = train(state, EPOCHS * STEPS)
-    assert last["train_loss"] < first["train_loss"] and first["images_per_second"] > 0
-    assert state.stage.scheduler.last_epoch == EPOCHS * STEPS and state.stage.model.training
-    assert state.stage.scheduler.get_last_lr() == [0]
+class NoSignals:
+    received = None
 
 
-def constant(*logits: float) -> nn.Module:
-    """Return a model that has the same logits for every image, and does not learn."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, len(logits)))
-    model[1].weight.data.zero_()
-    model[1].bias.data = torch.tensor(logits)
-    for parameter in model.parameters():
-        parameter.register_hook(torch.zeros_like)
-    return model
-
-
-def test_the_scores_of_an_epoch_are_means_over_images():
-    data = Colors(5)  # a batch of four and one of one
-    stage = make_stage(data=data, model=constant(2.0, 0.0, 0.0), average=False)
-    stage.optimizer.param_groups[0]["weight_decay"] = 0.0
-    (row,) = train(TrainState(stage), 2)
-    losses = -torch.tensor([2.0, 0.0, 0.0]).log_softmax(0)[data.labels]
-    assert row["train_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
-    assert row["train_top1"] == (data.labels == 0).float().mean()
-    assert row["skipped_steps"] == row["left_out"] == 0
-
-
-def test_a_meter_is_optional():
-    (row,) = train(TrainState(make_stage(meter=None)), STEPS)
-    assert "train_loss" in row and "train_top1" not in row
-
-
-def test_a_model_may_return_more_than_logits():
-    """The loss gets all of it, the meter the first part."""
-
-    class TwoHeads(nn.Linear):
-        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return super().forward(images.flatten(1)), images.mean()
-
-    stage = make_stage(model=TwoHeads(12, 3), loss=lambda outputs, _: outputs[0].mean() ** 2 + 3)
-    (row,) = train(TrainState(stage), STEPS)
-    assert row["train_loss"] >= 3 and 0 <= row["train_top1"] <= 1
-
-
-def test_loss_and_meter_get_what_was_prepared():
-    data, seen = Colors(4), []
-    stage = make_stage(
-        data=data,
-        prepare=lambda batch: (batch.images.float(), 2 - batch.labels),
-        loss=lambda logits, labels: (
-            seen.append(labels) or nn.functional.cross_entropy(logits, labels)
-        ),
-        model=constant(2.0, 0.0, 0.0),
-    )
-    (row,) = train(TrainState(stage), 1)
-    assert seen[0].sort().values.equal((2 - data.labels).sort().values)
-    assert row["train_top1"] == (data.labels == 2).float().mean()
-
-
-def test_the_average_follows_after_each_step():
-    stage, weights = make_stage(average=False), []
-    stage.average = AveragedModel(stage.model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-    assert stage.scored is stage.average.module
+def train_epoch(stage: Stage, steps_loss: int = 0, forward: Callable | None = None) -> TrainState:
+    """Train an epoch up to its end."""
     state = TrainState(stage)
-    for _ in range(2):
-        train(state, 1)
-        weights.append(stage.model[1].weight.detach().clone())
-    assert not torch.equal(*weights)
-    assert torch.allclose(stage.average.module[1].weight, (weights[0] + weights[1]) / 2)
+    guard = Guard(NoSignals(), state, lambda: None, PATH, math.inf, "python main.py")
+    meter = stage.meter() if stage.meter else None
+    state.rates = train_one_epoch(state, guard, forward or stage.model, meter, "epoch", steps_loss)
+    state.epoch_scores = state.scores(meter)
+    return state
 
 
-def test_mixed_precision_keeps_float32_weights():
-    dtypes = []
-    stage = make_stage(amp_dtype=torch.bfloat16)
-    stage.model[1].register_forward_hook(lambda *seen: dtypes.append(seen[2].dtype))
-    (row,) = train(TrainState(stage), STEPS)
-    assert 0 < row["train_loss"] < 10 and set(dtypes) == {torch.bfloat16}
-    assert all(p.dtype == torch.float32 for p in stage.model.parameters())
+def test_an_epoch_lowers_the_loss_and_steps_the_schedule_with_each_batch():
+    stage = stage_of(model=nn.Linear(3, 2))
+    first = train_epoch(stage)
+    assert first.step == 6 and first.totals["images"] == 24
+    assert stage.scheduler.last_epoch == 6
+    assert stage.scheduler.get_last_lr()[0] == pytest.approx(LR * 0.75**0.9)
+    second = train_epoch(stage)
+    assert second.epoch_scores["train_loss"] < first.epoch_scores["train_loss"]
+    assert first.rates["images_per_second"] > 0 and 0 <= first.rates["data_wait"] <= 1
+    assert stage.model.training
 
 
-def test_scaled_gradients_train_as_plain_ones():
-    """As with the gradient scaler of fp16, here on the CPU."""
-    found = []
-    for enabled in (True, False):
-        state = TrainState(make_stage())
-        state.stage.scaler = torch.amp.GradScaler("cpu", enabled=enabled)
-        (row,) = train(state, STEPS)
-        assert row["skipped_steps"] == 0
-        found.append((state.stage.model[1].weight, state.stage.scaler.state_dict()))
-    (scaled, state), (plain, nothing) = found
-    assert torch.allclose(scaled, plain, atol=1e-6)
-    assert state["_growth_tracker"] == STEPS and nothing == {}
+def test_the_training_loss_is_the_mean_over_images():
+    """A smaller last batch counts less."""
+    items = [(torch.tensor([float(n)]), 0) for n in range(5)]
+    stage = stage_of(model=nn.Linear(1, 2), items=items, meter=None)
+    stage.prepare = lambda batch: (batch.images, batch.images)
+    stage.loss = lambda outputs, points: points.mean() + 0 * outputs.sum()
+    assert train_epoch(stage).epoch_scores["train_loss"] == pytest.approx(2.0)
+
+
+def test_what_is_prepared_is_trained_on_and_counted():
+    stage = stage_of(model=nn.Linear(3, 2))
+    plain = train_epoch(stage)
+    prepared = stage_of(model=nn.Linear(3, 2))
+    prepared.prepare = lambda batch: (batch.images, 1 - batch.labels)
+    wrong = train_epoch(prepared)
+    assert plain.epoch_scores["train_top1"] != wrong.epoch_scores["train_top1"]
+    assert plain.totals["meter"][-1] == 24
+
+
+def test_the_average_follows_each_step():
+    stage = stage_of(model=nn.Linear(3, 2), batch_size=12)
+    stage.average = AveragedModel(stage.model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    weights = []
+
+    def keep(images: Tensor) -> Tensor:
+        weights.append(stage.model.weight.detach().clone())
+        return stage.model(images)
+
+    train_epoch(stage, forward=keep)
+    first, second = weights[1], stage.model.weight
+    assert not torch.equal(first, second)
+    assert torch.allclose(stage.average.module.weight, (first + second) / 2)
+    assert stage.scored is stage.average.module
+
+
+def test_the_loss_gets_all_outputs_and_the_meter_the_first():
+    class TwoHeads(nn.Linear):
+        def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(points), points.mean()
+
+    stage = stage_of(
+        model=TwoHeads(3, 2), loss=lambda outputs, labels: outputs[0].square().mean() + 3
+    )
+    state = train_epoch(stage)
+    assert state.epoch_scores["train_loss"] > 3 and state.totals["meter"][-1] == 24
+
+
+def test_mixed_precision_keeps_the_weights_in_full_precision():
+    stage = stage_of(amp_dtype=torch.bfloat16)
+    assert 0 < train_epoch(stage).epoch_scores["train_loss"] < 10
+    assert {weight.dtype for weight in stage.model.parameters()} == {torch.float32}
+
+
+def scaled(stage: Stage) -> Stage:
+    """Scale gradients as float16 needs it, here on the CPU."""
+    stage.scaler = torch.amp.GradScaler("cpu")
+    return stage
+
+
+def test_scaled_gradients_train_like_plain_ones():
+    plain, with_scale = (stage_of(model=nn.Linear(3, 2)) for _ in range(2))
+    with_scale.model.load_state_dict(plain.model.state_dict())
+    scaled(with_scale)
+    assert train_epoch(plain).totals["skipped_steps"] == 0
+    assert train_epoch(with_scale).totals["skipped_steps"] == 0
+    for ours, theirs in zip(with_scale.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert with_scale.scaler.state_dict()["_growth_tracker"] == 6
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-@pytest.mark.parametrize("first", [True, False])
-def test_steps_that_the_scaler_skips_are_counted_in_one_process(monkeypatch, capsys, first):
-    """The gradients are not finite, but the loss is; all processes skip the same steps."""
-    monkeypatch.setattr(distributed, "is_first", lambda: first)
-    stage = make_stage()
-    stage.scaler = torch.amp.GradScaler("cpu")
-    before = stage.model[1].weight.detach().clone()
-    stage.model[1].weight.register_hook(lambda gradient: gradient * math.inf)
-    state = TrainState(stage)
-    (row,) = train(state, STEPS, steps_loss=1)
-    assert torch.equal(stage.model[1].weight, before)
-    assert row["skipped_steps"] == (STEPS if first else 0)
-    shown = f"{STEPS} steps skipped by the scaler" in capsys.readouterr().out.splitlines()[-1]
-    assert shown == first
+@pytest.mark.parametrize(("rank", "counted"), [(0, 6), (1, 0)])
+def test_steps_that_the_scaler_skips_are_counted_once_and_shown(monkeypatch, capsys, rank, counted):
+    """A gradient is not finite although the loss is: the weights stay, and the run goes on.
+
+    All processes skip the same steps, and sums are taken over the processes.
+    """
+    stage = scaled(stage_of(model=nn.Linear(3, 2)))
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    before = stage.model.weight.detach().clone()
+    stage.model.weight.register_hook(lambda gradient: gradient * math.inf)
+    assert train_epoch(stage, steps_loss=6).totals["skipped_steps"] == counted
+    assert torch.equal(stage.model.weight, before)
+    assert ("6 steps skipped by the scaler" in capsys.readouterr().out) == (counted > 0)
+
+
+def test_a_log_gets_a_line_of_progress_every_few_steps(capsys):
+    train_epoch(stage_of(), steps_loss=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["epoch: step 3/6", "epoch: step 6/6"]
+    assert "train loss" in lines[0] and "train top-1" in lines[0] and "waiting for" in lines[0]
 
 
 def test_a_loss_that_is_not_finite_is_reported_with_its_files():
-    def prepare_badly(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        images = torch.where(torch.tensor(batch.indices) == 7, math.nan, 1.0)[:, None, None, None]
-        return batch.images * images, batch.labels
-
-    state = TrainState(make_stage(prepare=prepare_badly))
-    order = [index for index, _ in ShuffledSeeds(IMAGES, 0)]
-    with pytest.raises(Diverged) as raised:
-        train(state, STEPS)
-    assert "7.png" in str(raised.value) and "no checkpoint was written yet" in str(raised.value)
-    assert f"the loss is nan in step {state.step} of epoch 1, with " in str(raised.value)
-    assert str(raised.value).count(".png") == 4 and len(order) == IMAGES
+    items = [(torch.full((3,), math.nan if n == 3 else 1.0), 0) for n in range(24)]
+    with pytest.raises(Diverged, match=r"the loss is nan in step \d of epoch 1, with .*\b3\.png"):
+        train_epoch(stage_of(items=items))
 
 
 @pytest.mark.parametrize("part", ["forward", "prepare"])
-def test_a_gpu_without_memory_is_told_with_the_size_of_the_batch(part):
-    def full(*_: Any) -> None:
+def test_a_gpu_without_memory_says_what_it_was_given_and_what_is_saved(part):
+    def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    stage = make_stage(prepare=full) if part == "prepare" else make_stage()
-    with pytest.raises(OutOfMemory, match="with a batch of 4 images of 2x2") as raised:
-        train(TrainState(stage), 1, full if part == "forward" else None)
-    assert raised.value.__notes__ == ["no checkpoint was written yet"]
+    stage = stage_of(items=[(torch.zeros(3, 16, 24), 0)] * 4)
+    if part == "prepare":
+        stage.prepare = full
+    with pytest.raises(OutOfMemory, match="batch of 4 images of 24x16") as caught:
+        train_epoch(stage, forward=full)
+    assert caught.value.__notes__ == ["no checkpoint was written yet"]
 
 
 # A whole stage
 
 
-def open_folder(folder: Path, resume: bool = False, **changes: Any) -> Any:
-    """Open the run of a folder as the programs do."""
-    options = {
-        "savedir": str(folder), "resume": resume, "checkpoint_minutes": 10.0, "compile": False,
-        "steps_loss": 0, "val_every": 1, "epochs_save": 0, "encoder_epochs": 0,
-    }  # fmt: skip
-    return open_run(Namespace(**options | changes))
+@pytest.fixture
+def opened(tmp_path) -> Iterator[Callable[..., Run]]:
+    """Open a run in a folder of tmp_path and close the one before; arguments are options."""
+    with ExitStack() as stack:
+
+        def start(savedir: str = "run", **options: object) -> Run:
+            stack.pop_all().close()
+            defaults = {"resume": False, "compile": False, "encoder_epochs": 0, "val_every": 1}
+            defaults |= {"checkpoint_minutes": 10.0, "steps_loss": 0, "epochs_save": 0}
+            args = argparse.Namespace(**defaults | options, savedir=str(tmp_path / savedir))
+            run = stack.enter_context(open_run(args))
+            run.begin()
+            return run
+
+        yield start
 
 
-def fit_in(folder: Path, stage: Stage, resume: bool = False, **changes: Any) -> dict[str, Any]:
-    with open_folder(folder, resume, **changes) as run:
-        run.begin()
-        return fit(stage, run)
-
-
-def log_of(folder: Path) -> list[dict[str, str]]:
-    return read(folder / "log.csv")
-
-
-def test_a_stage_that_a_signal_stopped_goes_on_to_the_same_end(tmp_path, capsys):
-    fit_in(tmp_path / "whole", make_stage())
-    left = iter(range(9))
-
-    def prepare_or_signal(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        if next(left) == STEPS + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return prepare(batch)
-
-    with pytest.raises(Interrupted, match="saved after step 2 of epoch 2, to go on: python "):
-        fit_in(tmp_path / "stopped", make_stage(prepare=prepare_or_signal))
-    fit_in(tmp_path / "stopped", make_stage(), resume=True)
-    assert "resuming after step 2 of epoch 2\n" in capsys.readouterr().out
-    assert differences(tmp_path / "stopped", tmp_path / "whole") == []
-
-
-def scripted(*scores: float) -> Callable[..., Validation]:
-    """Return a validation that finds these scores, one after the other."""
+def scoring(*scores: float) -> Callable[..., Validation]:
+    """Return a validation that finds these scores, and paints pictures of them."""
     left = iter(scores)
 
-    def validate(network: nn.Module, batches, title: str) -> Validation:
-        list(batches)
+    def validate(network: nn.Module, batches: object, title: str) -> Validation:
         score = next(left)
-        return Validation({"val_top1": score}, {"val_top1": score}, [])
+        picture = torch.full((3, 4, 4), round(255 * score), dtype=torch.uint8)
+        return Validation({"val_score": score}, {"score": score}, [picture])
 
     return validate
 
 
-def test_the_best_epoch_is_kept(tmp_path):
-    """And every second one, and the last."""
-    head = lambda model: {"head": on_cpu(model)["4.weight"]}  # noqa: E731
-    files = {"best.pth": on_cpu, "head.pth": head}
-    stage = make_stage(validate=scripted(0.4, 0.8, 0.6, 0.8), best_files=files)
-    best = fit_in(tmp_path, stage, epochs_save=2)
-    assert best == {"epoch": 2, "val_top1": 0.8}
-    stored = {path.name: load_checkpoint(path) for path in tmp_path.glob("*.pth")}
-    assert stored.keys() == {
-        "best.pth", "head.pth", "last.pth", "previous.pth",
-        "stage0-epoch002.pth", "stage0-epoch004.pth",
-    }  # fmt: skip
-    assert stored["best.pth"]["epoch"] == 2 and stored["best.pth"]["best"] == best
-    assert same_weights(stored["best.pth"]["model"], stored["stage0-epoch002.pth"]["model"])
-    weight = stored["best.pth"]["model"]["4.weight"]
-    assert torch.equal(stored["head.pth"]["model"]["head"], weight)
-    assert stored["last.pth"]["epoch"] == 4
-    assert same_weights(stored["last.pth"]["model"], stored["stage0-epoch004.pth"]["model"])
-    # The average is scored and saved; what is trained is in last.pth alone.
-    assert same_weights(stored["last.pth"]["model"], on_cpu(stage.average.module))
-    assert same_weights(stored["last.pth"]["training_model"], on_cpu(stage.model))
-    assert not same_weights(stored["last.pth"]["model"], on_cpu(stage.model))
-    assert "training_model" not in stored["best.pth"]
+def test_the_best_epoch_is_kept(opened, tmp_path):
+    stage = stage_of(epochs=3, validate=scoring(0.4, 0.8, 0.6))
+    assert fit(stage, opened(epochs_save=1)) == {"epoch": 2, "score": 0.8}
+    files = {path.name: load_checkpoint(path) for path in (tmp_path / "run").glob("*.pth")}
+    numbered = {f"stage0-epoch00{number}.pth" for number in (1, 2, 3)}
+    assert files.keys() == {"last.pth", "previous.pth", "best.pth", *numbered}
+    best = files["best.pth"]
+    assert best["epoch"] == 2 and best["best"] == {"epoch": 2, "score": 0.8}
+    assert same_weights(best["model"], files["stage0-epoch002.pth"]["model"])
+    assert not same_weights(best["model"], files["last.pth"]["model"])
+    assert files["last.pth"]["epoch"] == 3 and files["previous.pth"]["epoch"] == 2
+    resumable = {"optimizer", "scheduler", "scaler", "processes", "training_model"}
+    assert resumable < files["last.pth"].keys() and not resumable & best.keys()
+    assert ABOUT.to_checkpoint().items() <= best.items()
 
 
-def test_validation_may_skip_epochs_but_not_the_last(tmp_path):
-    best = fit_in(tmp_path, make_stage(epochs=3, validate=scripted(0.4, 0.3)), val_every=2)
-    assert [row["val_top1"] for row in log_of(tmp_path)] == ["nan", "0.4", "0.3"]
-    assert best == {"epoch": 2, "val_top1": 0.4}
+def test_the_first_of_equal_epochs_is_the_best(opened):
+    assert fit(stage_of(epochs=2, validate=scoring(0.0, 0.0)), opened())["epoch"] == 1
 
 
-def test_an_epoch_of_scores_that_are_not_numbers_is_still_the_best_so_far(tmp_path):
-    """Such as the mIoU of labels that are ignored."""
-    best = fit_in(tmp_path, make_stage(epochs=1, validate=scripted(math.nan)))
-    assert best["epoch"] == 1 and (tmp_path / "best.pth").exists()
+def test_validations_can_be_skipped_but_for_the_last(opened, tmp_path, capsys):
+    stage = stage_of(epochs=3, validate=scoring(0.4, 0.3))
+    assert fit(stage, opened(val_every=2))["epoch"] == 2
+    rows = read_log(tmp_path / "run")
+    assert [row["val_score"] for row in rows] == ["nan", "0.4", "0.3"]
+    assert set(shown(tmp_path / "run")["score/val"]) == {2, 3}
 
 
-def test_the_log_has_a_row_for_each_epoch(tmp_path, capsys):
-    stage = make_stage(number=2, epochs_before=3, epochs=2)
-    with open_folder(tmp_path, steps_loss=3) as run:
-        run.begin()
-        fit(stage, run)
-    rows = log_of(tmp_path)
-    assert list(rows[0]) == [
-        "stage", "epoch", "lr", "train_loss", "train_top1", "skipped_steps", "left_out",
-        "images_per_second", "data_wait", "val_loss", "val_top1", "val_top5", "seconds",
-    ]  # fmt: skip
+def test_the_log_has_a_row_for_each_epoch(opened, tmp_path, capsys):
+    fit(stage_of(number=2, epochs=2, epochs_before=3, validate=scoring(0.4, 0.8)), opened())
+    rows = read_log(tmp_path / "run")
     assert [(row["stage"], row["epoch"]) for row in rows] == [("2", "1"), ("2", "2")]
-    assert float(rows[0]["lr"]) == LR > float(rows[1]["lr"]) > 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in lines] == [
-        "stage 2 epoch 1/2: step 3/6", "stage 2 epoch 1/2: step 6/6",
-        "stage 2 epoch 1/2: train loss " + f"{float(rows[0]['train_loss']):.4f}",
-        "stage 2 epoch 2/2: step 3/6", "stage 2 epoch 2/2: step 6/6",
-        "stage 2 epoch 2/2: train loss " + f"{float(rows[1]['train_loss']):.4f}",
-    ]  # fmt: skip
-    # TensorBoard counts epochs over all stages.
-    assert shown(tmp_path)["loss/train"].keys() == {4, 5}
+    assert [float(row["lr"]) for row in rows] == pytest.approx([LR, LR * 0.75**0.9])
+    assert rows[0].keys() > {"train_loss", "train_top1", "skipped_steps", "left_out", "data_wait"}
+    assert set(shown(tmp_path / "run")["loss/train"]) == {4, 5}
+    assert "stage 2 epoch 2/2: train loss " in capsys.readouterr().out
 
 
-def test_tensorboard_gets_pictures_of_about_ten_epochs_and_the_last(tmp_path):
-    fit_in(tmp_path, make_stage(epochs=25, data=Colors(8)))
-    found = shown(tmp_path)
-    assert found["val/0"].keys() == {*range(2, 25, 2), 25}
-    assert found["loss/train"].keys() == set(range(1, 26))
+def test_tensorboard_gets_about_ten_pictures_of_a_kind_and_the_last(opened, tmp_path):
+    small = [(torch.zeros(3), 0)] * 4
+    fit(stage_of(epochs=35, items=small, validate=scoring(*[0.5] * 35)), opened())
+    assert list(shown(tmp_path / "run")["val/0"]) == [*range(3, 35, 3), 35]
 
 
-def test_a_diverged_epoch_leaves_no_trace(tmp_path):
-    """Its losses are checked before anything is scored or saved, those of the last step too."""
-    losses = iter([1.0, 1.0, math.nan])
-    loss = lambda logits, labels: logits.mean() * next(losses)  # noqa: E731
-    stage = make_stage(data=Colors(8), loss=loss, batch_size=8)
-    with pytest.raises(Diverged, match=r"step 1 of epoch 3, .* last\.pth, after epoch 2"):
-        fit_in(tmp_path, stage)
-    assert len(log_of(tmp_path)) == 2
-    assert load_checkpoint(tmp_path / "last.pth")["epoch"] == 2
+def test_a_loss_that_is_not_finite_leaves_no_trace_of_its_epoch(opened, tmp_path):
+    """There is one step in an epoch: the loss is checked before anything is scored or saved."""
+    stage = stage_of(batch_size=24, loss=lambda logits, labels: logits.sum() * math.nan)
+    with pytest.raises(Diverged, match="no checkpoint was written yet"):
+        fit(stage, opened())
+    assert not list((tmp_path / "run").glob("*.pth"))
+    assert not (tmp_path / "run/log.csv").exists()
 
 
-def test_a_run_resumes_only_the_stage_of_its_checkpoint(tmp_path):
-    """Stage 2 begins anew after the end of stage 1, with files of stage 1 in the folder."""
-    fit_in(tmp_path, make_stage(number=1, epochs=1))
-    with open_folder(tmp_path, resume=True) as run:
-        run.begin()
-        fit(make_stage(number=1, epochs=1), run)
-        fit(make_stage(number=2, epochs=1, epochs_before=1), run)
-    assert [row["stage"] for row in log_of(tmp_path)] == ["1", "2"]
-    assert load_checkpoint(tmp_path / "last.pth")["stage"] == 2
+def test_the_last_good_checkpoint_may_be_that_of_the_stage_before(opened, tmp_path):
+    run = opened()
+    fit(stage_of(number=1, epochs=1), run)
+    with pytest.raises(Diverged) as caught:
+        fit(stage_of(number=2, loss=lambda logits, labels: logits.sum() * math.nan), run)
+    assert "in step 1 of epoch 1 of stage 2" in str(caught.value)
+    assert f"the last good checkpoint is {tmp_path / 'run/last.pth'}" in str(caught.value)
+    assert load_checkpoint(tmp_path / "run/last.pth")["stage"] == 1
 
 
-def test_the_compiled_model_trains_the_same(tmp_path, monkeypatch):
-    """By a backend that leaves all operations as they are: the default one takes minutes."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    fit_in(tmp_path / "plain", make_stage(epochs=1))
-    fit_in(tmp_path / "compiled", make_stage(epochs=1), compile=True)
-    found = differences(tmp_path / "compiled", tmp_path / "plain")
-    assert found == ["args.json: compile is True, not False"]
+def test_a_finished_stage_is_left_as_it_is(opened, tmp_path):
+    fit(stage_of(epochs=1, validate=scoring(0.7)), opened())
+    names = ("log.csv", "best.pth", "last.pth")
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
+    assert fit(stage_of(epochs=1), opened(resume=True)) == {"epoch": 1, "score": 0.7}
+    assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
+
+
+def test_a_compiled_model_ends_with_the_same_weights(opened, monkeypatch):
+    """With a backend that changes no operation: the default one compiles for minutes."""
+    compiled = []
+
+    def compile_eagerly(model: nn.Module, compile=torch.compile, **options: Any) -> nn.Module:
+        compiled.append((model, options))
+        return compile(model, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    plain = stage_of(epochs=1)
+    fit(plain, opened())
+    stage = stage_of(epochs=1)
+    fit(stage, opened("compiled", compile=True))
+    assert compiled == [(stage.model, {"dynamic": False})]
+    assert same_weights(stage.model.state_dict(), plain.model.state_dict())

@@ -27,9 +27,9 @@ from datasets import DATASETS, read_classes_for
 from datasets.check import Problem, find_problems, labels_without_image, summary
 from datasets.imagenet import ImageFolder
 from datasets.images import DatasetError, read_image
+from utils.arguments import ArgumentParser, file_path, natural_int
 from utils.errors import UserError
-from utils.options import ArgumentParser, file_path, natural_int
-from utils.script import WorkerDied, run
+from utils.script import WorkerDied, run_script
 
 IMAGENET = "imagenet"
 # Splits that every training needs; a download without one of the others is complete.
@@ -117,4 +117,4 @@ def open_splits(args: argparse.Namespace) -> tuple[list[Dataset], dict[str, Data
 
 
 if __name__ == "__main__":
-    run(main, advice={WorkerDied: "give fewer --workers if memory is short"})
+    run_script(main, advice={WorkerDied: "give fewer --workers if memory is short"})

@@ -89,23 +89,23 @@ class Street:
     # Colours and shapes
 
     def jitter(self, color: Sequence[float], amount: float) -> Color:
-        """The colour, each channel moved at random by up to `amount` grey levels."""
+        """Move each channel of a colour at random by up to `amount` grey levels."""
         moved = np.asarray(color) + self.rng.uniform(-amount, amount, 3)
         return tuple(int(v) for v in np.clip(moved, 0, 255))
 
     def paint_color(self) -> Color:
-        """The colour of a car, a jacket or a sign: anything, greys more often."""
+        """Pick the colour of a car, a jacket or a sign: anything, greys more often."""
         if self.rng.random() < 0.4:
             return self.jitter([self.rng.uniform(25, 235)] * 3, 10)
         return tuple(int(v) for v in self.rng.integers(20, 235, 3))
 
     def project(self, x: float, y: float, z: float) -> Point:
-        """World point in metres to pixel coordinates."""
+        """Project a point of the world, in metres, to pixel coordinates."""
         scale = self.focal / z
         return self.vanishing_x + x * scale, self.horizon + (self.camera_height - y) * scale
 
     def new_instance(self, name: str) -> int:
-        """The id that marks the next object of a class in the instance map."""
+        """Return the instance id of the next object of a class."""
         if not CLASSES[name].has_instances:
             return LABEL_ID[name]
         self.instance_count[name] = self.instance_count.get(name, -1) + 1
@@ -120,7 +120,7 @@ class Street:
         self.tint(points, color, z)
 
     def tint(self, points: Sequence[Point], color: Color, z: float) -> None:
-        """Fill a polygon in the picture alone: a detail of what it lies on."""
+        """Fill a polygon in the picture only, as a detail of the object below."""
         clear = np.exp(-z / self.haze_distance)
         mixed = tuple(
             int(clear * c + (1 - clear) * h) for c, h in zip(color, self.haze, strict=True)
@@ -128,13 +128,13 @@ class Street:
         ImageDraw.Draw(self.rgb).polygon(points, fill=mixed)
 
     def rectangle(self, x0: float, x1: float, y0: float, y1: float, z: float) -> list[Point]:
-        """A rectangle that faces the camera, as pixel coordinates."""
+        """Return a rectangle that faces the camera, in pixel coordinates."""
         left, top = self.project(x0, y1, z)
         right, bottom = self.project(x1, y0, z)
         return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
     def panel(self, x: float, z0: float, z1: float, y0: float, y1: float) -> list[Point]:
-        """An upright rectangle along the street, as pixel coordinates."""
+        """Return an upright rectangle along the street, in pixel coordinates."""
         return [
             self.project(x, y1, z0),
             self.project(x, y1, z1),
@@ -145,7 +145,7 @@ class Street:
     def disc(
         self, x: float, y: float, radius: float, z: float, stretch: float = 1.0
     ) -> list[Point]:
-        """A disc that faces the camera, `stretch` times as high as wide."""
+        """Return a disc that faces the camera, `stretch` times as high as wide."""
         angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
         return [
             self.project(x + radius * np.cos(a), y + radius * stretch * np.sin(a), z)
@@ -155,7 +155,7 @@ class Street:
     # The surroundings
 
     def draw_backdrop(self) -> None:
-        """Sky with clouds, and a skyline on the horizon."""
+        """Draw the sky with clouds, and a skyline on the horizon."""
         rng = self.rng
         top = np.asarray(
             self.jitter(((90, 140, 205), (150, 155, 165), (205, 170, 140))[rng.integers(3)], 25)
@@ -180,7 +180,7 @@ class Street:
             x += width * 0.8
 
     def draw_ground(self) -> None:
-        """Road with markings, sidewalks with paving, and terrain, by their place in the world."""
+        """Draw the road with markings, sidewalks with paving, and terrain, pixel by pixel."""
         rng = self.rng
         first = int(self.horizon) + 1
         rows, columns = np.mgrid[first : self.height, 0 : self.width].astype(np.float32)
@@ -229,12 +229,12 @@ class Street:
         self.instances.paste(Image.fromarray(label_ids.astype(np.int32)), (0, first))
 
     def edge(self, side: int) -> float:
-        """X where the frontage of a side begins."""
+        """Return x where the frontage of a side begins."""
         curb = self.road[0] if side < 0 else self.road[1]
         return curb + side * (self.sidewalk_width[side] + self.terrain_width[side])
 
     def draw_frontage(self, side: int) -> None:
-        """What lines the street on one side: buildings, walls, fences, hedges and trees."""
+        """Draw buildings, walls, fences, hedges and trees along one side of the street."""
         rng = self.rng
         segments = []
         z = rng.uniform(2.0, 4.0)
@@ -293,7 +293,7 @@ class Street:
             self.tint(self.panel(x, z, z + 0.1, 0, height), mortar, z)
 
     def draw_fence(self, x: float, z0: float, z1: float) -> None:
-        """Bars before what stands behind; the gaps count as fence, as annotators draw it."""
+        """Draw bars; the gaps between them are labelled fence too, as annotators do."""
         height = self.rng.uniform(1.5, 2.2)
         color = self.jitter(((70, 72, 74), (168, 160, 150), (96, 76, 58))[self.rng.integers(3)], 20)
         outline = self.panel(x, z0, z1, 0, height)
@@ -336,7 +336,7 @@ class Street:
             if rng.random() < chance:
                 placed.append((rng.uniform(*zs), name, rng.uniform(*xs)))
 
-        # Vehicles keep to four lanes, one behind another, so that few hide each other wholly.
+        # Vehicles keep to four lanes, so that few hide each other completely.
         lanes = np.linspace(left + 1.3, right - 1.3, 4)
         for lane in lanes:
             z = rng.uniform(6, 14)
@@ -390,7 +390,7 @@ class Street:
         spans: tuple[float, float, float, float, float, float],
         color: Color,
     ) -> None:
-        """A block over x0..x1, y0..y1, z0..z1: the face towards the camera and the visible side."""
+        """Draw the front, the visible side and the top of a block x0..x1, y0..y1, z0..z1."""
         x0, x1, y0, y1, z0, z1 = spans
         if x0 > 0 or x1 < 0:
             side = x0 if x0 > 0 else x1
@@ -408,7 +408,7 @@ class Street:
             self.fill(self.rectangle(wx, wx + 0.3, 0, 0.45, z), black, z, name, instance)
 
     def draw_lamps(self, x: float, half: float, y: float, z: float) -> None:
-        """Two lamps: red from behind, white from the front."""
+        """Draw two lamps: red from behind, white from the front."""
         color = ((190, 30, 30), (250, 245, 220))[self.rng.integers(2)]
         for wx in (x - half + 0.05, x + half - 0.35):
             self.tint(self.rectangle(wx, wx + 0.3, y, y + 0.2, z), color, z)
@@ -436,7 +436,7 @@ class Street:
         self.tint(self.rectangle(x - 0.26, x + 0.26, 0.4, 0.52, z), (225, 225, 215), z)
 
     def draw_truck(self, x: float, z: float) -> None:
-        """A plain cargo box, wider than it has any window, on a dark chassis."""
+        """Draw a plain cargo box without windows, on a dark chassis."""
         color, dark = self.paint_color(), self.jitter((48, 46, 46), 12)
         name, instance = "truck", self.new_instance("truck")
         length, height = self.rng.uniform(6, 9), self.rng.uniform(3.0, 3.6)
@@ -452,7 +452,7 @@ class Street:
         self.draw_lamps(x, 1.1, 0.7, z)
 
     def draw_bus(self, x: float, z: float) -> None:
-        """Windows all round and a bright line number above them."""
+        """Draw a box with windows all round, and a bright line number above them."""
         color, glass = self.paint_color(), self.jitter((52, 62, 74), 15)
         name, instance = "bus", self.new_instance("bus")
         length, height = self.rng.uniform(9, 12), self.rng.uniform(2.9, 3.2)
@@ -470,7 +470,7 @@ class Street:
         self.draw_lamps(x, 1.2, 0.6, z)
 
     def draw_train(self, x: float, z: float) -> None:
-        """A tram: a rounded front in two colours, one middle lamp, a long side."""
+        """Draw a tram: a rounded front in two colours, one lamp in the middle, a long side."""
         lower, upper = self.paint_color(), self.jitter((222, 218, 205), 18)
         glass = self.jitter((40, 48, 58), 10)
         name, instance = "train", self.new_instance("train")
@@ -486,7 +486,7 @@ class Street:
             self.tint(self.panel(side, z + 1, z + length, 1.7, height - 0.5), glass, z)
 
     def draw_cycle(self, x: float, z: float) -> None:
-        """A bicycle seen from the side, often with its rider."""
+        """Draw a bicycle from the side, often with its rider."""
         frame, tyre = self.paint_color(), self.jitter((34, 34, 36), 10)
         name, instance = "bicycle", self.new_instance("bicycle")
         if self.rng.random() < 0.75:
@@ -503,7 +503,7 @@ class Street:
         self.fill([self.project(px, py, z) for px, py in fork], frame, z, name, instance)
 
     def draw_motorcycle(self, x: float, z: float) -> None:
-        """Fat black wheels, a full body and a lamp, often with its rider."""
+        """Draw fat black wheels, a body and a lamp, often with its rider."""
         body, tyre = self.paint_color(), self.jitter((22, 22, 24), 6)
         name, instance = "motorcycle", self.new_instance("motorcycle")
         if self.rng.random() < 0.75:
@@ -519,7 +519,7 @@ class Street:
         self.tint(self.disc(x + 0.68, 0.98, 0.12, z), (250, 245, 215), z)
 
     def draw_rider(self, x: float, z: float, seat: float) -> None:
-        """Someone bent forward over a seat, with a helmet."""
+        """Draw someone with a helmet who bends forward over a seat."""
         name, instance = "rider", self.new_instance("rider")
         shirt, trousers, helmet = self.paint_color(), self.paint_color(), self.paint_color()
         torso = [(x - 0.4, seat), (x - 0.05, seat), (x + 0.4, seat + 0.65), (x + 0.05, seat + 0.8)]
@@ -530,7 +530,7 @@ class Street:
         self.fill(self.disc(x + 0.3, seat + 0.95, 0.2, z, 1.1), helmet, z, name, instance)
 
     def draw_person(self, x: float, z: float) -> None:
-        """Someone upright: legs, coat, arms, head with hair."""
+        """Draw someone upright: legs, coat, head with hair."""
         rng = self.rng
         name, instance = "person", self.new_instance("person")
         height = rng.uniform(1.55, 1.95)
@@ -605,7 +605,7 @@ class Street:
             self.tint(self.disc(x, top + 0.28 + 0.47 * n, 0.2, z), shade, z)
 
     def draw_bonnet(self) -> None:
-        """The car that carries the camera: at the bottom of most pictures, never scored."""
+        """Draw the car that carries the camera, at the bottom of most pictures; not scored."""
         rng = self.rng
         if rng.random() < 0.3:
             return
@@ -619,7 +619,7 @@ class Street:
     # The picture
 
     def develop(self) -> Scene:
-        """Give surfaces their texture, then light, lens and sensor."""
+        """Add texture, then the effects of light, lens and sensor."""
         rng = self.rng
         label_ids = np.asarray(self.labels)
         amplitude = np.full((256, 2), PLAIN_TEXTURE, np.float32)
@@ -643,6 +643,6 @@ class Street:
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
-    """Noise of standard deviation near 1 that varies over `cells` patches across the width."""
+    """Return noise of standard deviation near 1, with `cells` patches across the width."""
     grid = rng.standard_normal((max(2, cells * height // width), cells), np.float32)
     return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
