@@ -193,6 +193,7 @@ def test_another_batch_size_goes_on_at_the_same_place_of_the_schedule(
     (difference,) = resumed.load_state_dict(written(stopped, tmp_path), PATH)
     assert f"steps are of {batch_size} images now, not 4" in difference
     epoch, step = divmod(done, STEPS)
+    assert resumed.epoch == epoch
     images = resumed.step * batch_size
     assert images <= step * 4 < images + batch_size or resumed.step == steps
     expected, rates = [], []
