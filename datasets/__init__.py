@@ -1,8 +1,28 @@
-"""Data sets by name: to add one, write its module and its line here."""
+"""Data sets by name, and opening what a run trains and validates on.
 
+To add a data set, write its module and add its line to DATASETS.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset, Dataset
+
+from datasets.cache import cached
 from datasets.camvid import CamVid
+from datasets.check import check_files, leave_out_broken
 from datasets.cityscapes import Cityscapes
-from datasets.folder import Folder
+from datasets.drawn import draw_once
+from datasets.drawn.streets import make_synthetic
+from datasets.folder import Folder, read_classes
+from datasets.images import MIN_SIZE
+from datasets.loading import count_pixels
+from datasets.segmentation import Classes, Segmentation, resized_size
+from datasets.transforms import Paper, Strong
+from utils.errors import UserError
 
 DATASETS = {
     "cityscapes": Cityscapes,
@@ -10,3 +30,137 @@ DATASETS = {
     "camvid": CamVid,
     "folder": Folder,
 }
+
+Size = tuple[int, int]  # height and width
+
+
+@dataclass
+class Data:
+    """What a run trains and validates on."""
+
+    classes: Classes
+    train: Dataset  # of (image, label), cached if the options say so
+    val: Dataset
+    train_files: list[tuple[str, str | None]]  # image and label of each index of train
+    counts: dict[str, int]  # training pixels by name of the class, then "ignored"
+    size: Size  # height and width that is trained on
+    augment: Paper | Strong  # recipe of transforms.Augment
+    summary: str  # "6 of train to train on, 3 of val to validate, 19 classes"
+    trains_on_val: bool
+    workers: int  # processes to load with: none if all is in memory
+    pin_memory: bool  # not if all is on the GPU
+
+
+def read_classes_for(args: argparse.Namespace) -> Classes:
+    """Return the classes of `args.dataset`, from the file `args.classes` if it has no fixed ones.
+
+    Raises:
+        UserError: the file is missing, needless or wrong.
+    """
+    fixed = DATASETS[args.dataset].CLASSES
+    if fixed is None and not args.classes:
+        raise UserError(f"--dataset {args.dataset} needs --classes FILE, which names its classes")
+    if fixed is not None and args.classes:
+        raise UserError(f"--dataset {args.dataset} has classes of its own: leave --classes out")
+    return fixed or read_classes(args.classes)
+
+
+def open_splits(
+    args: argparse.Namespace,
+    classes: Classes,
+    device: torch.device,
+    counts: dict[str, int] | None = None,
+    first: Callable[[Callable[[], Any]], Any] = lambda function: function(),
+    processes: int = 1,
+    local_processes: int | None = None,
+) -> Data:
+    """Open, check, count and cache what a run trains and validates on.
+
+    Args:
+        args: dataset, datadir, train_on, height, augment, crop, scale, cache, workers, skip_broken.
+        classes: classes of the labels.
+        device: device of the training.
+        counts: training pixels by class, if a resumed run knows them.
+        first: calls a function in the first process only and returns its result in all.
+        processes: number of processes of the run.
+        local_processes: number of them on this machine; all by default.
+
+    Raises:
+        UserError: the data cannot be trained on.
+    """
+    sizes = first(lambda: _find_splits(args, classes))
+    *parts, val = sizes
+    size = _training_size(args, {size for part in parts for size in sizes[part]})
+    files = [pair for part in parts for pair in part.pairs]
+    if len(files) < 2 * processes:
+        each = f" in each of {processes} processes" if processes > 1 else ""
+        raise UserError(f"{args.datadir} has too few training images, {len(files)}: give 2{each}")
+    if counts is None:
+        counts = first(lambda: _count_classes(parts, val, classes, args.workers))
+
+    def items() -> list[Dataset]:
+        if args.cache == "off":
+            return [*parts, val]
+        return cached(sizes, args.cache, args.workers, device, local_processes or processes)
+
+    if args.cache not in ("off", "ram"):
+        first(lambda: bool(items()))  # the other processes find the files
+    *train_items, val_items = items()
+    sources = " + ".join(f"{len(part)} of {part.split}" for part in parts)
+    return Data(
+        classes=classes,
+        train=ConcatDataset(train_items),
+        val=val_items,
+        train_files=files,
+        counts=counts,
+        size=size,
+        augment=Strong(size, tuple(args.scale)) if args.augment == "strong" else Paper(),
+        summary=f"{sources} to train on, {len(val)} of val to validate, {len(classes)} classes",
+        trains_on_val=not set(files).isdisjoint(val.pairs),
+        workers=0 if args.cache == "ram" else args.workers,
+        pin_memory=args.cache != "ram" or not val_items[0][0].is_cuda,
+    )
+
+
+def _find_splits(args: argparse.Namespace, classes: Classes) -> dict[Segmentation, list[Size]]:
+    """Return the parts to train on and, last, val, each with the sizes of its images."""
+    if args.dataset == "synthetic":
+        draw_once(args.datadir, make_synthetic, "street scenes")
+    dataset_class = DATASETS[args.dataset]
+    options = {"classes": classes, "height": args.height, "need_labels": not args.skip_broken}
+    parts = dataset_class.TRAIN_ON[args.train_on]
+    splits = [dataset_class(args.datadir, part, **options) for part in parts]
+    splits.append(dataset_class(args.datadir, "val", resize_labels=False, **options))
+    if args.skip_broken:
+        for split in splits:
+            leave_out_broken(split, args.workers, replace=split is not splits[-1])
+    return {split: check_files(split.pairs) for split in splits}
+
+
+def _training_size(args: argparse.Namespace, sizes: set[Size]) -> Size:
+    """Return the height and width to train on; `sizes` are those of the training images."""
+    resized = sorted({resized_size(*size, args.height) for size in sizes})
+    cropped = args.augment == "strong" and args.crop
+    if len(resized) > 1 and not cropped:
+        raise UserError(
+            f"at a height of {args.height}, the images of {args.datadir} are {resized[0][1]} to "
+            f"{resized[-1][1]} wide: give --augment strong and --crop {args.height} "
+            f"{resized[0][1]}, which train on crops of one size"
+        )
+    height, width = args.crop if cropped else resized[0]
+    if width < MIN_SIZE:
+        raise UserError(
+            f"--height {args.height} makes images of {width}x{height}: LEDNet needs "
+            f"{MIN_SIZE}x{MIN_SIZE}"
+        )
+    return height, width
+
+
+def _count_classes(
+    parts: list[Segmentation], val: Segmentation, classes: Classes, workers: int
+) -> dict[str, int]:
+    """Count the training pixels of each class, and find unknown label ids, in val as well."""
+    print("class weights: counting the pixels of the labels", flush=True)
+    counts = count_pixels(parts, len(classes), workers)
+    count_pixels([val], len(classes), workers)
+    return dict(zip([*classes.names, "ignored"], counts.tolist(), strict=True))

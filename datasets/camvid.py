@@ -1,14 +1,14 @@
 """CamVid: street scenes from a driving car, 11 classes, as the authors of SegNet published them.
 
-Brostow et al., "Segmentation and Recognition Using Structure from Motion Point Clouds", ECCV
-2008; the split of 367, 101 and 233 images at 480x360 is that of Badrinarayanan et al., "SegNet",
-TPAMI 2017.
+Brostow et al., "Segmentation and Recognition Using Structure from Motion Point Clouds", ECCV 2008;
+the split into 367, 101 and 233 images of 480x360 is that of Badrinarayanan et al., "SegNet", TPAMI
+2017.
 """
 
 import os
 from typing import ClassVar
 
-from datasets.segmentation import Classes, Segmentation, matched_files, png_files
+from datasets.segmentation import Classes, Segmentation, matched_files
 
 
 class CamVid(Segmentation):
@@ -31,13 +31,6 @@ class CamVid(Segmentation):
     TRAIN_ON: ClassVar = {"train": ["train"], "trainval": ["trainval"]}
 
     def files(self) -> list[tuple[str, str | None]]:
-        return [pair for folders in self._folders() for pair in matched_files(*folders)]
-
-    def label_files(self) -> list[str]:
-        return [path for _, labels in self._folders() for path in png_files(labels)]
-
-    def _folders(self) -> list[tuple[str, str]]:
-        """The folders of images and of their labels."""
         parts = ("train", "val") if self.split == "trainval" else (self.split,)
         paths = [os.path.join(self.root, part) for part in parts]
-        return [(path, f"{path}annot") for path in paths]
+        return [pair for path in paths for pair in matched_files(path, f"{path}annot")]

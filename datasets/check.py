@@ -1,302 +1,199 @@
-"""Broken files of a data set: found before a run, all of them listed, or gone without."""
+"""Checks for broken files: a quick one before a run, and a deep one that decodes everything.
 
+The quick check reads headers, the checksums of PNGs and the end markers of JPEGs. What only the
+deep one finds: damage that decoding shows, a PNG whose pixels end early, and unknown label ids.
+"""
+
+import os
 import sys
-from collections import Counter, deque
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
-from typing import TypeVar
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datasets.imagenet import ImageFolder
 from datasets.images import (
-    DatasetError,
+    BrokenFiles,
     FileError,
-    MissingFile,
+    NothingReadable,
     check_label_mode,
-    check_sizes,
-    naming,
-    read_bytes,
-    read_header,
+    check_label_size,
+    open_image,
     read_image,
+    upright_size,
 )
-from datasets.loading import reading_loader
+from datasets.loading import call_in_workers
 from datasets.segmentation import Segmentation
-from datasets.whole import check_pixels
 
-LISTING = "python tools/check_dataset.py lists them all"
-ADVICE = f"{LISTING}, --skip-broken leaves them out"
+Pair = tuple[str, str | None]  # paths of an image and its label, if there is one
+Size = tuple[int, int]
 
-T = TypeVar("T")
-Size = tuple[int, int]  # width and height
+JPEG_END = b"\xff\xd9"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong with a file.
+    """Something that is wrong with a file."""
 
-    Attributes:
-        kind: "unreadable", "absurd size", "wrong size", "wrong mode", "unknown label", "missing",
-            "image without label" or "label without image".
-        path: of the file.
-        what: is wrong with it.
-        index: of its image in the data set; None of a label without image.
-    """
-
-    kind: str
+    name: str  # that of a FileError, "image without label" or "label without image"
     path: str
-    what: str
-    index: int | None = None
+    message: str
+    index: int | None = None  # of its image in the data set
 
     def __str__(self) -> str:
-        text = f"{self.kind}: {self.path}: {self.what}"
-        return text if text.isprintable() else repr(text)[1:-1]  # one line, whatever the name
+        text = f"{self.name}: {self.path}: {self.message}"
+        return text if text.isprintable() else repr(text)[1:-1]  # file names may hold newlines
 
 
-# Before a run: headers and ends
-
-
-def check_headers(
-    pairs: Sequence[tuple[str, str | None]], advice: str = ADVICE
-) -> list[tuple[int, int]]:
-    """Look at the header and the end of every file of a data set, without decoding pixels.
-
-    Args:
-        pairs: paths of each image and its label, None where there is no label.
-        advice: what the message says that can be done.
+def check_files(pairs: Sequence[Pair]) -> list[Size]:
+    """Check all images and labels in threads, without decoding pixels.
 
     Returns:
         Height and width of each image.
 
     Raises:
-        DatasetError: says how many files are missing, not an image or cut short, or a label of
-            another size than its image or of a wrong mode, and names the first.
+        BrokenFiles: files are missing, damaged or cut short, or labels do not fit their images.
     """
-    sizes = _check_all(_check_pair, pairs, advice)
-    return [(height, width) for width, height in sizes]
-
-
-def check_images(paths: Sequence[str], advice: str = ADVICE) -> None:
-    """Look at the header and the end of every image, without decoding pixels.
-
-    Args:
-        advice: what the message says that can be done.
-
-    Raises:
-        DatasetError: says how many files are missing, not an image or cut short, and names the
-            first.
-    """
-    _check_all(_header_size, paths, advice)
-
-
-def _check_all(check: Callable[[T], Size], items: Sequence[T], advice: str) -> list[Size]:
-    """Check all items in threads; an error about the first one that fails says how many do."""
-
-    def attempt(item: T) -> Size | DatasetError:
-        try:
-            return check(item)
-        except DatasetError as error:
-            return error
-
     sizes: list[Size] = []
-    errors: list[DatasetError] = []
-    with (
-        ThreadPoolExecutor(max_workers=8) as pool,
-        tqdm(total=len(items), desc="checking files", leave=False, disable=None) as bar,
-    ):
-        for start in range(0, len(items), 4096):  # at a time: ImageNet has over a million
-            for found in pool.map(attempt, items[start : start + 4096]):
-                (errors if isinstance(found, DatasetError) else sizes).append(found)
-                bar.update()
+    errors: list[FileError] = []
+    with ThreadPool(8) as pool:
+        checked = pool.imap(_check_pair, pairs, chunksize=16)
+        for found in tqdm(checked, "checking files", len(pairs), leave=False, disable=None):
+            (errors if isinstance(found, FileError) else sizes).append(found)
     if errors:
-        raise DatasetError(
-            f"{len(errors)} of {len(items)} images or their labels are broken, the first: "
-            f"{errors[0]}; {advice}"
+        raise BrokenFiles(
+            f"{len(errors)} of {len(pairs)} images or their labels are broken, the first: "
+            f"{errors[0]}"
         ) from errors[0]
     return sizes
 
 
-def _check_pair(pair: tuple[str, str | None]) -> Size:
+def _check_pair(pair: Pair) -> Size | FileError:
     image_path, label_path = pair
-    size = _header_size(image_path)
-    if label_path is not None:
-        check_sizes(label_path, _label_header_size(label_path), size)
+    try:
+        width, height = size = check_file(image_path)
+        if label_path is not None:
+            check_label_size(label_path, check_file(label_path, label=True), size)
+        return height, width
+    except FileError as error:
+        return error
+
+
+def check_file(path: str, label: bool = False) -> Size:
+    """Check the header of an image or label, the checksums of a PNG, the end marker of a JPEG, and
+    return the width and height of the upright image."""
+    with open_image(path) as image:
+        if label:
+            check_label_mode(path, image.mode)
+        size = upright_size(image)
+        if image.format in ("JPEG", "MPO"):
+            _check_jpeg_end(image.fp)
+        image.verify()  # every checksum of a PNG
     return size
 
 
-def _header_size(path: str) -> Size:
-    return read_header(path)[0]
+def _check_jpeg_end(file: BinaryIO) -> None:
+    """Look for the end marker of a JPEG; `file` stands where its pixels begin."""
+    start, length = file.tell(), file.seek(0, os.SEEK_END)
+    for position in (max(start, length - 1024), start):  # anything may follow the image
+        file.seek(position)
+        if JPEG_END in file.read():
+            return
+    raise OSError("the file is cut short")
 
 
-def _label_header_size(path: str) -> Size:
-    size, mode = read_header(path)
-    check_label_mode(path, mode)
-    return size
-
-
-# Everything
-
-
-def look_through(
-    dataset: Segmentation | ImageFolder, workers: int = 0, fast: bool = False
+def find_problems(
+    dataset: Dataset, workers: int = 0, fast: bool = False
 ) -> Iterator[list[Problem]]:
-    """Look every image of a data set through, and its label, with a bar.
-
-    Args:
-        workers: processes that read.
-        fast: headers and ends alone; else all is decoded and every label id looked up.
-
-    Returns:
-        What is wrong with each image and its label, in order: mostly nothing.
-
-    Raises:
-        DatasetError: a worker process died.
-    """
-    loader = reading_loader(_Checked(dataset, fast), workers, batch_size=8, collate_fn=list)
-    with tqdm(
-        total=len(dataset), desc="checking files", unit="img", leave=False, disable=None
-    ) as bar:
-        batches = iter(loader)
-        while True:
-            try:
-                batch = next(batches, None)
-            except RuntimeError as error:
-                raise DatasetError(
-                    f"checking ended after {bar.n} of {len(dataset)} images: "
-                    f"{' '.join(str(error).split())}; give fewer --workers if memory is short"
-                ) from error
-            if batch is None:
-                return
-            yield from batch
-            bar.update(len(batch))
+    """Yield the problems of each image of a Segmentation or ImageFolder, and of its label; `fast`
+    does the quick check only."""
+    find = partial(_problems_of, dataset, dataset.pairs, fast)
+    return call_in_workers(find, len(dataset), workers, "checking files")
 
 
-def labels_without_image(dataset: Segmentation) -> list[Problem]:
-    """The label maps of a split that belong to no image."""
-    labels = {label for _, label in dataset.pairs}
-    if labels == {None}:
-        return []
-    what = f"there is no image of {dataset.split} to it"
-    return [
-        Problem("label without image", path, what)
-        for path in dataset.label_files()
-        if path not in labels
-    ]
+def _problems_of(dataset: Dataset, pairs: Sequence[Pair], fast: bool, index: int) -> list[Problem]:
+    image_path, label_path = pairs[index]
+    problems: list[Problem] = []
 
+    def attempt(check: Callable, path: str, *args: Any) -> Any:
+        try:
+            return check(path, *args)
+        except FileError as error:
+            name, message = error.problem, str(error).removeprefix(path).strip()
+            if name == "missing" and path == label_path:
+                name, path, message = "image without label", image_path, str(error)
+            problems.append(Problem(name, path, message, index))
 
-def without_broken(
-    dataset: Segmentation | ImageFolder,
-    workers: int = 0,
-    fast: bool = False,
-    replace: bool = False,
-) -> list[Problem]:
-    """Take the images out of a data set that are broken, or their labels are.
-
-    Args:
-        workers, fast: as those of `look_through`.
-        replace: the next image that is whole stands in for a broken one: the data set keeps its
-            length, as a run that is resumed needs it.
-
-    Returns:
-        What was wrong with those that were taken out.
-
-    Raises:
-        DatasetError: none is left, or a worker process died.
-    """
-    problems = [problem for found in look_through(dataset, workers, fast) for problem in found]
-    count, broken = len(dataset), {problem.index for problem in problems}
-    if problems and len(broken) == count:
-        raise DatasetError(f"all {count} images are broken, the first: {problems[0]}; {LISTING}")
-    kept: deque[int] = deque()
-    following = min(set(range(count)) - broken, default=0)  # after the last comes the first
-    for index in reversed(range(count)):
-        if index not in broken:
-            following = index
-        if replace or index not in broken:
-            kept.appendleft(following)
-    if broken:
-        dataset.keep(kept)
+    size = attempt(check_file, image_path)
+    if size and not fast:
+        attempt(decode_fully, image_path, read_image)
+    if label_path is not None:
+        label_size = attempt(check_file, label_path, True)
+        if label_size and size:
+            attempt(check_label_size, label_path, label_size, size)
+        if label_size and not fast:
+            attempt(decode_fully, label_path, lambda _: dataset.read_train_ids(index))
     return problems
 
 
-def told_left_out(problems: Sequence[Problem]) -> None:
-    """Name the broken files of a data set that a run goes without, on stderr."""
-    for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
-    if problems:
-        images = len({problem.index for problem in problems})
-        print(f"{images} broken images are left out", flush=True)
+def decode_fully(path: str, read: Callable[[str], Any]) -> None:
+    """Read a file, and check that its pixels reach the last row.
 
-
-class _Checked(Dataset):
-    """The problems of each image of a data set, and of its label."""
-
-    def __init__(self, dataset: Segmentation | ImageFolder, fast: bool) -> None:
-        self.dataset, self.fast = dataset, fast
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> list[Problem]:
-        if isinstance(self.dataset, Segmentation):
-            image_path, label_path = self.dataset.pairs[index]
-        else:
-            image_path, label_path = self.dataset.samples[index][0], None
-        problems: list[Problem] = []
-
-        def attempt(path: str, read: Callable[[], T]) -> T | None:
-            try:
-                return read()
-            except FileError as error:
-                kind, what = error.kind, str(error).removeprefix(path).strip()
-                if isinstance(error, MissingFile) and path == label_path:
-                    kind, path, what = "image without label", image_path, str(error)
-                problems.append(Problem(kind, path, what, index))
-                return None
-
-        size = attempt(image_path, lambda: _header_size(image_path))
-        if size is not None and not self.fast:
-            attempt(image_path, lambda: _decode_all(image_path))
-        if label_path is not None:
-            found = attempt(label_path, lambda: _label_header_size(label_path))
-            if found is not None and size is not None:
-                attempt(label_path, lambda: check_sizes(label_path, found, size))
-            if found is not None and not self.fast:
-                attempt(label_path, lambda: self._decode_label(index))
-        return problems
-
-    def _decode_label(self, index: int) -> None:
-        self.dataset.read_train_ids(index)
-        check_every_pixel(self.dataset.pairs[index][1])
-
-
-def _decode_all(path: str) -> None:
-    read_image(path)
-    check_every_pixel(path)
-
-
-def check_every_pixel(path: str) -> None:
-    """See that the pixels of a PNG or JPEG are there to the last, at the cost of decoding it again.
-
-    To read one sees most of it. What only this finds: a JPEG of several scans whose last ends
-    early, a JPEG that lacks less than its last block, a PNG that holds more than it declares, or
-    parts of it twice.
-
-    Raises:
-        DatasetError: they are not, or the file cannot be read.
+    PIL leaves the rest of a PNG as it was, without an error, if the compressed data end properly
+    before it. So decode it over two backgrounds.
     """
-    with naming(path):
-        data = read_bytes(path)
-        with Image.open(BytesIO(data)) as image:
-            image_format = image.format
-        check_pixels(image_format, data)
+    read(path)
+    decoded = []
+    for background in (0, 255):
+        with open_image(path) as image:
+            if image.format != "PNG":
+                return
+            image.im = Image.new(image.mode, image.size, background).im
+            decoded.append(np.asarray(image))
+    if (decoded[0] != decoded[1]).any():
+        raise FileError(f"{path} cannot be read as an image (its pixels end early): fetch it again")
+
+
+def labels_without_image(dataset: Segmentation) -> list[Problem]:
+    """Return the label maps of a split that belong to no image."""
+    labels = {label for _, label in dataset.pairs}
+    if labels == {None}:
+        return []
+    message = f"{dataset.split} has no image for it"
+    lonely = [path for path in dataset.label_files() if path not in labels]
+    return [Problem("label without image", path, message) for path in lonely]
+
+
+def leave_out_broken(dataset: Dataset, workers: int = 0, replace: bool = False) -> list[Problem]:
+    """Remove images that are broken, or whose label is, from a data set, and report them.
+
+    Args:
+        dataset: a Segmentation or ImageFolder.
+        replace: replace each by the next good image, so that the data set keeps its length, as a
+            run that is resumed needs it.
+    """
+    problems = [problem for found in find_problems(dataset, workers) for problem in found]
+    broken, indices = {problem.index for problem in problems}, range(len(dataset))
+    good = [index for index in indices if index not in broken]
+    if not good:
+        raise NothingReadable(f"all {len(dataset)} images are broken, the first: {problems[0]}")
+    if problems:
+        # The first good image follows the last one.
+        dataset.keep([good[bisect_left(good, i) % len(good)] for i in indices] if replace else good)
+        for problem in problems:
+            print(f"left out: {problem}", file=sys.stderr)
+        print(f"{len(broken)} broken images are left out", flush=True)
+    return problems
 
 
 def summary(problems: Iterable[Problem]) -> str:
-    """How many problems there are of each kind, the most frequent first."""
-    counts = Counter(problem.kind for problem in problems)
-    return ", ".join(f"{kind}: {count}" for kind, count in counts.most_common())
+    """Return the number of problems of each name, the most frequent first."""
+    counts = Counter(problem.name for problem in problems)
+    return ", ".join(f"{name}: {count}" for name, count in counts.most_common())

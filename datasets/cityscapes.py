@@ -36,6 +36,7 @@ class Cityscapes(Segmentation):
         categories=[c.category for c in TRAINED],
     )
     SPLITS = ("train", "val", "test", "train_coarse", "val_coarse", "train_extra")
+    LABEL_NAMES = "*_labelIds.png"
     TRAIN_ON: ClassVar = {
         "fine": ["train"],
         "coarse": ["train_coarse", "train_extra"],
@@ -43,9 +44,10 @@ class Cityscapes(Segmentation):
     }
 
     def files(self) -> list[tuple[str, str | None]]:
-        split, mode = self._split_and_mode()
+        coarse = self.split == "train_extra" or self.split.endswith("_coarse")
+        split, mode = self.split.removesuffix("_coarse"), "coarse" if coarse else "fine"
         images, labels = f"leftImg8bit/{split}", f"gt{mode.capitalize()}/{split}"
-        # Looked at first: where a folder is missing, torchvision unpacks archives unasked.
+        # Checked first: where a folder is missing, torchvision unpacks archives unasked.
         for folder in (images, labels):
             if not os.path.isdir(os.path.join(self.root, folder)):
                 raise DatasetError(
@@ -60,7 +62,6 @@ class Cityscapes(Segmentation):
                 f"{error.filename} is not a folder that can be read: {images} must hold "
                 "a folder for each city, and nothing else"
             ) from error
-
         pairs = sorted(
             (image, target[0])
             for image, target in zip(listed.images, listed.targets, strict=True)
@@ -74,25 +75,13 @@ class Cityscapes(Segmentation):
                 f"{os.path.join(self.root, images)} holds no <city>/*_leftImg8bit.png: "
                 "unpack the Cityscapes images there"
             )
-        if split == "test":
-            return [(image, None) for image, _ in pairs]
-        return pairs
+        return [(image, None if split == "test" else label) for image, label in pairs]
 
     def label_files(self) -> list[str]:
-        split, mode = self._split_and_mode()
-        if split == "test":
-            return []
-        folder = Path(self.root, f"gt{mode.capitalize()}", split)
-        found = sorted(str(path) for path in folder.glob("*/*_labelIds.png"))
-        return [path for path in found if BROKEN_IMAGE not in path]
-
-    def _split_and_mode(self) -> tuple[str, str]:
-        """The split and the mode of its annotations, as torchvision calls them."""
-        coarse = self.split == "train_extra" or self.split.endswith("_coarse")
-        return self.split.removesuffix("_coarse"), "coarse" if coarse else "fine"
+        return [path for path in super().label_files() if BROKEN_IMAGE not in path]
 
     def result_name(self, index: int) -> str:
-        """As the official evaluation and the benchmark server look for it."""
+        """Return the path that the official evaluation and the benchmark server look for."""
         image = Path(self.pairs[index][0])
         name = image.name.replace("_leftImg8bit.png", "_pred_labelIds.png")
         return f"{image.parent.name}/{name}"

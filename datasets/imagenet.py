@@ -1,18 +1,18 @@
-"""ImageNet, or any set of images in a folder for each class.
+"""ImageNet, or any images in a folder for each class.
 
     <datadir>/train/<class>/*.JPEG
     <datadir>/val/<class>/*.JPEG
 
-Decoding dominates, so a file is cropped before it is decoded: where the crop is large, a JPEG is
-decoded at 1/2, 1/4 or 1/8 of its size, never below the size that the crop is resized to.
+Decoding takes most of the time, so only the crop is decoded, and a JPEG with a large crop at 1/2,
+1/4 or 1/8 of its size, but never below the size that the crop is resized to.
 """
 
+import argparse
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision
 from PIL import Image
@@ -21,28 +21,53 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from datasets.images import (
-    SIDEWAYS,
-    Box,
-    DatasetError,
-    opened,
-    orientation,
-    to_rgb,
-    to_stored,
-    upright,
-)
+from datasets.check import check_files, leave_out_broken
+from datasets.drawn import draw_once
+from datasets.drawn.shapes import make_shapes
+from datasets.images import DatasetError, decode, open_image, orientation, upright_size
 
-# Of ImageNet's RGB values in [0, 1], which everyone normalises with.
+# Mean and standard deviation of ImageNet's RGB values in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-# Validation shows the central part of the shorter side, as 224 of 256 pixels.
+# Validation uses the centre of the shorter side, as in 224 of 256 pixels.
 CENTRAL_PART = 224 / 256
 
 
+def open_images(
+    args: argparse.Namespace,
+    first: Callable[[Callable[[], Any]], Any] = lambda function: function(),
+    check: bool = True,
+) -> tuple["ImageFolder", "ImageFolder"]:
+    """Open and check the images to train and to validate on.
+
+    Args:
+        args: dataset, datadir, size, recipe, workers, skip_broken.
+        first: calls a function in the first process only and returns its result in all.
+        check: check every file; a resumed run has done so already.
+    """
+
+    def find() -> tuple[ImageFolder, ImageFolder]:
+        if args.dataset == "shapes":
+            draw_once(args.datadir, make_shapes, "shapes and textures")
+        train = training_images(args.datadir, args.size, augment=args.recipe == "modern")
+        val = validation_images(args.datadir, args.size, train.classes)
+        if args.skip_broken:
+            leave_out_broken(train, args.workers, replace=True)
+            leave_out_broken(val, args.workers)
+        elif check:
+            check_files(train.pairs + val.pairs)
+        return train, val
+
+    train, val = first(find)
+    if len(train.classes) < 2:
+        raise DatasetError(f"{args.datadir} has only one class: there is nothing to tell apart")
+    return train, val
+
+
 def training_images(datadir: str | Path, size: int, augment: bool) -> "ImageFolder":
-    """The images of train as uint8 tensors, 3 x size x size: cropped and flipped at random and,
-    if asked, changed by RandAugment."""
+    """Open train: uint8 tensors, 3 x size x size, randomly cropped and flipped; `augment` applies
+    RandAugment as well."""
     steps = [v2.RandomHorizontalFlip()]
     if augment:
         steps += [v2.ToPILImage(), v2.RandAugment(), v2.PILToTensor()]  # faster on PIL images
@@ -50,27 +75,16 @@ def training_images(datadir: str | Path, size: int, augment: bool) -> "ImageFold
 
 
 def validation_images(datadir: str | Path, size: int, classes: list[str]) -> "ImageFolder":
-    """The centres of val's images as uint8 tensors, 3 x size x size.
-
-    Args:
-        classes: those that the network is trained on, in the order of its logits.
-    """
+    """Open val: centre crops as uint8 tensors, 3 x size x size; `classes` are those of train."""
     return ImageFolder(datadir, "val", CropLoader(size, random=False), classes=classes)
 
 
 class ImageFolder(torchvision.datasets.ImageFolder):
-    """Images of one split, in the order of their names, with the number of their class.
+    """Images of one split with their class numbers, in the order of their names.
 
     Args:
-        datadir: folder that holds the splits.
-        split: "train" or "val".
-        loader: reads an image file.
-        transform: of what the loader returns.
-        classes: the names to number the classes by; without it, the folder's own, sorted.
-
-    Raises:
-        DatasetError: the split is missing or holds no class, a class has no image, or is not
-            one of `classes`.
+        loader: function that reads an image file.
+        classes: names of the classes in the order of their numbers; default: sorted folders.
     """
 
     def __init__(
@@ -86,21 +100,22 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         if not Path(datadir).is_dir():
             raise DatasetError(f"{datadir} does not exist: give the folder that holds {split}")
         if not root.is_dir():
-            raise DatasetError(
-                f"{datadir} has no folder {split}: images lie in {split}/<class>/, "
-                "for train and val alike"
-            )
+            raise DatasetError(f"{datadir} has no folder {split}: images lie in {split}/<class>/")
         super().__init__(str(root), transform, loader=loader, allow_empty=True)
-        counts = np.bincount(self.targets, minlength=len(self.classes))
-        for name, count in zip(self.classes, counts, strict=True):
-            if count == 0 and (root / name).is_dir():
-                raise DatasetError(
-                    f"{root / name} holds no images ({', '.join(IMG_EXTENSIONS)}): "
-                    "put some in, or remove the folder"
-                )
+        found = {self.classes[number] for number in self.targets}
+        empty = [root / name for name in self.classes if name not in found]
+        empty = [folder for folder in empty if folder.is_dir()]
+        if empty:
+            suffixes = ", ".join(IMG_EXTENSIONS)
+            raise DatasetError(f"{empty[0]} holds no images ({suffixes}): add some or remove it")
+
+    @property
+    def pairs(self) -> list[tuple[str, None]]:
+        """The paths of the images, as those of a Segmentation without labels."""
+        return [(path, None) for path, _ in self.samples]
 
     def keep(self, indices: Iterable[int]) -> None:
-        """Go on with the images of these indices alone, in this order."""
+        """Keep the images of these indices only, in this order."""
         self.samples = self.imgs = [self.samples[index] for index in indices]
         self.targets = [target for _, target in self.samples]
 
@@ -119,11 +134,11 @@ class ImageFolder(torchvision.datasets.ImageFolder):
 
 
 class CropLoader:
-    """Reads the part of an image that a crop shows: 3 x size x size, uint8, RGB, upright.
+    """Reader of the crop of an image: 3 x size x size, uint8, RGB, upright.
 
     Args:
-        size: pixels that the crop is resized to, bilinearly with antialiasing.
-        random: crop as `RandomResizedCrop` does, else the centre, as Resize and CenterCrop do.
+        size: height and width that the crop is resized to, bilinearly with antialiasing.
+        random: crop as `RandomResizedCrop`; else the centre, as `Resize` and `CenterCrop`.
     """
 
     def __init__(self, size: int, random: bool) -> None:
@@ -131,44 +146,36 @@ class CropLoader:
         self.random_crop = v2.RandomResizedCrop(size) if random else None
 
     def __call__(self, path: str) -> Tensor:
-        """Read an image file of any mode.
-
-        Raises:
-            DatasetError: the file is missing, damaged, cut short, too large or not an image.
-        """
-        with opened(path) as image:
+        """Read an image file of any mode."""
+        with open_image(path) as image:
             box, _ = self.choose(image)
-            part = upright(to_rgb(image).crop(box), orientation(image))
+            part = decode(image).crop(box)
         # PyTorch resizes bytes several times as fast as PIL does.
         return F.resize(F.pil_to_tensor(part), [self.size, self.size])
 
     def choose(self, image: Image.Image) -> tuple[tuple[int, int, int, int], int]:
-        """Draw the crop of an image that is not decoded yet, and set what it is decoded at.
+        """Draw the crop of an image, and reduce the size that a JPEG will be decoded at.
 
         Returns:
-            Left, upper, right and lower edge of the crop, in pixels of the image as it will be
-            decoded, and how many times smaller than stored that is: 1, or for a JPEG 2, 4, 8.
+            Left, upper, right and lower edge of the crop in the decoded image, upright, and the
+            factor by which that is smaller than stored: 1, or 2, 4, 8 for a JPEG.
         """
         if image.format == "TIFF":
-            image.load()  # which turns it upright, and may change its size
-        left, top, width, height = self._box(image.size, orientation(image))
-        # The size of the whole image at which the crop has just the pixels that are asked for.
-        full_width, full_height = image.size
-        enough = self.size / width, self.size / height
-        needed = math.ceil(full_width * enough[0]), math.ceil(full_height * enough[1])
-        drafted = image.draft(None, needed)
-        smaller = round(full_width / drafted[1][2]) if drafted else 1
+            image.load()  # PIL turns it upright, and may change its size
+        full_width, full_height = upright_size(image)
+        if self.random_crop is None:
+            width = height = CENTRAL_PART * min(full_width, full_height)
+            left, top = (full_width - width) / 2, (full_height - height) / 2
+        else:
+            plane = torch.empty(3, full_height, full_width, device="meta")
+            crop = self.random_crop.make_params([plane])
+            left, top, width, height = (crop[name] for name in ("left", "top", "width", "height"))
+        # The size of the whole image at which the crop has just the pixels that are needed.
+        sides = ((full_width, width), (full_height, height))
+        needed = [math.ceil(side * (self.size / part)) for side, part in sides]
+        stored_width, sideways = image.width, orientation(image) >= 5
+        drafted = image.draft(None, tuple(needed[::-1] if sideways else needed))
+        smaller = round(stored_width / drafted[1][2]) if drafted else 1
         edges = (left, top, left + width, top + height)
         left, top, right, bottom = (round(edge / smaller) for edge in edges)
         return (left, top, max(right, left + 1), max(bottom, top + 1)), smaller
-
-    def _box(self, size: tuple[int, int], turned: int) -> Box:
-        """The crop, drawn on the upright image, where it lies in an image as it is stored."""
-        width, height = size[::-1] if turned in SIDEWAYS else size
-        if self.random_crop is None:
-            side = CENTRAL_PART * min(width, height)
-            box = (width - side) / 2, (height - side) / 2, side, side
-        else:
-            crop = self.random_crop.make_params([torch.empty(3, height, width, device="meta")])
-            box = tuple(crop[name] for name in ("left", "top", "width", "height"))
-        return to_stored(box, (width, height), turned)

@@ -1,172 +1,228 @@
-"""Random augmentation that depends on the seed alone, not on which process draws it, or when."""
+"""Batches for training and validation, and one pass over the training labels.
+
+Random augmentation depends on a seed per image, not on which process reads the image, or when.
+"""
 
 import atexit
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from multiprocessing import active_children
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
+from tqdm import tqdm
 
-from datasets.images import DatasetError
+from datasets.images import IGNORE_INDEX, DatasetError, NothingReadable
+from datasets.segmentation import Segmentation
 
-Item = tuple[int, int]  # index and seed
+# After this many unreadable images in a row, the disk is more likely gone than the images broken.
+MAX_BROKEN = 10
 
-# As many neighbours of a broken image are tried before the whole disk is taken for broken.
-MOST_BROKEN = 10
+T = TypeVar("T")
 
 
-class ShuffledSeeds(Sampler[Item]):
-    """Every index once, in random order, each with the seed that its item is drawn from.
+class Batch(NamedTuple):
+    """A batch as the loaders yield it; of image classification, the first two are tensors."""
 
-    Of several processes each gets every so-manieth index, so that together they make the batches
-    that one process would; the indices that do not go round are left out of this epoch.
+    images: list[Tensor] | Tensor  # 3 x H x W, uint8, of any sizes
+    labels: list[Tensor] | Tensor  # H x W, uint8, trainIds
+    seeds: list[int]  # of the augmentation of each image; 0 in validation
+    indices: list[int]  # in the data set
+    left_out: list[str]  # why images could not be read, with skip_broken
+
+
+class ShuffledSeeds(Sampler[tuple[int, int]]):
+    """Every index once, in random order, with the seed of its augmentation.
+
+    Of P processes, each gets every P-th index, so that together they form the batches of a single
+    process; indices that do not divide evenly are left out of the epoch.
 
     Args:
-        length: of the data set.
-        seed: decides, with the number of the epoch, the whole epoch.
-        process, processes: the number of this process from 0 on, and how many there are.
+        length: length of the data set.
+        seed: seed of the run; with the number of the epoch it decides the whole epoch.
+        process, processes: number of this process, from 0, and of all.
     """
 
     def __init__(self, length: int, seed: int, process: int = 0, processes: int = 1) -> None:
-        # Mixed: the epoch is added, and the epochs of seeds 0 and 1 would be the same ones.
+        # Mixed, as the epoch is added: seeds 0 and 1 would share all their epochs but one.
         mixed = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
         self.order = DistributedSampler(
             range(length), processes, process, seed=mixed[0], drop_last=processes > 1
         )
-        self.seed = mixed[1]
-        self.start = 0
+        self.seed, self.start = mixed[1], 0
 
     def begin(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and how many of its items this process has seen already."""
+        """Choose the epoch, and the number of its items that this process has already seen."""
         self.order.set_epoch(epoch)
         self.start = start
 
     def __len__(self) -> int:
         return max(0, len(self.order) - self.start)
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed + self.order.epoch)
-        # Of all images, in the order of the data set: the same however many processes there are.
+        # Drawn in the order of the data set: the same for any number of processes.
         seeds = torch.randint(2**62, (len(self.order.dataset),), generator=generator)
         indices = list(self.order)[self.start :]
         return zip(indices, seeds[indices].tolist(), strict=True)
 
 
-class Seeded(Dataset):
-    """A data set whose random transforms start from the seed that comes with each index.
-
-    Each item ends with its index, and the reason why it stands in for another, "" where it does
-    not.
+class SeededItems(Dataset):
+    """Items of a data set by index and seed, from which random transforms start, as batches of one.
 
     Args:
-        skip_broken: in place of an image that cannot be read comes the next one that can: batches
-            keep their size.
+        skip_broken: report unreadable images instead of raising their errors.
+        replace: with skip_broken, read the next readable image instead: batches keep their size.
     """
 
-    def __init__(self, dataset: Dataset, skip_broken: bool = False) -> None:
-        self.dataset, self.skip_broken = dataset, skip_broken
+    def __init__(self, dataset: Dataset, skip_broken: bool = False, replace: bool = True) -> None:
+        self.dataset, self.skip_broken, self.replace = dataset, skip_broken, replace
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, drawn: Item) -> tuple:
-        index, seed = drawn
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        index, seed = key
+        left_out: list[str] = []
         # Without workers this runs in the training process, whose random state is its own.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU too
-            return self.read(index)
-
-    def read(self, index: int) -> tuple:
-        """An item with its index and what was wrong with the ones before it.
-
-        Raises:
-            DatasetError: it cannot be read, nor can its neighbours with `skip_broken`.
-        """
-        reasons: list[str] = []
-        while True:
-            try:
-                return *self.dataset[index], index, "\n".join(reasons)
-            except DatasetError as error:
-                if not self.skip_broken:
-                    raise
-                reasons.append(str(error))
-                if len(reasons) >= min(MOST_BROKEN, len(self.dataset)):
-                    raise DatasetError(
-                        f"{len(reasons)} images one after the other are broken: is the disk gone? "
-                        f"{error}"
-                    ) from error
-            index = (index + 1) % len(self.dataset)
+            while True:
+                try:
+                    image, label = self.dataset[index]
+                    return Batch([image], [label], [seed], [index], left_out)
+                except DatasetError as error:
+                    if not self.skip_broken:
+                        raise
+                    left_out.append(str(error))
+                    if not self.replace:
+                        return Batch([], [], [], [], left_out)
+                    if len(left_out) >= min(MAX_BROKEN, len(self.dataset)):
+                        raise NothingReadable(
+                            f"{len(left_out)} images in a row cannot be read: is the disk gone? "
+                            f"{error}"
+                        ) from error
+                index = (index + 1) % len(self.dataset)
 
 
-class WithSeed(Seeded):
-    """A data set that hands each item on with its seed, for transforms that come later."""
-
-    def __getitem__(self, drawn: Item) -> tuple:
-        index, seed = drawn
-        *item, index, reason = self.read(index)
-        return *item, seed, index, reason
-
-
-def as_lists(items: list[tuple]) -> tuple[list, ...]:
-    """Collate items as lists, so that their tensors may differ in size."""
-    return tuple(map(list, zip(*items, strict=True)))
+def collate(items: Sequence[Batch], stacked: bool = False) -> Batch:
+    """Join batches of one item; `stacked` puts their images into one tensor."""
+    batch = Batch(*(list(chain(*column)) for column in zip(*items, strict=True)))
+    if not stacked or not batch.images:
+        return batch
+    images, labels = default_collate(batch.images), default_collate(batch.labels)
+    return batch._replace(images=images, labels=labels)
 
 
-def training_loader(dataset: Seeded, sampler: ShuffledSeeds, **options: Any) -> DataLoader:
-    """Batches of a shuffled data set whose random transforms follow the sampler alone.
+def training_loader(
+    dataset: Dataset,
+    sampler: ShuffledSeeds,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    skip_broken: bool = False,
+    stacked: bool = False,
+    drop_last: bool = False,
+) -> DataLoader:
+    """Return a loader of `Batch` in the order of the sampler.
 
     Args:
-        options: of the DataLoader, such as `loader_options` returns.
+        dataset: data set of (image, label).
+        workers: processes that read.
+        device: device of the training; batches for a GPU are pinned.
+        skip_broken: replace unreadable images by the next readable ones.
+        stacked: stack the images, which must be of one size; labels are class numbers.
+        drop_last: leave out a smaller last batch.
     """
-    return DataLoader(dataset, sampler=sampler, **options)
+    return _loader(
+        SeededItems(dataset, skip_broken),
+        workers,
+        sampler=sampler,
+        batch_size=batch_size,
+        drop_last=drop_last,
+        collate_fn=partial(collate, stacked=stacked),
+        pin_memory=device.type == "cuda",
+    )
 
 
-def loader_options(batch_size: int, workers: int, device: torch.device) -> dict[str, Any]:
-    """How the scripts load, for training and validation alike: options of a DataLoader."""
-    return {
-        "batch_size": batch_size,
-        "num_workers": workers,
-        "pin_memory": device.type == "cuda",
-        # To fork anew in every epoch would copy much of the memory that training on a CPU holds.
-        "persistent_workers": workers > 0,
-        "worker_init_fn": leave_all_to_training,
-        # Loaders draw a number when they start: not from the state that training draws from, or
-        # a run that is resumed, and starts them again, would draw otherwise.
-        "generator": torch.Generator(),
-    }
+def validation_loader(
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    skip_broken: bool = False,
+    stacked: bool = False,
+) -> DataLoader:
+    """Return a loader of `Batch` in the order of the data set; arguments as in `training_loader`.
 
-
-def reading_loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
-    """Reads a data set through once, in order, without a part in what training draws.
-
-    Args:
-        options: further ones of the DataLoader.
+    With skip_broken, unreadable images are missing from their batch, which may be empty.
     """
+    return _loader(
+        SeededItems(dataset, skip_broken, replace=False),
+        workers,
+        sampler=[(index, 0) for index in range(len(dataset))],
+        batch_size=batch_size,
+        collate_fn=partial(collate, stacked=stacked),
+        pin_memory=device.type == "cuda",
+    )
+
+
+def call_in_workers(
+    function: Callable[[int], T], count: int, workers: int, title: str
+) -> Iterator[T]:
+    """Yield function(0), function(1), ... of `count` images, computed by worker processes."""
+    loader = _loader(range(count), workers, batch_size=None, collate_fn=function)
+    yield from tqdm(loader, title, unit="img", leave=False, disable=None)
+
+
+def _loader(dataset: Dataset | range, workers: int, **options: Any) -> DataLoader:
     return DataLoader(
         dataset,
         num_workers=workers,
-        worker_init_fn=leave_all_to_training,
+        # Forking anew in every epoch would copy much of the memory that training on a CPU holds.
+        persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals_to_parent,
+        # A DataLoader draws a number whenever it starts. From the global generator, a resumed run,
+        # which starts its loaders again, would train on other random numbers.
         generator=torch.Generator(),
         **options,
     )
 
 
-def leave_all_to_training(_worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which a terminal or a cluster sends to every process of a run, to
-    the training process: it needs its workers to finish its step. It is sent the errors of items,
-    too; what else there is to tell comes of its having ended, and is no news to anybody."""
+def _leave_signals_to_parent(_worker: int) -> None:
+    """Ignore Ctrl-C and SIGTERM, which a terminal or cluster sends to all processes of a run.
+
+    The training process needs its workers to finish its step, and reports their errors itself.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = lambda *_: None
 
 
-@atexit.register  # after torch is imported: this comes before what Python does
-def end_workers() -> None:
-    """End the workers that an error left: Python would send them a SIGTERM, which they ignore, and
-    wait for them for ever."""
+@atexit.register  # after importing torch, so that this runs before Python's own handler
+def _kill_workers() -> None:
+    """Kill workers that an error left: Python would wait for them, as they ignore SIGTERM."""
     for process in active_children():
         if process.daemon:
             process.kill()
+
+
+def count_pixels(parts: Sequence[Segmentation], num_classes: int, workers: int = 0) -> Tensor:
+    """Count the pixels of each class in all labels at full size, int64, the ignored ones last."""
+    total = torch.zeros(num_classes + 1, dtype=torch.int64)
+    for part in parts:
+        count = partial(_count_pixels, part, num_classes)
+        for counts in call_in_workers(count, len(part), workers, "counting label pixels"):
+            total += counts
+    return total
+
+
+def _count_pixels(dataset: Segmentation, num_classes: int, index: int) -> Tensor:
+    counts = np.bincount(dataset.read_train_ids(index).ravel(), minlength=256)
+    return torch.from_numpy(np.append(counts[:num_classes], counts[IGNORE_INDEX]))

@@ -1,4 +1,4 @@
-"""Anyone's pictures: files, folders, globs and videos, as frames to be segmented."""
+"""Pictures and videos of any kind, as frames to segment."""
 
 import glob
 import os
@@ -15,76 +15,68 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from datasets.images import DatasetError, orientation, to_rgb, unreadable, upright
+from datasets.images import MIN_SIZE, DatasetError, decode, file_errors, to_rgb
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
-# Formats whose further frames are moments of one scene; of others, such as the previews that
-# cameras put behind a photo, the first is the picture.
+# Formats whose further images are an animation; those of others, such as the previews that cameras
+# put behind a photo, are passed over.
 ANIMATED = {"GIF", "PNG", "WEBP"}
 
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 
-# The network takes 64 pixels each way, and pictures far wider than high would not fit in memory.
-SHORTEST, WIDEST = 64, 8
+# Width over height: wider pictures are squeezed, or they would not fit in memory.
+MAX_ASPECT = 8
 
 
 @dataclass
 class Frame:
-    """A picture to segment.
+    """A picture to segment."""
 
-    Attributes:
-        name: that its results are given, a path without suffix.
-        image: 3 x H x W, uint8, RGB, upright.
-        resized: the same, 3 x h x w, at the resolution that the network works at.
-    """
+    name: str  # of its results, a path without suffix
+    image: Tensor  # 3 x H x W, uint8, RGB, upright
+    resized: Tensor  # 3 x h x w, at the size of the network's input
 
+
+@dataclass
+class Animation:
+    """An animated picture, for `animation_frames`."""
+
+    path: str
     name: str
-    image: Tensor
-    resized: Tensor
 
 
 def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
-    """The files that inputs stand for, each with a name of its own for the results, sorted.
-
-    Args:
-        inputs: files, globs, and folders, whose pictures and videos are looked for at any depth.
-
-    Raises:
-        DatasetError: an input does not exist or holds no picture.
-    """
-    found: dict[str, str] = {}  # path and name
-    for given in inputs:
-        if os.path.isdir(given):
-            inside = sorted(path for path in Path(given).rglob("*") if is_picture(path))
-            paths = {str(path): result_name(path.relative_to(given)) for path in inside}
-        elif os.path.exists(given):
-            paths = {given: result_name(Path(given).name)}
+    """Return the path of each picture and video in files, globs, and folders at any depth, with a
+    unique name for its results."""
+    found: dict[str, str] = {}  # name by path
+    for path in inputs:
+        if os.path.isdir(path):
+            files = [file for file in sorted(Path(path).rglob("*")) if is_picture(file)]
+            names = {str(file): result_name(file.relative_to(path)) for file in files}
         else:
-            matched = sorted(path for path in glob.glob(given, recursive=True))
-            paths = {path: result_name(Path(path).name) for path in matched if os.path.isfile(path)}
-        if not paths:
-            what = "holds no picture or video" if os.path.isdir(given) else "is no file or folder"
-            raise DatasetError(f"{given} {what}: give a picture, a folder, a glob or a video")
-        for path, name in paths.items():
-            found.setdefault(path, name)
+            # A file whose name looks like a glob is a file.
+            files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+            names = {file: result_name(Path(file).name) for file in files if os.path.isfile(file)}
+        if not names:
+            what = "holds no picture or video" if os.path.isdir(path) else "is no file or folder"
+            raise DatasetError(f"{path} {what}: give a picture, a folder, a glob or a video")
+        found = found | names | found  # in their order, under the first name
     taken: set[str] = set()
     twins: Counter[str] = Counter()
     for path, name in found.items():
-        unique = name
-        while unique in taken:
+        while found[path] in taken:
             twins[name] += 1
-            unique = f"{name}-{twins[name] + 1}"
-        taken.add(unique)
-        found[path] = unique
+            found[path] = f"{name}-{twins[name] + 1}"
+        taken.add(found[path])
     return list(found.items())
 
 
 def result_name(path: str | os.PathLike) -> str:
-    """What the results of a file are called: its path without suffix.
+    """Return a path without its suffix, safe to use within a folder of results.
 
-    Names of dots alone, which `...gif` has without its suffix, would lead elsewhere, and control
-    characters would break lines: each such character becomes an underscore.
+    Control characters, and the dots of names that would lead elsewhere (`...gif` without its suffix
+    is `..`), become underscores.
     """
     path = Path(path)
     parts = [UNPRINTABLE.sub("_", part) for part in (*path.parent.parts, path.stem)]
@@ -92,8 +84,7 @@ def result_name(path: str | os.PathLike) -> str:
 
 
 def is_picture(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    return (suffix in PICTURES or suffix in VIDEOS) and not path.name.startswith(".")
+    return path.suffix.lower() in PICTURES | VIDEOS and not path.name.startswith(".")
 
 
 def is_video(path: str) -> bool:
@@ -101,26 +92,13 @@ def is_video(path: str) -> bool:
 
 
 def working_size(height: int, width: int, new_height: int) -> tuple[int, int]:
-    """Height and width that the network works at: the proportions kept, within its limits."""
+    """Return the height and width of the network's input: in proportion, within its limits."""
     new_width = round(width * new_height / height)
-    return new_height, min(max(new_width, SHORTEST), WIDEST * new_height)
-
-
-@dataclass
-class Animation:
-    """A picture file of several moments, to be read one at a time by `animation_frames`."""
-
-    path: str
-    name: str
+    return new_height, min(max(new_width, MIN_SIZE), MAX_ASPECT * new_height)
 
 
 class Pictures(Dataset):
-    """Picture files as frames; of a file that cannot be read, the reason instead.
-
-    Args:
-        files: paths and names, as `find_pictures` returns them.
-        height: that the network works at.
-    """
+    """Frames of the files that `find_pictures` found; the reason for those that are unreadable."""
 
     def __init__(self, files: Sequence[tuple[str, str]], height: int) -> None:
         self.files, self.height = files, height
@@ -131,29 +109,20 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> Frame | Animation | str:
         path, name = self.files[index]
         try:
-            with Image.open(path) as picture:
-                # All moments at once would fill the memory, and the pipe out of a worker.
+            with file_errors(path), Image.open(path) as picture:
+                # All frames at once could fill the memory.
                 if picture.format in ANIMATED and getattr(picture, "n_frames", 1) > 1:
                     return Animation(path, name)
-                turned = orientation(picture)
-                return make_frame(name, upright(to_rgb(picture), turned), self.height)
-        except Exception as error:  # anyone's files: what PIL raises on them is not documented
-            return str(unreadable(path, error))
+                return make_frame(name, decode(picture), self.height)
+        except DatasetError as error:
+            return str(error)
 
 
 def animation_frames(animation: Animation, height: int) -> Iterator[Frame]:
-    """The moments of an animated picture, in order.
-
-    Raises:
-        DatasetError: one of them cannot be read.
-    """
-    try:
-        with Image.open(animation.path) as picture:
-            for number, moment in enumerate(ImageSequence.Iterator(picture)):
-                name = f"{animation.name}/{number:06d}"
-                yield make_frame(name, to_rgb(moment.copy()), height)
-    except Exception as error:  # as above
-        raise unreadable(animation.path, error) from error
+    """Yield the frames of an animated picture."""
+    with file_errors(animation.path), Image.open(animation.path) as picture:
+        for number, image in enumerate(ImageSequence.Iterator(picture)):
+            yield make_frame(f"{animation.name}/{number:06d}", to_rgb(image.copy()), height)
 
 
 def make_frame(name: str, image: Image.Image, height: int) -> Frame:
@@ -163,26 +132,18 @@ def make_frame(name: str, image: Image.Image, height: int) -> Frame:
 
 
 def video_frames(path: str, name: str, height: int) -> Iterator[Frame]:
-    """The frames of a video, in order.
-
-    Raises:
-        DatasetError: it cannot be decoded, or PyAV is not installed.
-    """
+    """Yield the frames of a video, upright."""
     with open_video(path) as container:
         container.streams.video[0].thread_type = "AUTO"
         for number, frame in enumerate(container.decode(video=0)):
-            # Phones store frames as the sensor lies, and by how far to turn them.
+            # Phones store frames as the sensor lies, and the angle to turn them by.
             image = frame.to_image().rotate(frame.rotation, expand=True)
             yield make_frame(f"{name}/{number:06d}", image, height)
 
 
 @contextmanager
 def open_video(path: str) -> Iterator["av.container.InputContainer"]:  # noqa: F821
-    """A video as PyAV opens it.
-
-    Raises:
-        DatasetError: it cannot be decoded, or PyAV is not installed.
-    """
+    """Open a video with PyAV."""
     try:
         import av
     except ImportError as error:
@@ -197,5 +158,5 @@ def open_video(path: str) -> Iterator["av.container.InputContainer"]:  # noqa: F
 
 
 def stack(frames: Sequence[Frame]) -> Tensor:
-    """The resized images of frames of one size as a batch."""
+    """Stack the resized images of frames of one size into a batch."""
     return torch.stack([frame.resized for frame in frames])

@@ -1,8 +1,9 @@
-"""What a data set of segmentation is: its classes, and pairs of image and label files."""
+"""A segmentation data set: its classes, and pairs of image and label files."""
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -17,8 +18,8 @@ from torchvision.transforms.v2 import functional as F
 from datasets.images import (
     IGNORE_INDEX,
     DatasetError,
-    UnknownLabel,
-    check_sizes,
+    FileError,
+    check_label_size,
     read_image,
     read_label,
 )
@@ -31,33 +32,26 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a data set, in the order of their trainIds 0, 1, 2, ...
-
-    Attributes:
-        names, colors: of each class; RGB, 0 to 255.
-        label_ids: the value of each class in the label files, 0 to 255.
-        ignored_ids: values of pixels that are neither trained on nor scored, beside 255.
-        categories: the group of each class, for scores by group; empty where there are none.
-    """
+    """The classes of a data set, in the order of their trainIds 0, 1, 2, ..."""
 
     names: Sequence[str]
-    colors: Sequence[Sequence[int]]
-    label_ids: Sequence[int]
-    ignored_ids: Collection[int] = ()
-    categories: Sequence[str] = ()
+    colors: Sequence[Sequence[int]]  # RGB, 0 to 255
+    label_ids: Sequence[int]  # value of each class in the label files, 0 to 255
+    ignored_ids: Collection[int] = ()  # neither trained on nor scored, as 255 is
+    categories: Sequence[str] = ()  # group of each class, for scores by group; may be empty
 
     def __len__(self) -> int:
         return len(self.names)
 
     def to_train_ids(self) -> np.ndarray:
-        """The trainId of each label id, 256 of uint8: 255 = ignore, UNKNOWN = no such id."""
+        """Return the trainId of each of 256 label ids, uint8; 255 = ignore, or UNKNOWN."""
         table = np.full(256, UNKNOWN, np.uint8)
         table[[IGNORE_INDEX, *self.ignored_ids]] = IGNORE_INDEX
         table[list(self.label_ids)] = range(len(self))
         return table
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """What a checkpoint says of the classes; `from_checkpoint` reads it."""
+        """Return the classes as plain values for a checkpoint."""
         return {
             "num_classes": len(self),
             "class_names": list(self.names),
@@ -79,27 +73,25 @@ class Classes:
 
 
 class Segmentation(Dataset):
-    """Pairs of image and trainId label of one split, in the order of their file names.
+    """Pairs of image and label of one split, in the order of their file names.
 
-    A data set derives from it, says its CLASSES, SPLITS and TRAIN_ON, and lists its `files`.
-    An item is the image, 3 x H x W, uint8, RGB, whose three values of a pixel lie together, and the
-    label, H x W, uint8, trainIds with 255 = ignore: every pixel where the split has no labels.
+    A data set derives from this class, defines CLASSES, SPLITS and TRAIN_ON, and lists its `files`.
+    An item is the image, 3 x H x W, uint8, RGB, in channels_last format, and the label, H x W,
+    uint8, trainIds with 255 = ignore; all of it where the split has no labels.
 
     Args:
         root: folder of the data set.
         split: one of SPLITS.
-        classes: instead of CLASSES.
-        height: that images are resized to, in proportion; None: as they are.
-        resize_labels: labels are resized with their images; else they keep their own size.
-        need_labels: refuse a split of which a label is missing; else its image is listed as well.
-
-    Raises:
-        DatasetError: folders or files are missing.
+        classes: used instead of CLASSES.
+        height: height that images are resized to, in proportion; None keeps their size.
+        resize_labels: resize labels with their images.
+        need_labels: raise an error if a label is missing.
     """
 
     CLASSES: ClassVar[Classes | None] = None
     SPLITS: ClassVar[Sequence[str]] = ("train", "val", "test")
-    # What can be trained on, by name, the default first: the splits that belong to each.
+    LABEL_NAMES: ClassVar[str] = "[!.]*.png"
+    # The splits to train on, by the name of the choice; the first is the default.
     TRAIN_ON: ClassVar[Mapping[str, Sequence[str]]] = {
         "train": ["train"],
         "trainval": ["train", "val"],
@@ -122,26 +114,31 @@ class Segmentation(Dataset):
         if not os.path.isdir(self.root):
             raise DatasetError(f"{self.root} does not exist: give the folder of the data set")
         self.pairs = self.files()
-        if need_labels:
-            self._check_labelled()
+        labels = [label for _, label in self.pairs if label is not None]
+        missing = [label for label in labels if not os.path.isfile(label)] if need_labels else []
+        if missing:
+            raise DatasetError(
+                f"{len(missing)} of {len(labels)} images of {split} have no label, first missing: "
+                f"{missing[0]}; unpack the labels again or remove the image"
+            )
         self._to_train_ids = self.classes.to_train_ids()
 
     def files(self) -> list[tuple[str, str | None]]:
-        """The paths of each image and its label, which need not exist; None where the split has no
-        labels."""
+        """Return the paths of each image and its label, which need not exist; None for the label if
+        the split has none."""
         raise NotImplementedError
 
     def label_files(self) -> list[str]:
-        """The paths of all label maps of the split, those included that belong to no image; by
-        default none of these is looked for."""
-        return [label for _, label in self.pairs if label is not None]
+        """Return all label maps in the folders of the labels, also those without an image."""
+        folders = sorted({Path(label).parent for _, label in self.pairs if label is not None})
+        return [str(path) for folder in folders for path in sorted(folder.glob(self.LABEL_NAMES))]
 
     def keep(self, indices: Iterable[int]) -> None:
-        """Go on with the pairs of these indices alone, in this order."""
+        """Keep the pairs of these indices only, in this order."""
         self.pairs = [self.pairs[index] for index in indices]
 
     def result_name(self, index: int) -> str:
-        """Where the predicted label map of an image belongs, in a folder of results."""
+        """Return the path of a predicted label map within a folder of results."""
         return f"{Path(self.pairs[index][0]).stem}.png"
 
     def __len__(self) -> int:
@@ -154,7 +151,7 @@ class Segmentation(Dataset):
             train_ids = np.full(image.size[::-1], IGNORE_INDEX, np.uint8)
         else:
             train_ids = self.read_train_ids(index)
-            check_sizes(label_path, train_ids.shape[::-1], image.size)
+            check_label_size(label_path, train_ids.shape[::-1], image.size)
         label = torch.from_numpy(train_ids)
         if self.height is not None:
             size = resized_size(image.height, image.width, self.height)
@@ -164,36 +161,19 @@ class Segmentation(Dataset):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), label
 
     def read_train_ids(self, index: int) -> np.ndarray:
-        """Read one label map as trainIds at its full size, H x W, uint8, 255 = ignore.
-
-        Raises:
-            DatasetError: the file cannot be read or holds an id that the data set does not have.
-        """
+        """Read one label map as trainIds at its full size, H x W, uint8, 255 = ignore."""
         path = self.pairs[index][1]
         label_ids = read_label(path)
         train_ids = self._to_train_ids[label_ids]
         if (train_ids == UNKNOWN).any():
             values = np.unique(label_ids[train_ids == UNKNOWN]).tolist()
             known = sorted({*self.classes.label_ids, *self.classes.ignored_ids})
-            raise UnknownLabel(
-                f"{path} holds the label id {', '.join(map(str, values[:5]))}, which is no class "
-                f"of this data set: its label ids are {ranges(known)}, and 255 is ignored"
+            raise FileError(
+                f"{path} holds the label id {', '.join(map(str, values[:5]))}, which is not a "
+                f"class of this data set: its label ids are {ranges(known)}, and 255 is ignored",
+                "unknown label",
             )
         return train_ids
-
-    def _check_labelled(self) -> None:
-        """See that every image has its label.
-
-        Raises:
-            DatasetError: names the first label that is missing.
-        """
-        labels = [label for _, label in self.pairs if label is not None]
-        missing = [label for label in labels if not os.path.isfile(label)]
-        if missing:
-            raise DatasetError(
-                f"{len(missing)} of {len(labels)} images of {self.split} have no label, first "
-                f"missing: {missing[0]}; unpack the labels again or remove the image"
-            )
 
 
 def write_label(file: str | os.PathLike | BinaryIO, prediction: Tensor, classes: Classes) -> None:
@@ -202,17 +182,9 @@ def write_label(file: str | os.PathLike | BinaryIO, prediction: Tensor, classes:
     Image.fromarray(to_label_ids[prediction.to("cpu", torch.uint8).numpy()]).save(file, "PNG")
 
 
-def matched_files(
-    images: str | os.PathLike, labels: str | os.PathLike | None
-) -> list[tuple[str, str | None]]:
-    """Pair the PNG and JPEG files of a folder with the PNGs of another by their stems, sorted.
-
-    Args:
-        labels: None where there are no labels.
-
-    Raises:
-        DatasetError: a folder is missing, holds no image, or an image has a twin.
-    """
+def matched_files(images: str, labels: str | None) -> list[tuple[str, str | None]]:
+    """Pair the PNG and JPEG files of a folder with the PNGs of another by their stems, sorted; None
+    stands for labels that do not exist."""
     for folder in (images, labels):
         if folder is not None and not os.path.isdir(folder):
             raise DatasetError(f"{folder} does not exist: it must hold the files of this split")
@@ -231,14 +203,8 @@ def matched_files(
     return [(path, os.path.join(labels, f"{stem}.png")) for stem, path in found.items()]
 
 
-def png_files(folder: str | os.PathLike) -> list[str]:
-    """The PNG files of a folder, sorted."""
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    return [os.path.join(folder, name) for name in names if name.lower().endswith(".png")]
-
-
 def resized_size(height: int, width: int, new_height: int) -> tuple[int, int]:
-    """Height and width of an image after its height was changed in proportion."""
+    """Return the height and width of an image that is resized in proportion."""
     new_height = max(1, new_height)
     return new_height, max(1, round(width * new_height / height))
 
@@ -253,12 +219,8 @@ def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
     return F.resize_image(planes, list(size), interpolation=nearest).squeeze(-3)
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers in few words: [0, 1, 2, 5] is "0 to 2, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
+def ranges(numbers: Iterable[int]) -> str:
+    """Shorten ascending numbers: [0, 1, 2, 5] is "0 to 2, 5"."""
+    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

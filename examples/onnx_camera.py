@@ -1,17 +1,17 @@
-"""An exported network on pictures, a video or a camera, without torch: what goes onto a robot.
+"""Run an exported network on pictures, a video or a camera, without torch: the program of a robot.
 
     python export.py --checkpoint weights/lednet_d20_camvid.pth --output lednet.onnx --labels
     python examples/onnx_camera.py --model lednet.onnx --input photo.jpg
     python examples/onnx_camera.py --model lednet.onnx --input camera:0
 
-This file and the model are all that the robot needs, with Python 3.8 or newer and
+The robot needs this file, the model, Python 3.8 or newer and
 
-    pip install onnxruntime numpy 'pillow>=10.1'      and for videos and cameras opencv-python
+    pip install onnxruntime numpy 'pillow>=10.1'      for videos and cameras also opencv-python
 
-Pictures, turned upright, become overlays/NAME.jpg and labels/NAME.png, the label ids of the data
-set; a video becomes overlays.mp4. A camera is shown in a window until q is pressed; with --output
-it is filmed instead, until Ctrl-C. Classes, colours, working height and normalisation are read from
-the model. Labels are those of the working height, enlarged to the picture without smoothing.
+Upright pictures become overlays/NAME.jpg and labels/NAME.png, the label ids of the data set; a
+video becomes overlays.mp4. A camera is shown in a window until q is pressed; with --output it is
+filmed instead, until Ctrl-C. The model states its classes, colours, working height and
+normalisation. Labels are computed at the working height and enlarged without smoothing.
 """
 
 from __future__ import annotations  # for Python 3.8, which older Jetsons have
@@ -30,56 +30,52 @@ import onnxruntime
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-PROVIDERS = {  # of onnxruntime, the fastest first
-    "tensorrt": "TensorrtExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-    "cpu": "CPUExecutionProvider",
+# Of onnxruntime, the fastest first.
+PROVIDERS = {
+    name.lower(): f"{name}ExecutionProvider" for name in "Tensorrt CUDA OpenVINO CPU".split()
 }
-# The network takes 64 pixels each way, and pictures far wider than high would not fit in memory.
-SHORTEST, WIDEST = 64, 8
+METADATA = ("class_names", "colors", "label_ids", "mean", "std", "height")
+MIN_WIDTH = 64  # of the network
+MAX_ASPECT = 8  # wider pictures are squeezed: they would not fit in memory
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = fail  # in one line
-    parser.add_argument("--model", required=True, metavar="FILE", help="that export.py wrote")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.error = fail  # one line, without the usage
+    parser.add_argument("--model", required=True, metavar="FILE", help="model of export.py")
     parser.add_argument("--input", required=True, help="a picture, a folder, a video or camera:0")
-    parser.add_argument("--output", metavar="DIR", help="a new folder; default: results/INPUT")
+    parser.add_argument("--output", metavar="DIR", help="new folder; default: results/INPUT")
     parser.add_argument("--threads", type=int, default=0, help="default: one for each core")
-    parser.add_argument("--provider", choices=PROVIDERS, help="default: the fastest of those here")
+    parser.add_argument("--provider", choices=PROVIDERS, help="default: the fastest available")
     args = parser.parse_args()
     camera = args.input.startswith("camera:")
     if not camera and not os.path.exists(args.input):
         fail(f"--input {args.input} does not exist")
-    session = open_session(args.model, args.threads, args.provider)
-    about = read_metadata(session, args.model)
+    session, about = open_model(args.model, args.threads, args.provider)
 
-    seconds: list[np.ndarray] = []  # of each picture: until it is read, then of the three steps
+    times: list[list[float]] = []  # seconds to read, prepare, run and draw each picture
     try:
         if os.path.isdir(args.input) or Path(args.input).suffix.lower() in PICTURES:
-            results = segment(read_pictures(args.input), session, about, seconds)
-            save(results, new_folder(args.output, args.input), about["label_ids"])
+            results = segment(read_pictures(args.input), session, about, times)
+            save(results, new_folder(args), about["label_ids"])
         else:
             frames, rate = open_video(args.input)
-            results = segment(frames, session, about, seconds)
+            results = segment(frames, session, about, times)
             if camera and args.output is None:
-                show(results, seconds)
+                show(results, times)
             else:
-                path = new_folder(args.output, args.input) / "overlays.mp4"
-                film(results, path, rate, live=camera)
+                film(results, new_folder(args) / "overlays.mp4", rate, live=camera)
     except KeyboardInterrupt:
-        pass  # that is how filming a camera ends
-    if not seconds:
+        pass  # the end of filming a camera
+    if not times:
         fail(f"--input {args.input} gave no picture")
-    steady = seconds[1:] or seconds  # the first run plans the memory, and builds TensorRT's engine
-    _, before, network, after = 1e3 * np.mean(steady, 0)
+    # The first run also plans memory, or builds an engine.
+    read, prepare, run, draw = 1e3 * np.mean(times[1:] or times, 0)
     print(
-        f"{len(seconds)} pictures, {session.get_providers()[0]}: preprocessing {before:.1f} ms, "
-        f"network {network:.1f} ms, labels and drawing {after:.1f} ms; {fps(steady):.1f} FPS with "
-        "reading and writing"
+        f"{len(times)} pictures, {session.get_providers()[0]}: preprocessing {prepare:.1f} ms, "
+        f"network {run:.1f} ms, labels and drawing {draw:.1f} ms; "
+        f"{1e3 / (read + prepare + run + draw):.1f} FPS with reading and writing"
     )
 
 
@@ -88,62 +84,61 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def open_session(path: str, threads: int, wanted: str | None) -> onnxruntime.InferenceSession:
+def open_model(
+    path: str, threads: int, provider: str | None
+) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
+    """Return a session of the model, and its metadata."""
     if not os.path.isfile(path):
-        fail(f"--model {path} does not exist: give the file that export.py wrote")
-    here = [name for name in PROVIDERS.values() if name in onnxruntime.get_available_providers()]
-    if wanted and PROVIDERS[wanted] not in here:
-        fail(f"--provider {wanted} is not in this onnxruntime, which has {', '.join(here)}")
-    providers = list(dict.fromkeys([PROVIDERS[wanted], PROVIDERS["cpu"]])) if wanted else here
+        fail(f"--model {path} does not exist: give a model of export.py")
+    available = onnxruntime.get_available_providers()
+    wanted = [PROVIDERS[provider]] if provider else PROVIDERS.values()
+    providers = [name for name in wanted if name in available]
+    if not providers:
+        fail(f"--provider {provider} is not in this onnxruntime, which has {', '.join(available)}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = max(0, threads)
-    options.log_severity_level = 4  # what is wrong is said here
+    options.log_severity_level = 4  # errors are reported below
     try:
         session = onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:  # onnxruntime has a class for each kind of failure
         fail(f"--model {path} cannot be loaded ({' '.join(str(error).split())})")
-    if wanted and session.get_providers()[0] != PROVIDERS[wanted]:
-        fail(f"--provider {wanted} does not start: its libraries or its device are missing")
-    return session
-
-
-def read_metadata(session: onnxruntime.InferenceSession, path: str) -> dict[str, Any]:
-    """The classes of the network, and what its images have to be."""
-    names = ("class_names", "colors", "label_ids", "mean", "std", "height")
+    if provider and session.get_providers()[0] not in providers:
+        fail(f"--provider {provider} does not start: its libraries or its device are missing")
     stored = session.get_modelmeta().custom_metadata_map
-    missing = [name for name in names if name not in stored]
+    missing = [name for name in METADATA if name not in stored]
     if missing:
-        fail(f"--model {path} does not say its {', '.join(missing)}: export it with export.py")
-    return {name: json.loads(stored[name]) for name in names}
+        fail(f"--model {path} does not state its {', '.join(missing)}: export it with export.py")
+    return session, {name: json.loads(stored[name]) for name in METADATA}
 
 
-def read_pictures(given: str) -> Iterator[tuple[str, Image.Image]]:
-    """Name and upright picture of a file, or those of a folder."""
-    paths = [Path(given)]
-    if os.path.isdir(given):
-        paths = sorted(path for path in paths[0].iterdir() if path.suffix.lower() in PICTURES)
+def read_pictures(path: str) -> Iterator[tuple[str, Image.Image]]:
+    """Yield the name and the upright picture of a file, or of those in a folder."""
+    paths = [Path(path)]
+    if os.path.isdir(path):
+        paths = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in PICTURES)
     for path in paths:
         try:
             with Image.open(path) as picture:
                 upright = ImageOps.exif_transpose(picture).convert("RGB")
-        except Exception as error:  # what PIL raises on anyone's files is not documented
+        except Exception as error:  # what PIL raises on damaged files is not documented
             fail(f"--input {path} cannot be read as a picture ({error})")
         yield path.stem, upright
 
 
-def open_video(given: str) -> tuple[Iterator[tuple[str, Image.Image]], float]:
-    """The frames of a video or a camera, without names, and how many there are in a second."""
-    # What OpenCV and FFmpeg would print of a file or camera that they cannot open is said here.
+def open_video(source: str) -> tuple[Iterator[tuple[str, Image.Image]], float]:
+    """Return the frames of a video or camera, without names, and their rate per second."""
+    # OpenCV and FFmpeg would print their own errors beside the one below.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     try:
         import cv2
     except ImportError:
-        fail(f"--input {given} is read with OpenCV: pip install opencv-python")
-    number = given[len("camera:") :] if given.startswith("camera:") else ""
-    capture = cv2.VideoCapture(int(number) if number.isdigit() else given)
+        fail(f"--input {source} is read with OpenCV: pip install opencv-python")
+    kind, _, number = source.rpartition(":")
+    kind = "camera" if kind == "camera" else "video"
+    capture = cv2.VideoCapture(int(number) if kind == "camera" and number.isdigit() else source)
     if not capture.isOpened():
-        fail(f"--input {given} cannot be opened as a {'camera' if number else 'video'}")
+        fail(f"--input {source} cannot be opened as a {kind}")
 
     def frames() -> Iterator[tuple[str, Image.Image]]:
         while True:
@@ -156,15 +151,12 @@ def open_video(given: str) -> tuple[Iterator[tuple[str, Image.Image]], float]:
 
 
 def segment(
-    frames: Iterator[tuple[str, Image.Image]],
-    session: onnxruntime.InferenceSession,
-    about: dict[str, Any],
-    seconds: list[np.ndarray],
+    frames: Iterator, session: onnxruntime.InferenceSession, about: dict, times: list[list[float]]
 ) -> Iterator[tuple[str, Image.Image, np.ndarray]]:
-    """Name, overlay and classes, H x W, uint8, of each picture; its times go into a list."""
-    done = time.perf_counter()
+    """Yield name, overlay and classes, H x W, uint8, of each picture, and note the times."""
+    clock = [time.perf_counter()]
     for name, picture in frames:
-        clock = [done, time.perf_counter()]
+        clock.append(time.perf_counter())
         images = prepare(picture, about)
         clock.append(time.perf_counter())
         labels = session.run(None, {"images": images})[0][0]
@@ -173,29 +165,26 @@ def segment(
             labels = labels.argmax(0).astype(np.uint8)
         labels = np.asarray(Image.fromarray(labels).resize(picture.size, Image.Resampling.NEAREST))
         page = overlay(picture, labels, about)
-        done = time.perf_counter()
-        seconds.append(np.diff([*clock, done]))
+        clock.append(time.perf_counter())
+        times.append(np.diff(clock).tolist())
+        clock = clock[-1:]
         yield name, page, labels
 
 
-def fps(seconds: list[np.ndarray]) -> float:
-    return len(seconds) / np.sum(seconds)
-
-
 def prepare(picture: Image.Image, about: dict[str, Any]) -> np.ndarray:
-    """A picture at the size that the network works at, 1 x 3 x h x w, float32, normalised."""
+    """Resize a picture to the working height and normalise it: 1 x 3 x h x w, float32."""
     height = about["height"]
     width = round(picture.width * height / picture.height)
-    size = min(max(width, SHORTEST), WIDEST * height), height
+    size = min(max(width, MIN_WIDTH), MAX_ASPECT * height), height
     pixels = np.asarray(picture.resize(size, Image.Resampling.BILINEAR), np.float32)
     mean, std = np.float32(about["mean"]), np.float32(about["std"])
     return np.ascontiguousarray((pixels / (255 * std) - mean / std).transpose(2, 0, 1)[None])
 
 
 def overlay(picture: Image.Image, labels: np.ndarray, about: dict[str, Any]) -> Image.Image:
-    """A picture with its classes painted over it, and the names of those that it has."""
+    """Blend a picture with the colours of its classes, and write their names onto it."""
     paint = Image.fromarray(labels)
-    paint.putpalette([part for color in about["colors"] for part in color])
+    paint.putpalette([value for color in about["colors"] for value in color])
     page = Image.blend(picture, paint.convert("RGB"), 0.5)
     draw, size = ImageDraw.Draw(page), max(11, page.height // 40)
     font = ImageFont.load_default(size)
@@ -207,9 +196,10 @@ def overlay(picture: Image.Image, labels: np.ndarray, about: dict[str, Any]) -> 
     return page
 
 
-def new_folder(output: str | None, given: str) -> Path:
-    # A name of dots alone, which "...png" has without its suffix, would lead elsewhere.
-    folder = Path(output or Path("results", Path(given).resolve().stem.strip(".") or "pictures"))
+def new_folder(args: argparse.Namespace) -> Path:
+    # Without its suffix, "...png" is "..", which would lead elsewhere.
+    name = Path(args.input).resolve().stem.strip(".") or "pictures"
+    folder = Path(args.output or Path("results", name))
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -230,7 +220,7 @@ def save(results: Iterator, folder: Path, label_ids: list[int]) -> None:
 
 
 def film(results: Iterator, path: Path, rate: float, live: bool) -> None:
-    """Write overlays as a video; each of a camera's lasts until the next one."""
+    """Write overlays as a video; those of a camera in real time, each until the next one."""
     import cv2
 
     writer, written, started = None, 0, time.perf_counter()
@@ -250,16 +240,16 @@ def film(results: Iterator, path: Path, rate: float, live: bool) -> None:
             writer.release()
 
 
-def show(results: Iterator, seconds: list[np.ndarray]) -> None:
-    """Show overlays, and how many come in a second, until q is pressed."""
+def show(results: Iterator, times: list[list[float]]) -> None:
+    """Show overlays and their frame rate in a window, until q is pressed."""
     import cv2
 
-    # OpenCV would end the program here without a word of its own.
-    screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if sys.platform == "linux" and not screen:
+    # Without a screen, OpenCV would abort the program.
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         fail("there is no screen to show a camera on: give --output DIR to film it")
     for _, page, _ in results:
-        caption, place = f"{fps(seconds[-10:]):.1f} FPS", (page.width // 2, 5)
+        last = times[-10:]
+        caption, place = f"{len(last) / np.sum(last):.1f} FPS", (page.width // 2, 5)
         ImageDraw.Draw(page).text(place, caption, "white", ImageFont.load_default(20))
         try:
             cv2.imshow("LEDNet", cv2.cvtColor(np.asarray(page), cv2.COLOR_RGB2BGR))

@@ -1,12 +1,12 @@
-"""LEDNet as it is served: the same function in fewer and larger steps.
+"""LEDNet rewritten for inference: the same function in fewer and larger steps.
 
-What changes against `models/lednet.py`, where the network reads like the paper:
+What changes against `models/lednet.py`, which reads like the paper:
 
-- Batch norms are folded into their convolutions: in evaluation both are linear.
-- The two halves of the channels stay two tensors through a stage. They are never split, and are
-  joined only to be shuffled.
+- Batch norms are folded into their convolutions: in evaluation mode both are linear.
+- The two halves of the channels stay two tensors through a stage; they are never split, and are
+  joined only for the shuffle.
 - The last shuffle of a stage is left out, and the weights that read the stage are reordered.
-- Shuffling and upsampling, which only move and mix values, can be done as products of matrices.
+- Shuffling and upsampling, which only move and mix values, can be matrix products.
 """
 
 import copy
@@ -18,38 +18,82 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from models.lednet import APN, Downsampler, LEDNet, SSnbt, upsample
 
-Halves = tuple[Tensor, Tensor]  # of the channels of features: those left, those right
+Halves = tuple[Tensor, Tensor]  # the left and right half of the channels
+
+
+def deploy(
+    network: LEDNet,
+    labels: bool = False,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = True,
+) -> nn.Module:
+    """Return a copy of a trained network for inference, on the same device.
+
+    Args:
+        network: trained network, which stays as it is.
+        labels: return the class of each pixel, N x H x W, uint8, instead of the logits,
+            N x C x H x W, float32.
+        dtype: precision of the computation; float16 or bfloat16 for half precision.
+        compiled: use torch.compile, which takes about a minute at the first pass of each input
+            shape, and a C++ compiler on a CPU. On a GPU the passes become CUDA graphs: each one
+            overwrites the output of the last.
+    """
+    device = next(network.parameters()).device
+    deployed = Deployed(network, labels, products=device.type != "cuda")
+    deployed.to(device, dtype, memory_format=torch.channels_last)
+    return WithoutGradients(compiled_for(deployed, device)) if compiled else deployed
+
+
+def compiled_for(network: nn.Module, device: torch.device) -> nn.Module:
+    """Compile a network for inference, with the options that suit the device."""
+    # One graph for all input shapes would be slower at each of them.
+    if device.type == "cuda":
+        return torch.compile(network, mode="reduce-overhead", dynamic=False)
+    return torch.compile(network, options={"freezing": True}, dynamic=False)
+
+
+class WithoutGradients(nn.Module):
+    """Run a network in inference mode, without which freezing does not fold its weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
 
 
 class Deployed(nn.Module):
-    """A trained network, for inference alone.
+    """A trained network for inference only.
 
     Args:
-        network: whose weights are taken as they are now; it stays as it is.
-        labels: return the class of each pixel in place of the logits.
-        products: shuffle with 1x1 convolutions of zeros and ones, and upsample with a matrix for
-            each direction. Runtimes on CPUs keep channels in blocks; they leave that layout to
-            copy channels, but not to convolve them. False: copy and interpolate, which compilers
-            for GPUs fuse with the steps around.
+        network, labels: as for `deploy`.
+        products: shuffle by 1x1 convolutions of zeros and ones, and upsample by matrix products.
+            CPU runtimes keep channels in blocks, a layout that convolutions keep and copies
+            break. False: copy and interpolate, which compilers for GPUs fuse with other steps.
     """
 
     def __init__(self, network: LEDNet, labels: bool = False, products: bool = True) -> None:
         super().__init__()
         self.labels, self.products = labels, products
         network = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
+        stages: list[list[nn.Module]] = []
+        for layer in network.encoder:
+            if isinstance(layer, Downsampler):
+                stages.append([])
+            stages[-1].append(layer)
         self.stages = nn.ModuleList()
-        order = torch.arange(3)  # of the input's channels: RGB
-        for downsampler, blocks in stages_of(network):
+        order = torch.arange(3)  # input channels: RGB
+        for downsampler, *blocks in stages:
             self.stages.append(Stage(downsampler, blocks, order, products))
-            order = unshuffled_order(downsampler.bn.num_features)
+            # The shuffle that the stage leaves out is done to the weights that read it.
+            order = shuffled_order(downsampler.bn.num_features).argsort()
         self.decoder = fused_decoder(network.decoder, order)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Segment images of at least 64 x 64 pixels.
-
-        Args:
-            images: N x 3 x H x W, floating point, normalised as the network was trained.
+        """Segment images, N x 3 x H x W, normalised as in training; H and W are at least 64.
 
         Returns:
             Logits, N x C x H x W, float32; or labels, N x H x W, uint8, trainIds.
@@ -85,33 +129,34 @@ class Stage(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A downsampler that returns halves: convolved channels, then the pooled ones.
+    """A downsampler that returns halves: convolved channels, then pooled ones.
 
-    It is linear up to its ReLU, so that [conv(x), pool(x)] is a convolution of x with more rows
-    plus a 1x1 convolution of pool(x), and the batch norm goes into both. In the second and third
-    stage the right half is pooled alone; in the first it has 13 convolved channels besides.
+    Before its ReLU it is linear: [conv(x), pool(x)] is a convolution of x, padded with zero
+    filters, plus a 1x1 convolution of pool(x), and the batch norm goes into both. In the second
+    and third stage the right half is pooled only; in the first it has 13 convolved channels too.
 
     Args:
-        order: of the channels of its input; see `unshuffled_order`.
+        downsampler: trained downsampler.
+        order: order in which its input channels come.
     """
 
     def __init__(self, downsampler: Downsampler, order: Tensor) -> None:
         super().__init__()
         conv, bn, self.pool = downsampler.conv, downsampler.bn, downsampler.pool
         statistics = bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-        more = (0, 0, 0, 0, 0, 0, 0, conv.in_channels)  # rows of zeros
-        rows, biases = F.pad(conv.weight, more), F.pad(conv.bias, more[-2:])
+        more = (0, 0, 0, 0, 0, 0, 0, conv.in_channels)  # filters of zeros
+        filters, biases = F.pad(conv.weight, more), F.pad(conv.bias, more[-2:])
         selection = F.pad(torch.eye(conv.in_channels), (0, 0, conv.out_channels, 0))
-        rows, biases = fuse_conv_bn_weights(rows, biases, *statistics)
+        filters, biases = fuse_conv_bn_weights(filters, biases, *statistics)
         scales, _ = fuse_conv_bn_weights(selection[..., None, None], None, *statistics)
-        rows, scales = rows[:, order], scales[:, order]
+        filters, scales = filters[:, order], scales[:, order]
 
         half = bn.num_features // 2
-        self.left = conv_of(rows[:half], biases[:half], stride=2, padding=1)
+        self.left = conv_of(filters[:half], biases[:half], stride=2, padding=1)
         self.pooled = conv_of(scales[half:], biases[half:])
         self.right = None
         if conv.out_channels > half:
-            self.right = conv_of(rows[half:], None, stride=2, padding=1)
+            self.right = conv_of(filters[half:], None, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Halves:
         right = self.pooled(self.pool(x))
@@ -132,7 +177,7 @@ class Block(nn.Module):
 
 
 class Shuffle(nn.Module):
-    """Shuffle the channels of both halves together with 2 groups, by copying."""
+    """Shuffle the channels of both halves with 2 groups, by copying."""
 
     def forward(self, left: Tensor, right: Tensor) -> Halves:
         first, second = zip(left.chunk(2, dim=1), right.chunk(2, dim=1), strict=True)
@@ -140,7 +185,7 @@ class Shuffle(nn.Module):
 
 
 class ShuffleByProducts(nn.Module):
-    """The same, each new half by a convolution that selects its channels."""
+    """Shuffle by a convolution for each new half, which selects its channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -153,18 +198,8 @@ class ShuffleByProducts(nn.Module):
         return self.left(both), self.right(both)
 
 
-def stages_of(network: LEDNet) -> list[tuple[Downsampler, list[SSnbt]]]:
-    stages: list[tuple[Downsampler, list[SSnbt]]] = []
-    for layer in network.encoder:
-        if isinstance(layer, Downsampler):
-            stages.append((layer, []))
-        else:
-            stages[-1][1].append(layer)
-    return stages
-
-
 def fused(layers: nn.Sequential) -> nn.Sequential:
-    """The same layers with each batch norm in the convolution before it, and no dropout."""
+    """Fold each batch norm into the convolution before it, and drop the dropout."""
     steps: list[nn.Module] = []
     for layer in layers:
         if isinstance(layer, nn.BatchNorm2d):
@@ -175,37 +210,30 @@ def fused(layers: nn.Sequential) -> nn.Sequential:
 
 
 def fused_decoder(decoder: APN, order: Tensor) -> APN:
-    """The decoder, without batch norms, of features in this order of channels."""
+    """Fold the batch norms of the decoder, for features whose channels come in this order."""
     for name, layers in list(decoder.named_children()):
         if isinstance(layers, nn.Sequential):
             setattr(decoder, name, fused(layers))
-    for reading in (decoder.reduce[0], decoder.context[0]):
-        reading.weight = nn.Parameter(reading.weight[:, order], requires_grad=False)
+    for first in (decoder.reduce[0], decoder.context[0]):
+        first.weight = nn.Parameter(first.weight[:, order], requires_grad=False)
     return decoder
 
 
 def conv_of(weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> nn.Conv2d:
-    """A convolution with these weights, out x in x height x width."""
-    out_channels, in_channels, *kernel = weight.shape
-    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=bias is not None)
-    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    if bias is not None:
-        conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return conv
+    """Return a convolution with these weights, out x in x height x width."""
+    outputs, inputs, *kernel = weight.shape
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=bias is not None)
+    conv.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+    return conv.requires_grad_(False)
 
 
 def shuffled_order(channels: int) -> Tensor:
-    """Which channel each one is after a shuffle."""
+    """Return the index that each channel had before a shuffle."""
     return F.channel_shuffle(torch.arange(channels)[None, :, None], groups=2).flatten()
 
 
-def unshuffled_order(channels: int) -> Tensor:
-    """The order of weights over channels that were to be shuffled and were not."""
-    return shuffled_order(channels).argsort()
-
-
 def upsample_by_products(x: Tensor, like: Tensor) -> Tensor:
-    """Resize as `upsample` does, by a product with a matrix in each direction."""
+    """Resize as `upsample` does, by a matrix product in each direction."""
     height, width = like.shape[-2:]
     rows = interpolation(x.shape[-2], height, x)
     columns = interpolation(x.shape[-1], width, x)
@@ -213,8 +241,10 @@ def upsample_by_products(x: Tensor, like: Tensor) -> Tensor:
 
 
 def interpolation(old: int, new: int, like: Tensor) -> Tensor:
-    """The matrix, new x old, of linear interpolation with align_corners=True: each new place
-    weighs an old one by 1 less their distance, if that is above 0."""
-    places = torch.arange(new, device=like.device, dtype=like.dtype) * ((old - 1) / (new - 1))
-    distance = places[:, None] - torch.arange(old, device=like.device, dtype=like.dtype)
+    """Return the matrix, new x old, of linear interpolation with align_corners=True.
+
+    Each new position weighs an old one by 1 minus their distance, or 0 beyond that.
+    """
+    positions = torch.arange(new, device=like.device, dtype=like.dtype) * ((old - 1) / (new - 1))
+    distance = positions[:, None] - torch.arange(old, device=like.device, dtype=like.dtype)
     return (1 - distance.abs()).clamp(min=0)

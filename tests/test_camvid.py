@@ -2,13 +2,12 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from conftest import read_log, run_script
 from PIL import Image
 
 from datasets.camvid import CamVid
 from datasets.images import DatasetError
-from utils.checkpoint import load_checkpoint, load_network
+from utils.checkpoint import load_checkpoint
 
 QUICK = ("--preset", "camvid", "--height", 72, "--crop", 64, 64, "--batch-size", 2, "--D", 4)
 QUICK += ("--epochs", 1, "--workers", 0)
@@ -52,7 +51,7 @@ def test_items(camvid):
     assert ignored > 0
 
 
-def test_what_is_missing_is_said(camvid_copy):
+def test_missing_folders_are_named(camvid_copy):
     (camvid_copy / "valannot").rename(camvid_copy / "away")
     with pytest.raises(DatasetError, match="valannot does not exist"):
         CamVid(camvid_copy, "trainval")
@@ -73,12 +72,12 @@ def run_folder(camvid, tmp_path_factory):
     return folder
 
 
-def test_a_run_on_camvid_says_what_it_is_of(run_folder, camvid):
-    network, best = load_network(run_folder / "best.pth")
+def test_a_checkpoint_describes_its_data(run_folder):
+    best = load_checkpoint(run_folder / "best.pth")
     assert best["dataset"] == "camvid" and best["class_names"] == list(CamVid.CLASSES.names)
     assert best["label_ids"] == list(range(11)) and best["ignored_ids"] == [11]
     assert best["categories"] == [] and best["height"] == 72 and best["train_images"] == 6
-    assert network.decoder.classifier.out_channels == 11
+    assert best["model"]["decoder.classifier.weight"].shape[0] == 11
     args = json.loads((run_folder / "args.json").read_text())
     assert args["train_on"] == "train" and args["cache"] == "ram" and args["ema"] is True
     counts = json.loads((run_folder / "class_counts.json").read_text())
@@ -94,7 +93,7 @@ def test_a_network_is_scored_as_its_checkpoint_says(run_folder, script, camvid, 
     assert result.status == 0
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures["images"] == 3 and list(figures["class_iou"]) == list(CamVid.CLASSES.names)
-    assert "IoU of the 11 classes" in result.out
+    assert "class IoU in %" in result.out
     assert "categor" not in result.out and "category_miou" not in figures
     assert (figures["input_height"], figures["input_width"]) == (72, 96)
     best = load_checkpoint(run_folder / "best.pth")["best"]
@@ -122,34 +121,14 @@ def test_other_splits_are_scored(run_folder, script, fails, camvid):
 
 
 def test_training_learns_its_images(script, camvid, tmp_path):
-    """Through scaling, cropping, flips and jitter; chance is below 0.05."""
-    argv = ("--dataset", "camvid", "--datadir", camvid, *QUICK, "--epochs", 40, "--val-every", 40)
+    """Through scaling, cropping, flips and jitter; with labels that are flipped again, it stays
+    below 0.06."""
+    argv = ("--dataset", "camvid", "--datadir", camvid, *QUICK, "--epochs", 14, "--val-every", 14)
     easy = ("--batch-size", 6, "--D", 20, "--dropout", 0, "--jitter", 0.1, "--scale", 0.9, 1.1)
     recipe = ("--lr", 0.01, "--iouTrain", "--savedir", "a")
     assert script("main.py", *argv, *easy, *recipe).status == 0
     rows = [float(row["train_miou"]) for row in read_log(tmp_path / "save/a")]
-    assert rows[0] < 0.08 and rows[-1] > 0.2, rows
-
-
-def test_that_val_is_trained_on_is_said(script, camvid):
-    argv = ("main.py", "--dataset", "camvid", "--datadir", camvid, *QUICK, "--savedir")
-    both = script(*argv, "a", "--train-on", "trainval")
-    assert "9 of trainval to train on, 3 of val to validate, 11 classes" in both.out
-    assert "val is trained on" in both.out
-    apart = script(*argv, "b", "--train-on", "train")
-    assert apart.status == 0 and "val is trained on" not in apart.out
-
-
-def test_strips_are_drawn_in_the_colours_of_the_data_set(run_folder, script, camvid, tmp_path):
-    argv = ("--checkpoint", run_folder / "best.pth", "--datadir", camvid, "--output", "strip.png")
-    assert script("tools/draw_strips.py", *argv).status == 0
-    with Image.open(tmp_path / "strip.png") as picture:
-        assert picture.size == (3 * 96, 72)
-        truth = np.array(picture)[:, 2 * 96 :]
-    label = CamVid(camvid, "val")[0][1]
-    palette = torch.zeros(256, 3, dtype=torch.uint8)
-    palette[:11] = torch.tensor(CamVid.CLASSES.colors)
-    assert (truth == palette[label.long()].numpy()).all()
+    assert rows[0] < 0.04 and max(rows) > 0.08, rows
 
 
 @pytest.mark.parametrize(
@@ -162,11 +141,11 @@ def test_strips_are_drawn_in_the_colours_of_the_data_set(run_folder, script, cam
         ),
         (
             ("--datadir", "here", "--train-on", "coarse"),
-            "is no part of camvid: give train or trainv",
+            "--train-on coarse: camvid has train and trainval",
         ),
         (("--datadir", "here"), "here does not exist"),
     ],
 )
-def test_options_that_cannot_be(fails, tmp_path, options, message):
+def test_wrong_options(fails, tmp_path, options, message):
     assert message in fails("main.py", "--dataset", "camvid", *QUICK, *options, "--savedir", "a")
     assert not (tmp_path / "save").exists()

@@ -4,11 +4,17 @@ import zipfile
 
 import pytest
 import torch
+from conftest import same_weights
+from torch import nn
 from torch.nn import functional as F
 
+from datasets.segmentation import Classes
 from models.lednet import Downsampler, Encoder, EncoderClassifier, ImageClassifier, LEDNet
 from utils.checkpoint import (
     CheckpointError,
+    Description,
+    EncoderOnly,
+    WrongWidth,
     init_network,
     load_checkpoint,
     load_classifier,
@@ -18,25 +24,18 @@ from utils.checkpoint import (
     save_checkpoint,
 )
 
-
-def describe(network: LEDNet, num_classes: int = 3, apn_channels: int = 4) -> dict:
-    return {
-        "model": network.state_dict(),
-        "stage": 2,
-        "dataset": "fields",
-        "colors": [[n, 0, 0] for n in range(num_classes)],
-        "num_classes": num_classes,
-        "class_names": [f"class {n}" for n in range(num_classes)],
-        "label_ids": list(range(num_classes)),
-        "ignored_ids": [],
-        "apn_channels": apn_channels,
-        "height": 64,
-        "mean": [0.0] * 3,
-        "std": [1.0] * 3,
-    }
+NAMES = ["road", "sky", "tree"]
+CLASSES = Classes(NAMES, [[n, 0, 0] for n in range(3)], [7, 8, 9], [3], ["flat", "air", "nature"])
+ABOUT = Description(
+    "fields", CLASSES, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 64, 12, 4, {"lr": 0.1, "crop": [64, 64]}
+)
 
 
-@pytest.fixture
+def checkpoint_of(module: nn.Module, stage: int = 2) -> dict:
+    return ABOUT.to_checkpoint() | {"model": module.state_dict(), "stage": stage}
+
+
+@pytest.fixture(scope="module")
 def network():
     return LEDNet(3, 4).eval()
 
@@ -44,17 +43,52 @@ def network():
 @pytest.fixture
 def path(network, tmp_path):
     path = tmp_path / "network.pth"
-    save_checkpoint(describe(network), path)
+    save_checkpoint(checkpoint_of(network), path)
     return path
 
 
-def test_a_checkpoint_rebuilds_its_network(network, path):
-    rebuilt, rest = load_network(path)
+def test_a_checkpoint_rebuilds_its_network_and_describes_it(network, path):
+    rebuilt, about = load_network(path)
     image = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
         assert torch.equal(rebuilt(image), network(image))
-    assert rest["apn_channels"] == 4 and rest["height"] == 64 and "model" not in rest
-    assert not rebuilt.training
+    assert about == ABOUT and not rebuilt.training
+
+
+def test_the_keys_on_disk_stay_what_they_were():
+    """Shipped weights and files of earlier versions have these."""
+    assert ABOUT.to_checkpoint() == {
+        "dataset": "fields",
+        "num_classes": 3,
+        "class_names": NAMES,
+        "colors": [[0, 0, 0], [1, 0, 0], [2, 0, 0]],
+        "label_ids": [7, 8, 9],
+        "ignored_ids": [3],
+        "categories": ["flat", "air", "nature"],
+        "train_images": 12,
+        "apn_channels": 4,
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "height": 64,
+        "args": {"lr": 0.1, "crop": [64, 64]},
+    }
+
+
+def test_an_earlier_file_states_less(network, tmp_path):
+    old = checkpoint_of(network)
+    for key in ("ignored_ids", "categories", "train_images", "apn_channels", "mean", "std", "args"):
+        del old[key]
+    save_checkpoint(old, tmp_path / "old.pth")
+    _, about = load_network(tmp_path / "old.pth")
+    assert about.apn_channels == 4  # the weights say it
+    assert (about.mean, about.std, about.args) == ([0.0] * 3, [1.0] * 3, {})
+
+
+def test_a_description_normalises_images():
+    image = torch.tensor([51, 102, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    normalized = ABOUT.normalize(torch.device("cpu"))(image)
+    expected = [(0.2 - 0.1) / 0.4, (0.4 - 0.2) / 0.5, (1.0 - 0.3) / 0.6]
+    assert normalized.flatten().tolist() == pytest.approx(expected)
 
 
 def test_saving_leaves_nothing_else_behind(path):
@@ -78,7 +112,7 @@ def test_a_file_cut_short_is_refused(path):
 
 
 def test_a_flipped_bit_is_found(path):
-    """torch loads it in silence."""
+    """torch itself does not notice."""
     with zipfile.ZipFile(path) as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
     data = bytearray(path.read_bytes())
@@ -89,7 +123,7 @@ def test_a_flipped_bit_is_found(path):
         load_checkpoint(path)
 
 
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
+def test_code_in_a_checkpoint_never_runs(tmp_path):
     class Bomb:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
@@ -104,13 +138,13 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     "content",
     [[1, 2], {"model": 3}, {"weights": [1]}, torch.ones(2), {0: torch.ones(2)}],
 )
-def test_something_else_is_refused(tmp_path, content):
+def test_a_file_without_weights_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"other\.pth"):
         load_checkpoint(tmp_path / "other.pth")
 
 
-def test_a_missing_or_foreign_file_is_refused(tmp_path):
+def test_a_missing_file_and_a_text_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         load_checkpoint(tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("hello")
@@ -119,31 +153,39 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_an_encoder_is_no_network(network, tmp_path, stage):
-    save_checkpoint({**describe(network), "stage": stage}, tmp_path / "one.pth")
-    with pytest.raises(CheckpointError, match="encoder alone"):
+def test_an_encoder_is_not_a_network(network, tmp_path, stage):
+    save_checkpoint(checkpoint_of(network, stage), tmp_path / "one.pth")
+    with pytest.raises(EncoderOnly, match="encoder alone"):
+        load_network(tmp_path / "one.pth")
+
+
+def test_a_network_needs_a_decoder(network, tmp_path):
+    weights = {f"encoder.{k}": w for k, w in network.encoder.state_dict().items()}
+    content = checkpoint_of(network) | {"model": weights, "apn_channels": None}
+    save_checkpoint(content, tmp_path / "one.pth")
+    with pytest.raises(CheckpointError, match="holds no decoder"):
         load_network(tmp_path / "one.pth")
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("mean", None), ("num_classes", "three"), ("label_ids", None)]
+    ("key", "value"),
+    [("dataset", None), ("class_names", "road"), ("label_ids", None), ("height", "64")],
 )
-def test_a_description_that_lacks_something(network, tmp_path, key, value):
-    save_checkpoint(describe(network) | {key: value}, tmp_path / "odd.pth")
-    with pytest.raises(CheckpointError, match=f"does not say its {key}"):
-        load_network(tmp_path / "odd.pth")
+def test_what_a_description_lacks_is_named(key, value):
+    with pytest.raises(CheckpointError, match=rf"a\.pth does not state its {key}"):
+        Description.from_checkpoint(ABOUT.to_checkpoint() | {key: value}, "a.pth")
 
 
-def test_plain_weights_say_what_is_missing(network, tmp_path):
+def test_plain_weights_describe_nothing(network, tmp_path):
     torch.save(network.state_dict(), tmp_path / "plain.pth")
-    with pytest.raises(CheckpointError, match="does not say its dataset"):
+    with pytest.raises(CheckpointError, match="does not state its dataset"):
         load_network(tmp_path / "plain.pth")
 
 
 def original(encoder: Encoder, prefix: str) -> dict[str, torch.Tensor]:
-    """An encoder's weights as the original code saves them, written in the order of its modules.
+    """Return the weights of an encoder as the original code saves them.
 
-    The right branch of a block runs each 1x3 convolution first, and yet is named and listed as
+    The right branch of a block runs each 1x3 convolution first, but its names have the order of
     the left one.
     """
     weights = {}
@@ -168,7 +210,7 @@ def original(encoder: Encoder, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def original_forward(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """What the original encoder computes in evaluation mode, from its own names alone."""
+    """Compute what the original encoder does in evaluation mode, from its own names alone."""
 
     def conv(name, x, **options):
         return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], **options)
@@ -209,9 +251,9 @@ def original_forward(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch
     return x
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trained_encoder():
-    """An encoder whose every tensor differs from the next one, running statistics too."""
+    """An encoder with all tensors different, running statistics too."""
     torch.manual_seed(3)
     encoder = Encoder()
     for tensor in encoder.state_dict().values():
@@ -221,31 +263,31 @@ def trained_encoder():
 
 
 @pytest.mark.parametrize("prefix", ["module.features.encoder.", "module.encoder.", "encoder.", ""])
-def test_an_encoder_of_the_original_code_loads_and_computes_the_same(
-    trained_encoder, tmp_path, prefix
-):
+def test_an_encoder_of_the_original_code_loads(trained_encoder, tmp_path, prefix):
     weights = original(trained_encoder, prefix)
-    rest = {
+    others = {
         f"{prefix}output_conv.weight": torch.ones(20, 128, 1, 1),
         "module.decoder.layers.0.conv.weight": torch.ones(3),
         "module.classifier.linear.weight": torch.ones(1000, 128),
     }
-    # In any order: the decoder's names begin alike.
-    weights_in_order = dict(sorted((weights | rest).items()))
-    torch.save({"epoch": 7, "state_dict": weights_in_order}, tmp_path / "model_best.pth.tar")
+    # Sorted, so that the order of the file does not help: names of the decoder begin alike.
+    content = {"epoch": 7, "state_dict": dict(sorted((weights | others).items()))}
+    torch.save(content, tmp_path / "model_best.pth.tar")
     encoder = Encoder()
     rest, loaded = load_encoder(encoder, tmp_path / "model_best.pth.tar")
     assert loaded == len(encoder.state_dict()) == len(weights)
     assert normalisation(rest, "") is None
-    for name, weight in encoder.state_dict().items():
-        assert torch.equal(weight, trained_encoder.state_dict()[name]), name
+    assert same_weights(encoder.state_dict(), trained_encoder.state_dict())
+
+
+def test_an_encoder_of_the_original_code_computes_the_same(trained_encoder):
     image = torch.rand(1, 3, 64, 96)
     with torch.inference_mode():
         expected = original_forward(original(trained_encoder, ""), image)
-        assert torch.allclose(encoder.eval()(image), expected, atol=1e-5)
+        assert torch.allclose(trained_encoder(image), expected, atol=1e-5)
 
 
-def test_what_a_file_says_beside_its_state_dict_is_kept(trained_encoder, tmp_path):
+def test_what_a_file_states_beside_its_state_dict_is_kept(trained_encoder, tmp_path):
     stated = {"mean": [0.5] * 3, "std": [0.25] * 3}
     weights = original(trained_encoder, "module.encoder.")
     torch.save({"state_dict": weights, **stated}, tmp_path / "stated.pth")
@@ -274,7 +316,7 @@ def test_what_an_original_file_lacks_is_named(trained_encoder, tmp_path, name):
     del weights[f"module.features.encoder.{name}"]
     torch.save(weights, tmp_path / "part.pth")
     with pytest.raises(
-        CheckpointError, match=rf"part\.pth .* features\.encoder\.{name} is missing"
+        CheckpointError, match=rf"part\.pth .* are missing: features\.encoder\.{name}"
     ):
         load_encoder(Encoder(), tmp_path / "part.pth")
 
@@ -304,16 +346,16 @@ def test_an_encoder_loads_from_any_wrapper(network, tmp_path, form):
     file = tmp_path / "weights.pth"
     encoder, weights = network.encoder, network.state_dict()
     inside = {k: w for k, w in weights.items() if k.startswith("encoder.")}
-    description = describe(network)
+    checkpoint = checkpoint_of(network)
     torch.save(
         {
-            "checkpoint": description,
+            "checkpoint": checkpoint,
             "state_dict": {"state_dict": weights},
             "data parallel": {f"module.{k}": v for k, v in weights.items()},
             "compiled": {f"_orig_mod.{k}": v for k, v in weights.items()},
-            "encoder.pth": description | {"model": inside, "stage": 0},
+            "encoder.pth": checkpoint | {"model": inside, "stage": 0},
             "bare encoder": encoder.state_dict(),
-            "stage 1": description | {"model": EncoderClassifier(encoder).state_dict(), "stage": 1},
+            "stage 1": checkpoint_of(EncoderClassifier(encoder), 1),
             "image classifier": {"model": ImageClassifier(encoder).state_dict(), "stage": 0},
         }[form],
         file,
@@ -321,8 +363,7 @@ def test_an_encoder_loads_from_any_wrapper(network, tmp_path, form):
     fresh = Encoder()
     _, loaded = load_encoder(fresh, file)
     assert loaded == len(inside) == len(fresh.state_dict())
-    for name, weight in fresh.state_dict().items():
-        assert torch.equal(weight, weights[f"encoder.{name}"]), name
+    assert same_weights({f"encoder.{k}": w for k, w in fresh.state_dict().items()}, inside)
 
 
 def test_an_incomplete_encoder_is_refused_and_nothing_copied(network, tmp_path):
@@ -331,63 +372,75 @@ def test_an_incomplete_encoder_is_refused_and_nothing_copied(network, tmp_path):
     torch.save(weights, tmp_path / "part.pth")
     encoder = Encoder()
     before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"0\.conv\.weight is missing"):
+    with pytest.raises(CheckpointError, match=r"tensors are missing: 0\.conv\.weight"):
         load_encoder(encoder, tmp_path / "part.pth")
-    for name, weight in encoder.state_dict().items():
-        assert torch.equal(weight, before[name])
+    assert same_weights(encoder.state_dict(), before)
 
 
-def test_another_network_is_no_encoder(tmp_path):
+def test_weights_of_another_network_do_not_fill_the_encoder(tmp_path):
     torch.save({"layer1.0.conv1.weight": torch.ones(3)}, tmp_path / "resnet.pth")
     with pytest.raises(CheckpointError, match=r"resnet\.pth does not fill the encoder"):
         load_encoder(Encoder(), tmp_path / "resnet.pth")
 
 
-def test_normalisation_is_what_the_file_says():
+def test_normalisation_is_three_numbers_each_with_a_std_above_0():
     assert normalisation({}, "a.pth") is None
     stated = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
     assert normalisation(stated, "a.pth") == (stated["mean"], stated["std"])
-    for odd in ({"std": None}, {"mean": [0, 0]}, {"mean": ["a"] * 3}, {"std": [1, math.nan, 1]}):
-        with pytest.raises(CheckpointError, match=r"a\.pth says a mean and std that are not three"):
+    for odd in (
+        {"std": None},
+        {"mean": [0, 0]},
+        {"mean": ["a"] * 3},
+        {"std": [1, math.nan, 1]},
+        {"std": [1, 0, 1]},
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"a\.pth states a mean and std that are not three"
+        ):
             normalisation(stated | odd, "a.pth")
-    with pytest.raises(CheckpointError, match=r"a\.pth says a std of 0"):
-        normalisation(stated | {"std": [1, 0, 1]}, "a.pth")
 
 
-def test_a_classifier_is_rebuilt_from_its_checkpoint(tmp_path):
-    model = ImageClassifier(Encoder(), 7).eval()
-    checkpoint = describe(LEDNet(7, 4), 7) | {"model": model.state_dict(), "stage": 0}
-    save_checkpoint(checkpoint, tmp_path / "seven.pth")
-    rebuilt, _ = load_classifier(tmp_path / "seven.pth")
+@pytest.fixture(scope="module")
+def classifier():
+    return ImageClassifier(Encoder(), 3).eval()
+
+
+def test_a_classifier_is_rebuilt_from_its_checkpoint(classifier, tmp_path):
+    """Also from files of earlier versions, which state no colours and label ids."""
+    checkpoint = checkpoint_of(classifier, 0)
     image = torch.rand(1, 3, 32, 32)
-    with torch.inference_mode():
-        assert torch.equal(rebuilt(image), model(image))
+    for missing in ((), ("colors", "label_ids", "ignored_ids", "categories")):
+        for key in missing:
+            del checkpoint[key]
+        save_checkpoint(checkpoint, tmp_path / "three.pth")
+        rebuilt, about = load_classifier(tmp_path / "three.pth")
+        with torch.inference_mode():
+            assert torch.equal(rebuilt(image), classifier(image))
+        assert about.classes.names == NAMES and about.height == 64 and not rebuilt.training
 
 
-def test_what_is_no_classifier(path, tmp_path):
+def test_a_network_is_not_a_classifier(path):
     with pytest.raises(CheckpointError, match="holds no image classifier"):
         load_classifier(path)
-    good = {"model": ImageClassifier(Encoder(), 2).state_dict(), "stage": 0, "height": 32}
-    good |= {"class_names": ["a", "b"], "mean": [0.0] * 3, "std": [1.0] * 3}
-    torch.save(good, tmp_path / "good")
-    load_classifier(tmp_path / "good")
-    for odd in (
-        {"class_names": ["a"]},
-        {"class_names": [["a"], "b"]},
-        {"height": None},
-        {"class_names": []},
-    ):
-        torch.save(good | odd, tmp_path / "odd")
-        with pytest.raises(CheckpointError, match="holds no image classifier"):
-            load_classifier(tmp_path / "odd")
-    torch.save(good | {"std": [0.0] * 3}, tmp_path / "odd")
-    with pytest.raises(CheckpointError, match="says a std of 0"):
-        load_classifier(tmp_path / "odd")
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ({"class_names": ["road"]}, "does not fit the ImageClassifier"),
+        ({"height": None}, "does not state its height"),
+        ({"std": [0.0] * 3}, "with a std above 0"),
+    ],
+)
+def test_a_classifier_that_is_described_wrongly_is_refused(classifier, tmp_path, odd, message):
+    save_checkpoint(checkpoint_of(classifier, 0) | odd, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=message):
+        load_classifier(tmp_path / "odd.pth")
 
 
 def test_init_keeps_the_classifier_of_the_same_classes(network, path):
     other = LEDNet(3, 4)
-    fresh = init_network(other, load_checkpoint(path), path, ["class 0", "class 1", "class 2"])
+    fresh = init_network(other, load_checkpoint(path), path, NAMES)
     assert fresh == []
     assert torch.equal(other.decoder.classifier.weight, network.decoder.classifier.weight)
 
@@ -404,11 +457,17 @@ def test_init_replaces_the_classifier_of_other_classes(network, path, names):
 
 
 def test_init_of_another_width_is_refused(path):
-    with pytest.raises(CheckpointError, match="trained with --apn-channels 4, not 8"):
-        init_network(LEDNet(3, 8), load_checkpoint(path), path, ["class 0", "class 1", "class 2"])
+    with pytest.raises(WrongWidth, match="was trained with D = 4, not 8"):
+        init_network(LEDNet(3, 8), load_checkpoint(path), path, NAMES)
 
 
-def test_init_from_an_encoder_alone_is_refused(network, tmp_path):
+@pytest.mark.parametrize("stage", [0, 1])
+def test_init_from_a_checkpoint_of_an_encoder_is_refused(network, path, stage):
+    with pytest.raises(EncoderOnly, match="encoder alone"):
+        init_network(network, load_checkpoint(path) | {"stage": stage}, path, NAMES)
+
+
+def test_init_from_the_weights_of_an_encoder_is_refused(network, tmp_path):
     torch.save({f"encoder.{k}": v for k, v in network.encoder.state_dict().items()}, tmp_path / "e")
     with pytest.raises(CheckpointError, match=r"decoder.* is missing"):
         init_network(network, load_checkpoint(tmp_path / "e"), tmp_path / "e", [])

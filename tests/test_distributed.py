@@ -1,8 +1,6 @@
-"""Several processes compute what one does: each case runs in two, which gloo joins, and in one."""
+"""Several processes compute what one does: each case runs in one process and in two."""
 
-import os
 import socket
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Forked
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset
 
-from datasets.loading import Seeded, ShuffledSeeds, as_lists, training_loader
+from datasets.loading import ShuffledSeeds, training_loader, validation_loader
 from models.lednet import AuxiliaryHead, LEDNet
 from utils import distributed
 from utils.evaluation import evaluate, evaluate_classifier
@@ -25,15 +23,13 @@ from utils.losses import build_loss, cross_entropy, ohem_cross_entropy, with_aux
 CPU = torch.device("cpu")
 CLASSES, BATCH, SIZE = 5, 4, (64, 80)
 WEIGHT = torch.tensor([1.0, 3.0, 0.2, 2.0, 7.0])
-SECONDS = 600  # that the two processes may take for all cases together
-
-# Sharpened, so that OHEM leaves out some pixels of an untrained network, and keeps others.
-SHARPER = 60
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """A model that treats each image of a batch on its own, and always in the same way; in double
-    precision, since sums that are rounded in another order would differ by more than 1e-6."""
+    """Make the result for an image independent of the rest of its batch, and of the order of sums.
+
+    Batch norm uses its running statistics, dropout is off, and double precision rounds finely.
+    """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -48,8 +44,16 @@ def network(auxiliary: bool = False) -> nn.Module:
     return frozen(AuxiliaryHead(model, CLASSES) if auxiliary else model)
 
 
+def sharpened(logits: Tensor) -> Tensor:
+    """Raise the contrast of an untrained network by pixel, so that OHEM tells pixels apart."""
+    count, _, height, width = logits.shape
+    generator = torch.Generator().manual_seed(3)
+    contrast = torch.rand(BATCH, 1, height, width, generator=generator, dtype=torch.float64)
+    return 60 * logits * (contrast if count == BATCH else of_this_process(contrast))
+
+
 def of_this_process(batch: Tensor) -> Tensor:
-    """The items that ShuffledSeeds would give this process."""
+    """Return the items that ShuffledSeeds would give this process."""
     return batch[distributed.rank() :: distributed.processes()]
 
 
@@ -59,7 +63,7 @@ def images() -> Tensor:
 
 
 def uneven_labels() -> Tensor:
-    """Of the images that the second process gets, almost nothing is labelled, and of one class."""
+    """Label almost nothing in the images of the second process, and that with one class."""
     labels = torch.randint(CLASSES, (BATCH, *SIZE), generator=torch.Generator().manual_seed(2))
     labels[0, :9] = 255
     labels[1::2] = 255
@@ -68,7 +72,7 @@ def uneven_labels() -> Tensor:
 
 
 def hard_in_the_second_process() -> Tensor:
-    """The images of the first process are labelled as the network sees them, the others not."""
+    """Label the images of the first process as the network sees them, and the others wrongly."""
     model = network()
     with torch.no_grad():
         logits = model(images())
@@ -81,20 +85,20 @@ def hard_in_the_second_process() -> Tensor:
 def gradients(
     loss_function: Callable, labels: Callable[[], Tensor], auxiliary: bool = False
 ) -> dict[str, Tensor]:
-    """Of one step of training; with the loss, whose mean over the processes is the batch's."""
+    """Return the gradients of a training step, and the loss as its mean over the processes."""
     model = network(auxiliary)
     forward = distributed.parallel(model, CPU)
     assert isinstance(forward, DistributedDataParallel) == (distributed.processes() > 1)
     outputs = forward(of_this_process(images()))
-    sharper = tuple(SHARPER * logits for logits in outputs) if auxiliary else SHARPER * outputs
-    loss = loss_function(sharper, of_this_process(labels()))
+    outputs = tuple(map(sharpened, outputs)) if auxiliary else sharpened(outputs)
+    loss = loss_function(outputs, of_this_process(labels()))
     loss.backward()
     found = {name: weight.grad for name, weight in model.named_parameters()}
     return found | {"loss": distributed.total(loss.detach()) / distributed.processes()}
 
 
 class Noisy(Dataset):
-    """Images and labels that are drawn when they are read."""
+    """Images and labels drawn at random when they are read."""
 
     def __len__(self) -> int:
         return 9
@@ -106,22 +110,23 @@ class Noisy(Dataset):
 
 
 def gradients_of_loaded_batches() -> dict[str, Tensor]:
-    """The sum of them over an epoch, of which a batch is left out where it is not whole."""
+    """Return the sum of the gradients over an epoch, whose last batch is not whole and left out."""
     count = distributed.processes()
     sampler = ShuffledSeeds(len(Noisy()), 5, distributed.rank(), count)
     sampler.begin(3)
-    loader = training_loader(Seeded(Noisy()), sampler, batch_size=4 // count, drop_last=True)
+    loader = training_loader(Noisy(), sampler, 4 // count, 0, CPU, drop_last=True)
     model = network()
     forward, loss_function = distributed.parallel(model, CPU), build_loss("ce", WEIGHT)
     batches = list(loader)
     assert len(batches) == 2
-    for inputs, labels, *_ in batches:
-        loss_function(forward(inputs.double()), labels).backward()
+    for batch in batches:
+        inputs, labels = torch.stack(batch.images).double(), torch.stack(batch.labels)
+        loss_function(forward(inputs), labels).backward()
     return {name: weight.grad for name, weight in model.named_parameters()}
 
 
 def scores() -> tuple[float, Tensor]:
-    """Of a number of images that 2 does not divide, of several sizes."""
+    """Score five images, which two processes cannot share evenly, of several sizes."""
     sizes = [(64, 80), (64, 96), (64, 80), (72, 64), (64, 64)]
     generator = torch.Generator().manual_seed(4)
     items = []
@@ -129,22 +134,22 @@ def scores() -> tuple[float, Tensor]:
         label = torch.randint(CLASSES, size, generator=generator)
         label[place * 10 :, :50] = 255
         items.append((torch.rand(3, *size, generator=generator), label))
-    loader = DataLoader(distributed.share(items), batch_size=2, collate_fn=as_lists)
-    loss, confusion = evaluate(network().float(), loader, lambda i: i, CLASSES, "", WEIGHT)
+    loader = validation_loader(distributed.share(items), 2, 0, CPU)
+    model = network().float()
+    loss, confusion = evaluate(model, loader, lambda i: i, CLASSES, "", len(items), WEIGHT)
     return loss, confusion.counts
 
 
 def scores_of_a_classifier() -> dict[str, float]:
-    generator = torch.Generator().manual_seed(4)
-    inputs, labels = torch.rand(7, 6, generator=generator), torch.tensor([0, 1, 2, 3, 4, 5, 0])
+    inputs = torch.rand(7, 6, generator=torch.Generator().manual_seed(4))
+    items = list(zip(inputs, [0, 1, 2, 3, 4, 5, 0], strict=True))
     torch.manual_seed(0)
-    model = nn.Linear(6, 8)
-    loader = DataLoader(distributed.share(TensorDataset(inputs, labels)), batch_size=2)
-    return evaluate_classifier(model, loader, lambda i: i, "")
+    loader = validation_loader(distributed.share(items), 2, 0, CPU, stacked=True)
+    return evaluate_classifier(nn.Linear(6, 8), loader, lambda i: i, "", len(items))
 
 
-def words() -> dict[str, Any]:
-    """What the processes tell each other."""
+def exchanged() -> dict[str, Any]:
+    """Return what each function that exchanges something between the processes returns."""
     rank = distributed.rank()
     model = nn.BatchNorm1d(3)
     model.running_mean.fill_(rank + 1)
@@ -162,7 +167,7 @@ def words() -> dict[str, Any]:
 
 
 def failing_first() -> str:
-    """What each process ends with where the first one's function fails."""
+    """Return what ends each process if the function that the first one calls fails."""
 
     def fail() -> None:
         raise ValueError("no such folder")
@@ -175,7 +180,7 @@ def failing_first() -> str:
 
 
 def failures() -> list[str | None]:
-    """What is said of a failure: before and after the second process left word."""
+    """Return the message about a failure elsewhere, before and after it was announced."""
     found = [distributed.failure_elsewhere(ValueError("a mistake of its own"))]
     found.append(distributed.failure_elsewhere(RuntimeError("[gloo/transport] Connection closed")))
     distributed.gather(None)
@@ -189,44 +194,31 @@ def failures() -> list[str | None]:
 LOSSES = {
     "ce": cross_entropy,
     "ohem": ohem_cross_entropy,
-    # A pixel below the threshold is hard; where there are too few, the hardest of all.
-    "ohem, by the least share": partial(ohem_cross_entropy, threshold=1e-30),
+    # With no pixel below the threshold, the hardest share counts.
+    "ohem, by share": partial(ohem_cross_entropy, threshold=1e-30),
 }
+LOSSES = {name: partial(loss, weight=WEIGHT) for name, loss in LOSSES.items()}
 STEPS = {
-    f"{loss}, {labels.__name__}{', two heads' if auxiliary else ''}": (
-        *(loss, labels, auxiliary),
-        partial(
-            gradients,
-            with_auxiliary(partial(LOSSES[loss], weight=WEIGHT), 0.4)
-            if auxiliary
-            else partial(LOSSES[loss], weight=WEIGHT),
-            labels,
-            auxiliary,
-        ),
-    )
-    for loss in LOSSES
+    f"{name}, {labels.__name__}": partial(gradients, LOSSES[name], labels)
+    for name in LOSSES
     for labels in (uneven_labels, hard_in_the_second_process)
-    for auxiliary in (False, True)
+} | {
+    f"{name}, two heads": partial(
+        gradients, with_auxiliary(LOSSES[name], 0.4), uneven_labels, auxiliary=True
+    )
+    for name in ("ce", "ohem")
 }
-CASES: dict[str, Callable[[], Any]] = {name: step for name, (*_, step) in STEPS.items()} | {
+CASES: dict[str, Callable[[], Any]] = STEPS | {
     function.__name__: function
     for function in (
         *(gradients_of_loaded_batches, scores, scores_of_a_classifier),
-        *(words, failing_first, failures),
+        *(exchanged, failing_first, failures),
     )
 }
 
 
-def run_cases(rank: int, port: int, folder: Path) -> None:
-    """One of the two processes."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-    }
+def run_cases(rank: int, folder: Path) -> None:
+    """Run every case in one of the two processes."""
     distributed.start(CPU)
     print(f"process {rank} prints")
     for name, case in CASES.items():
@@ -236,19 +228,19 @@ def run_cases(rank: int, port: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def in_two(tmp_path_factory) -> Callable[[str], list[Any]]:
-    """What a case came to in each of two processes."""
+    """Return what a case came to in each of two processes."""
     folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    started = time.monotonic()
-    both = mp.start_processes(run_cases, (port, folder), nprocs=2, join=False)
-    try:
-        while not both.join(timeout=1):
-            assert time.monotonic() - started < SECONDS, "the processes wait for each other"
-    finally:
-        for process in both.processes:
-            process.kill()
+    env = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    both = [
+        Forked(partial(run_cases, rank, folder), folder, RANK=rank, LOCAL_RANK=rank, **env)
+        for rank in range(2)
+    ]
+    results = [process.finish() for process in both]
+    assert [result.status for result in results] == [0, 0], results
+    assert [result.out for result in results] == ["process 0 prints\n", ""]
     return lambda name: [
         torch.load(folder / f"{name} {rank}", weights_only=True) for rank in range(2)
     ]
@@ -269,33 +261,33 @@ def test_two_processes_have_the_gradients_of_one(in_two, name):
         assert_same(two, one)
 
 
-def test_two_processes_have_the_gradients_of_one_on_batches_that_are_loaded(in_two):
+def test_two_processes_have_the_gradients_of_one_on_loaded_batches(in_two):
     one = gradients_of_loaded_batches()
     for two in in_two("gradients_of_loaded_batches"):
         assert_same(two, one)
 
 
-def test_the_losses_of_these_tests_differ_by_process_and_by_rule():
-    """Or the gradients above would be the same without a word between the processes."""
+def test_the_losses_of_these_tests_depend_on_the_process_and_the_rule():
+    """Otherwise the gradients above would agree even if the processes exchanged nothing."""
     with torch.no_grad():
-        logits = SHARPER * network()(images())
+        logits = sharpened(network()(images()))
     for labels in (uneven_labels(), hard_in_the_second_process()):
         for function in LOSSES.values():
-            whole = function(logits, labels, WEIGHT)
-            halves = [function(logits[n::2], labels[n::2], WEIGHT) for n in range(2)]
+            whole = function(logits, labels)
+            halves = [function(logits[n::2], labels[n::2]) for n in range(2)]
             assert abs(sum(halves) / 2 - whole) > 0.01 * whole
-    losses = [function(logits, uneven_labels(), WEIGHT).item() for function in LOSSES.values()]
+    losses = [function(logits, uneven_labels()).item() for function in LOSSES.values()]
     assert losses[0] < 0.99 * losses[1] and losses[1] < 0.99 * losses[2]
 
 
-def test_two_processes_score_as_one(in_two):
+def test_two_processes_score_a_network_like_one(in_two):
     loss, counts = scores()
     for loss_of_two, counts_of_two in in_two("scores"):
         assert torch.equal(counts_of_two, counts)
         assert loss_of_two == pytest.approx(loss, rel=1e-6)
 
 
-def test_two_processes_score_a_classifier_as_one(in_two):
+def test_two_processes_score_a_classifier_like_one(in_two):
     one = scores_of_a_classifier()
     assert 0 < one["val_top1"] < one["val_top5"] < 1
     for two in in_two("scores_of_a_classifier"):
@@ -303,8 +295,8 @@ def test_two_processes_score_a_classifier_as_one(in_two):
         assert {name: two[name] for name in one} == one
 
 
-def test_processes_tell_each_other(in_two):
-    zero, one = in_two("words")
+def test_processes_exchange_values(in_two):
+    zero, one = in_two("exchanged")
     assert zero["rank"] == (0, 2, True) and one["rank"] == (1, 2, False)
     assert zero["share"] == ["a", "c", "e"] and one["share"] == ["b", "d"]
     for found in (zero, one):
@@ -316,8 +308,8 @@ def test_processes_tell_each_other(in_two):
         assert found["buffers"].tolist() == [1] * 3
 
 
-def test_one_process_has_nothing_to_tell():
-    found = words()
+def test_a_single_process_exchanges_nothing():
+    found = exchanged()
     assert found["rank"] == (0, 1, True) and found["first"]["of"] == 0
     assert found["agree"] == [0, 0, 3] and found["gather"] == [{"rank": 0}]
     assert found["total"].tolist() == [1, 2] and found["joined"].tolist() == [[0] * 3] * 2
@@ -326,17 +318,17 @@ def test_one_process_has_nothing_to_tell():
     assert not dist.is_initialized()
 
 
-def test_where_the_first_fails_the_others_end_without_a_word(in_two):
+def test_if_the_first_process_fails_the_others_end_silently(in_two):
     assert in_two("failing_first") == ["ValueError('no such folder')", "SystemExit(2)"]
 
 
-def test_a_message_may_name_a_file_of_any_name(monkeypatch):
+def test_a_failure_may_name_a_file_of_any_name(monkeypatch):
     monkeypatch.setattr(distributed, "_store", dist.HashStore())
     distributed.announce("ava\udcfflon.png is broken")
     assert distributed.failure_elsewhere(RuntimeError()) == "ava\\udcfflon.png is broken"
 
 
-def test_a_failure_elsewhere_is_told(in_two):
+def test_a_failure_elsewhere_is_reported(in_two):
     silent = "another process ended without a word: was it killed, or out of memory?"
     for found in in_two("failures"):
         assert found == [None, silent, "process 1: the disk is full"]

@@ -1,30 +1,39 @@
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from datasets.images import DatasetError
+from datasets.cityscapes import Cityscapes
+from datasets.images import DatasetError, NothingReadable
 from datasets.loading import (
-    Seeded,
+    Batch,
+    SeededItems,
     ShuffledSeeds,
-    WithSeed,
-    as_lists,
-    loader_options,
-    reading_loader,
+    call_in_workers,
+    count_pixels,
     training_loader,
+    validation_loader,
 )
+
+CPU = torch.device("cpu")
 
 
 class Noise(Dataset):
-    """Items that are their index and a random number."""
+    """Ten images that are their index and a random number; some cannot be read."""
+
+    def __init__(self, *broken: int) -> None:
+        self.broken = broken
 
     def __len__(self) -> int:
         return 10
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor]:
-        return (torch.tensor([index, torch.rand(())]),)
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index in self.broken:
+            raise DatasetError(f"{index}.png is broken")
+        return torch.tensor([index, torch.rand(())]), index
 
 
 def epoch_of(
@@ -32,18 +41,21 @@ def epoch_of(
 ) -> torch.Tensor:
     """The indices and random numbers of one epoch, as its batches bring them."""
     sampler = ShuffledSeeds(10, seed, process, of)
-    loader = training_loader(Seeded(Noise()), sampler, batch_size=3, num_workers=workers)
+    loader = training_loader(Noise(), sampler, 3, workers, CPU, stacked=True)
     sampler.begin(number, start)
     assert len(loader) == -(-len(sampler) // 3)
     batches = list(loader)
-    assert all(
-        items[:, 0].tolist() == indices.tolist() and reasons == ("",) * len(items)
-        for items, indices, reasons in batches
-    )
-    return torch.cat([items for items, _, _ in batches])
+    for batch in batches:
+        assert batch.images[:, 0].tolist() == batch.labels.tolist() == batch.indices
+        assert batch.labels.dtype == torch.int64 and batch.left_out == []
+    assert list(sampler) == [pair for b in batches for pair in zip(b.indices, b.seeds, strict=True)]
+    return torch.cat([batch.images for batch in batches])
 
 
-def test_every_index_once_in_an_order_of_its_own():
+# The order and the seeds of training
+
+
+def test_every_index_comes_once_in_a_new_order():
     first, second = epoch_of(1), epoch_of(2)
     assert sorted(first[:, 0].tolist()) == list(range(10)) == sorted(second[:, 0].tolist())
     assert not torch.equal(first[:, 0], second[:, 0])
@@ -65,19 +77,20 @@ def test_an_epoch_depends_on_seed_and_number_alone():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("start", [0, 3, 7, 10])
-def test_an_epoch_goes_on_in_the_middle(start, workers):
-    if start == 10:
-        sampler = ShuffledSeeds(10, 3)
-        sampler.begin(2, 10)
-        assert len(sampler) == 0 and list(sampler) == []
-    else:
-        assert torch.equal(epoch_of(2, workers, start), epoch_of(2)[start:])
+@pytest.mark.parametrize("start", [0, 3, 7])
+def test_an_epoch_is_resumed_in_the_middle(start, workers):
+    assert torch.equal(epoch_of(2, workers, start), epoch_of(2)[start:])
+
+
+def test_an_epoch_is_resumed_at_its_end():
+    sampler = ShuffledSeeds(10, 3)
+    sampler.begin(2, 10)
+    assert len(sampler) == 0 and list(sampler) == []
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_an_epoch(processes):
-    """Their batches are together those of one process, and no image is anyone's twice."""
+    """Their batches are together those of one process, and no image comes twice."""
     whole = epoch_of(1).tolist()
     parts = [epoch_of(1, process=number, of=processes).tolist() for number in range(processes)]
     assert len({len(part) for part in parts}) == 1
@@ -85,72 +98,21 @@ def test_processes_share_an_epoch(processes):
     assert together == whole[: len(together)] and len(together) > 10 - processes
 
 
-class Broken(Noise):
-    """Some items cannot be read."""
-
-    def __init__(self, *broken: int) -> None:
-        self.broken = broken
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor]:
-        if index in self.broken:
-            raise DatasetError(f"{index}.png is broken")
-        return super().__getitem__(index)
+def test_a_smaller_last_batch_may_be_left_out():
+    sampler = ShuffledSeeds(10, 3)
+    assert [len(b.images) for b in training_loader(Noise(), sampler, 3, 0, CPU)] == [3, 3, 3, 1]
+    loader = training_loader(Noise(), sampler, 3, 0, CPU, drop_last=True)
+    assert [len(batch.images) for batch in loader] == [3, 3, 3] and len(loader) == 3
 
 
-def test_a_broken_item_ends_the_epoch_or_is_stood_in_for():
-    with pytest.raises(DatasetError, match=r"4\.png"):
-        Seeded(Broken(4))[4, 0]
-    item, index, reason = Seeded(Broken(4, 5), skip_broken=True)[4, 0]
-    assert item[0] == 6 == index and reason == "4.png is broken\n5.png is broken"
-    _, index, reason = Seeded(Broken(9), skip_broken=True)[9, 0]
-    assert index == 0 and reason == "9.png is broken"
-    assert Seeded(Broken(4), skip_broken=True)[5, 0][1:] == (5, "")
-
-
-@pytest.mark.parametrize("kind", [Seeded, WithSeed])
-def test_a_disk_that_is_gone_is_not_searched_for_ever(kind):
-    with pytest.raises(DatasetError, match="10 images one after the other are broken"):
-        kind(Broken(*range(10)), skip_broken=True)[4, 0]
-
-
-@pytest.mark.parametrize(
-    "loader",
-    [
-        lambda dataset: DataLoader(dataset, **loader_options(1, 1, torch.device("cpu"))),
-        lambda dataset: reading_loader(dataset, workers=1),
-    ],
-)
-def test_workers_leave_signals_to_the_training_process(loader):
-    class Handlers(Dataset):
-        def __len__(self) -> int:
-            return 2
-
-        def __getitem__(self, index: int) -> bool:
-            numbers = (signal.SIGINT, signal.SIGTERM)
-            return all(signal.getsignal(number) == signal.SIG_IGN for number in numbers)
-
-    assert [bool(ignored) for ignored in loader(Handlers())] == [True, True]
-
-
-def test_workers_leave_it_to_the_training_process_to_say_what_went_wrong(capfd):
-    class Connected(Dataset):
-        def __len__(self) -> int:
-            return 1
-
-        def __getitem__(self, index: int) -> int:
-            # As the thread of multiprocessing that hands over batches does, when nobody takes them.
-            sys.excepthook(EOFError, EOFError(), None)
-            return index
-
-    list(DataLoader(Connected(), **loader_options(1, 1, torch.device("cpu"))))
-    assert capfd.readouterr().err == ""
-
-
-def test_items_leave_the_training_processs_random_state_alone():
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_random_state_alone(workers):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    Seeded(Noise())[4, 12345]
+    list(training_loader(Noise(), ShuffledSeeds(10, 3), 4, workers, CPU))
+    list(validation_loader(Noise(), 4, workers, CPU))
+    list(call_in_workers(Noise().__getitem__, 1, 1, ""))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -160,11 +122,14 @@ def test_items_leave_the_gpu_alone(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded)
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
-    Seeded(Noise())[4, 12345]
+    SeededItems(Noise())[4, 12345]
+
+
+# Batches
 
 
 class Sizes(Dataset):
-    """Items of two tensors, each of a size of its own."""
+    """Images and labels of many sizes."""
 
     def __len__(self) -> int:
         return 5
@@ -174,29 +139,110 @@ class Sizes(Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_items_come_with_the_seeds_that_transforms_start_from(workers):
+def test_images_of_any_size_come_with_their_seeds(workers):
     sampler = ShuffledSeeds(5, seed=3)
-    options = {"batch_size": 2, "num_workers": workers, "collate_fn": as_lists}
-    batches = list(training_loader(WithSeed(Sizes()), sampler, **options))
-    order, seeds = [], []
-    for *columns, reasons in batches:
-        assert reasons == [""] * len(reasons)
-        for first, second, seed, index in zip(*columns, strict=True):
-            assert index == len(second)
-            assert first.tolist() == [[index, index]] * (index + 1)
-            assert second.tolist() == [index] * index
-            order.append(index)
-            seeds.append(seed)
-    assert [len(batch[0]) for batch in batches] == [2, 2, 1]
-    assert sorted(order) == list(range(5)) and len(set(seeds)) == 5
-    # The same order and seeds as where the items are drawn from them at once.
-    assert list(zip(order, seeds, strict=True)) == list(sampler)
+    batches = list(training_loader(Sizes(), sampler, 2, workers, CPU))
+    assert [len(batch.images) for batch in batches] == [2, 2, 1]
+    order = []
+    for batch in batches:
+        for image, label, seed, index in zip(*batch[:4], strict=True):
+            assert image.tolist() == [[index, index]] * (index + 1)
+            assert label.tolist() == [index] * index
+            order.append((index, seed))
+    assert order == list(sampler)
 
 
-def test_as_lists_keeps_items_of_any_size():
-    items = [(torch.ones(2), "a", 1), (torch.ones(3, 4), "b", 2)]
-    tensors, letters, numbers = as_lists(items)
-    assert [tensor.shape for tensor in tensors] == [(2,), (3, 4)]
-    assert letters == ["a", "b"] and numbers == [1, 2]
-    with pytest.raises(ValueError):
-        as_lists([(1, 2), (3,)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_validation_is_in_order(workers):
+    first, second = validation_loader(Sizes(), 3, workers, CPU)
+    assert isinstance(first, Batch) and first.indices == [0, 1, 2] and second.indices == [3, 4]
+    assert [len(image) for image in second.images] == [4, 5]
+    stacked = list(validation_loader(Noise(), 4, workers, CPU, stacked=True))
+    assert [batch.images.shape for batch in stacked] == [(4, 2), (4, 2), (2, 2)]
+    assert torch.cat([batch.labels for batch in stacked]).tolist() == list(range(10))
+
+
+# Broken images
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_raises_its_error(workers):
+    for loader in (
+        training_loader(Noise(4), ShuffledSeeds(10, 3), 3, workers, CPU),
+        validation_loader(Noise(4), 3, workers, CPU),
+    ):
+        with pytest.raises(DatasetError, match=r"4\.png"):
+            list(loader)
+        if workers:
+            loader._iterator._shutdown_workers()  # the garbage collector takes 10 seconds for it
+
+
+def test_the_next_image_replaces_a_broken_one_in_training():
+    images, _, seeds, indices, left_out = SeededItems(Noise(4, 5), skip_broken=True)[4, 7]
+    assert images[0][0] == 6 and indices == [6] and seeds == [7]
+    assert left_out == ["4.png is broken", "5.png is broken"]
+    last = SeededItems(Noise(9), skip_broken=True)[9, 0]
+    assert last.indices == [0] and last.left_out == ["9.png is broken"]
+    assert SeededItems(Noise(4), skip_broken=True)[5, 0].left_out == []
+    batches = list(training_loader(Noise(4), ShuffledSeeds(10, 3), 5, 0, CPU, skip_broken=True))
+    assert [len(batch.images) for batch in batches] == [5, 5]
+    assert [reason for batch in batches for reason in batch.left_out] == ["4.png is broken"]
+
+
+def test_a_disk_that_is_gone_is_not_searched_forever():
+    with pytest.raises(NothingReadable, match="10 images in a row cannot be read: is the disk"):
+        SeededItems(Noise(*range(10)), skip_broken=True)[4, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_validation_leaves_out_broken_images(workers, stacked):
+    loader = validation_loader(Noise(1, 4, 5), 2, workers, CPU, skip_broken=True, stacked=stacked)
+    batches = list(loader)
+    assert [batch.indices for batch in batches] == [[0], [2, 3], [], [6, 7], [8, 9]]
+    assert [len(batch.images) for batch in batches] == [1, 2, 0, 2, 2]
+    assert len(batches[2].labels) == 0
+    expected = [["1.png is broken"], [], ["4.png is broken", "5.png is broken"], [], []]
+    assert [batch.left_out for batch in batches] == expected
+
+
+def test_other_errors_are_raised():
+    class Wrong(Noise):
+        def __getitem__(self, index: int) -> int:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        next(iter(validation_loader(Wrong(), 2, 0, CPU, skip_broken=True)))
+
+
+# Workers
+
+
+def ignores_signals(_index: int) -> bool:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    return all(signal.getsignal(number) == signal.SIG_IGN for number in numbers)
+
+
+def fails_silently(_index: int) -> None:
+    # As a thread of multiprocessing does that hands over batches, when nobody takes them.
+    sys.excepthook(EOFError, EOFError(), None)
+
+
+def test_workers_leave_signals_and_errors_to_the_training_process(capfd):
+    assert list(call_in_workers(ignores_signals, 2, 1, "")) == [True, True]
+    list(call_in_workers(fails_silently, 1, 1, ""))
+    assert capfd.readouterr().err == ""
+
+
+# Counting
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pixels_are_counted(cityscapes, workers):
+    parts = [Cityscapes(cityscapes, split) for split in ("train", "train_extra")]
+    labels = [part.read_train_ids(index) for part in parts for index in range(len(part))]
+    values, numbers = np.unique(labels, return_counts=True)
+    expected = dict(zip(values.tolist(), numbers.tolist(), strict=True))
+    counts = count_pixels(parts, 19, workers)
+    assert counts.dtype == torch.int64 and counts.sum() == 9 * 64 * 128
+    assert counts.tolist() == [expected.get(value, 0) for value in (*range(19), 255)]

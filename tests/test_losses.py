@@ -14,15 +14,14 @@ from utils.losses import (
 
 
 def test_class_weights_of_cityscapes():
-    """Known values: road, sidewalk and building by their shares, 11.5 % of pixels ignored."""
+    """Known values of road, sidewalk and building; 11.5 % of pixels are ignored."""
     shares = [0.3265, 0.0539, 0.2020]
     rest = 1 - sum(shares) - 0.115
     counts = torch.tensor([round(1e9 * share) for share in (*shares, rest, 0.115)])
     assert class_weights(counts, 1.10)[:3].tolist() == pytest.approx(
         [2.815, 6.985, 3.789], abs=2e-3
     )
-    # Those of stage 1 were computed from labels at 1/8 resolution, whose shares differ a little:
-    # 2.969 for building is a share of 0.2005.
+    # Those of stage 1 were computed on labels at 1/8 resolution, where building has 0.2005.
     stage_1 = class_weights(counts, 1.20)[:3].tolist()
     assert stage_1 == pytest.approx([2.365, 4.424, 2.969], rel=4e-3)
     shrunk = torch.tensor([3263, 536, 2005, 10000 - 3263 - 536 - 2005 - 1150, 1150])
@@ -52,7 +51,7 @@ def test_cross_entropy_is_torchs_weighted_mean(batch):
 
 
 @pytest.mark.parametrize("name", ["ce", "ohem"])
-def test_a_batch_without_labels_costs_nothing(batch, name):
+def test_a_batch_without_labels_has_no_loss(batch, name):
     logits, labels, weight = batch
     loss = build_loss(name, weight)(logits, torch.full_like(labels, 255))
     loss.backward()
@@ -68,7 +67,7 @@ def test_ohem_takes_pixels_below_the_threshold():
     assert loss.item() == pytest.approx(-(math.log(0.6) + math.log(0.2)) / 2)
 
 
-def test_ohem_keeps_the_hardest_where_all_are_easy():
+def test_ohem_keeps_the_hardest_if_all_pixels_are_easy():
     truth = torch.tensor([0.99, 0.9, 0.95, 0.98]).view(1, 1, 4)
     logits = torch.stack([truth.log(), (1 - truth).log()], dim=1)
     labels = torch.zeros(1, 1, 4, dtype=torch.int64)
@@ -78,8 +77,8 @@ def test_ohem_keeps_the_hardest_where_all_are_easy():
 
 @pytest.mark.parametrize("ease", [0.0, 3.0, 8.0])
 @pytest.mark.parametrize("ignored", [0.0, 0.4, 0.95])
-def test_ohem_keeps_what_its_definition_says(ease, ignored):
-    """From all pixels below the threshold to the least share, which counts the labelled alone."""
+def test_ohem_follows_its_definition(ease, ignored):
+    """All pixels below the threshold, but at least a share of the labelled ones."""
     torch.manual_seed(0)
     labels = torch.randint(0, 5, (2, 16, 24))
     logits = torch.randn(2, 5, 16, 24).scatter_add_(
@@ -98,14 +97,14 @@ def test_ohem_keeps_what_its_definition_says(ease, ignored):
 
 
 @pytest.mark.parametrize("name", ["ce", "ohem"])
-def test_losses_read_no_value_which_would_wait_for_a_gpu(batch, name):
-    """Tensors on the device "meta" have none to read."""
+def test_losses_do_not_wait_for_a_gpu(batch, name):
+    """Reading a value would wait, and fails for tensors on the device "meta"."""
     logits, labels, weight = (tensor.detach().to("meta") for tensor in batch)
     outputs = logits, logits[..., ::2, ::2]
     assert with_auxiliary(build_loss(name, weight), 0.4)(outputs, labels).shape == ()
 
 
-def test_ohem_weighs_the_classes():
+def test_ohem_weights_the_classes():
     truth = torch.tensor([0.5, 0.5]).view(1, 1, 2)
     logits = torch.stack([truth.log() + 1, (1 - truth).log()], dim=1)
     labels = torch.tensor([[[0, 1]]])
@@ -116,7 +115,7 @@ def test_ohem_weighs_the_classes():
 
 @pytest.mark.parametrize("name", ["ce", "ohem"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_losses_are_summed_in_full_precision(batch, name, dtype):
+def test_half_precision_logits_are_summed_in_full_precision(batch, name, dtype):
     logits, labels, weight = batch
     coarse, loss = logits.detach().to(dtype), build_loss(name, weight)
     assert loss(coarse, labels).dtype == torch.float32
@@ -124,12 +123,12 @@ def test_losses_are_summed_in_full_precision(batch, name, dtype):
 
 
 @pytest.mark.parametrize("name", ["ce", "ohem"])
-def test_a_second_head_adds_a_share_of_its_loss(batch, name):
+def test_an_auxiliary_head_adds_a_share_of_its_loss(batch, name):
     logits, labels, weight = batch
     auxiliary = torch.randn(2, 4, 3, 3, requires_grad=True)
     loss = build_loss(name, weight)
     total = with_auxiliary(loss, 0.4)((logits, auxiliary), labels)
-    # Of 6 x 5 pixels those at the centres of 3 x 3: rows 1, 3, 5 and columns 0, 2, 4.
+    # The centres of 3 x 3 blocks of 6 x 5 pixels: rows 1, 3, 5 and columns 0, 2, 4.
     smaller = labels[:, 1::2, ::2]
     assert smaller.shape == (2, 3, 3) and (smaller == 255).any()
     assert torch.allclose(total, loss(logits, labels) + 0.4 * loss(auxiliary, smaller))
@@ -138,7 +137,7 @@ def test_a_second_head_adds_a_share_of_its_loss(batch, name):
     assert (auxiliary.grad[(smaller == 255)[:, None].expand_as(auxiliary)] == 0).all()
 
 
-def test_a_second_head_without_a_share_adds_nothing(batch):
+def test_an_auxiliary_head_of_weight_0_adds_nothing(batch):
     logits, labels, weight = batch
     loss = build_loss("ce", weight)
     total = with_auxiliary(loss, 0.0)((logits, torch.randn(2, 4, 3, 3)), labels)

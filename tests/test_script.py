@@ -2,85 +2,210 @@ import argparse
 import io
 import os
 import signal
-import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import Forked
+from torch.utils.data import DataLoader, Dataset
 
 from datasets.images import DatasetError
+from utils import distributed
 from utils.errors import UserError, one_line
-from utils.options import ArgumentParser, natural_int, positive_float, positive_int
-from utils.script import Interrupted, dead_worker, pick_amp_dtype, pick_device, run
-
-
-def test_numbers():
-    assert positive_int("3") == 3 and natural_int("0") == 0 and positive_float("1e-3") == 1e-3
-
-
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [
-        (positive_int, "0"),
-        (positive_int, "-4"),
-        (positive_int, "1.5"),
-        (positive_int, "many"),
-        (natural_int, "-1"),
-        (positive_float, "0"),
-        (positive_float, "nan"),
-        (positive_float, "inf"),
-    ],
+from utils.files import WriteError
+from utils.script import (
+    Interrupted,
+    WorkerDied,
+    pick_amp_dtype,
+    pick_device,
+    run_script,
+    start_device,
+    with_advice,
+    worker_death,
 )
-def test_other_numbers_are_refused_by_name(kind, text):
-    with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not a"):
-        kind(text)
 
 
-def test_a_mistake_on_the_command_line_is_one_line(capsys):
-    parser = ArgumentParser("description")
-    parser.add_argument("--height", type=positive_int)
-    with pytest.raises(SystemExit) as end:
-        parser.parse_args(["--height", "-5"])
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "--height: -5 is not a positive whole number" in error
-
-
-@pytest.mark.parametrize("error", [UserError("no\tway"), DatasetError("no\tway")])
-def test_run_ends_in_one_line_and_status_2(capsys, monkeypatch, error):
+@pytest.fixture
+def ended(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
+    """Run a main function that must end the program; returns its status and what it printed."""
     monkeypatch.setattr(sys, "argv", ["main.py"])
 
-    def main():
+    def end_of(main: Callable[[], None], **options: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            run_script(main, **options)
+        return end.value.code, capsys.readouterr().err
+
+    return end_of
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def main() -> None:
         raise error
 
-    with pytest.raises(SystemExit) as end:
-        run(main)
-    assert end.value.code == 2
-    assert capsys.readouterr().err == "main.py: error: no\tway\n"
+    return main
 
 
-def test_run_lets_a_bug_through():
-    def main():
-        raise ZeroDivisionError
+# Errors
 
+
+@pytest.mark.parametrize("error", [UserError, DatasetError, WriteError])
+def test_a_users_mistake_ends_in_one_line_and_status_2(ended, error):
+    assert ended(raising(error("no\tway"))) == (2, "main.py: error: no\tway\n")
+
+
+def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        run(main)
+        run_script(raising(ZeroDivisionError()))
 
 
-class Broken(torch.utils.data.Dataset):
-    def __len__(self):
+def test_the_script_adds_which_option_mends_an_error(ended):
+    advice = {UserError: "read the help", DatasetError: "give --skip-broken"}
+    assert ended(raising(DatasetError("a.png is broken")), advice=advice)[1] == (
+        "main.py: error: a.png is broken; give --skip-broken\n"
+    )
+    assert with_advice(WriteError("log.csv cannot be written"), advice) == (
+        "log.csv cannot be written; read the help"
+    )
+    assert with_advice(UserError("no way"), {DatasetError: "give --skip-broken"}) == "no way"
+    noted = DatasetError("a.png is broken")
+    noted.add_note("saved after step 3")
+    assert with_advice(noted, advice) == "a.png is broken; give --skip-broken; saved after step 3"
+
+
+class Broken(Dataset):
+    """Every image is broken."""
+
+    def __len__(self) -> int:
         return 2
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> None:
         raise DatasetError(f"file {index}.png: is broken")
 
 
+class Killed(Broken):
+    """Kills the worker that reads it."""
+
+    def __getitem__(self, index: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_an_error_in_a_worker_is_one_line_too():
+    batches = iter(DataLoader(Broken(), num_workers=1))
     with pytest.raises(DatasetError) as error:
-        list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+        next(batches)
+    batches._shutdown_workers()  # the garbage collector would wait for them for 5 s
     assert "Traceback" in str(error.value)
     assert one_line(error.value) == "file 0.png: is broken"
+
+
+def test_a_killed_worker_is_reported_in_one_line(ended):
+    status, err = ended(
+        lambda: list(DataLoader(Killed(), num_workers=1)), advice={WorkerDied: "fewer --workers"}
+    )
+    (line,) = err.splitlines()
+    assert status == 2 and line.startswith("main.py: error: a process that loads data died (")
+    assert line.endswith("); fewer --workers")
+
+
+def test_a_worker_killed_while_it_hands_over_a_batch_is_recognised():
+    assert worker_death(ConnectionResetError(104, "Connection reset by peer")) is not None
+    assert worker_death(RuntimeError("something else")) is None
+
+
+@pytest.mark.parametrize("reason", ["No space left on device", "Broken pipe"])
+def test_lost_standard_output_ends_the_program_in_one_line(tmp_path, monkeypatch, reason):
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+
+    def program() -> None:
+        if reason == "Broken pipe":
+            end, output = os.pipe()
+            os.close(end)
+        else:
+            output = os.open("/dev/full", os.O_WRONLY)
+        sys.stdout = open(output, "w")
+        run_script(lambda: [print("text", flush=True) for _ in range(9)])
+
+    result = Forked(program, tmp_path).finish()
+    assert result.status == 2
+    assert result.err == f"main.py: error: standard output cannot be written ({reason})\n"
+
+
+def test_file_names_of_any_kind_can_be_printed(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", out)
+    run_script(lambda: print("ava\udcfflon.png"))
+    out.flush()
+    assert out.buffer.getvalue() == b"ava\\udcfflon.png\n"
+
+
+# Signals
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "message"),
+    [(signal.SIGINT, 130, "\nmain.py: interrupted\n"), (signal.SIGTERM, 143, "stopped by SIGTERM")],
+)
+def test_a_signal_ends_the_program_in_one_line_after_it_has_cleaned_up(
+    ended, number, status, message
+):
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    cleaned = []
+
+    def main() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            cleaned.append(True)
+
+    code, err = ended(main)
+    assert code == status and message in err and err.strip().count("\n") == 0
+    assert cleaned == [True]
+    assert {name: signal.getsignal(name) for name in handlers} == handlers
+
+
+def test_an_ignored_ctrl_c_stays_ignored(monkeypatch):
+    """As for a program that nohup starts."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run_script(lambda: os.kill(os.getpid(), signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_sigterm_does_not_keep_the_last_line_from_being_printed(monkeypatch):
+    """As torchrun sends it to the processes that end last."""
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    printed, before = [], signal.getsignal(signal.SIGTERM)
+
+    class Terminal(io.StringIO):
+        def write(self, text: str) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            printed.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with pytest.raises(SystemExit) as end:
+        run_script(raising(Interrupted("to go on: python main.py", signal.SIGTERM)))
+    assert end.value.code == 143 and "".join(printed) == "main.py: to go on: python main.py\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# Several processes
+
+
+def test_an_error_elsewhere_is_what_a_process_prints(ended, monkeypatch):
+    announced = []
+    monkeypatch.setattr(distributed, "announce", announced.append)
+    assert ended(raising(UserError("the disk is full")))[0] == 2
+    assert announced == ["the disk is full"]
+    monkeypatch.setattr(distributed, "failure_elsewhere", lambda error: "process 1: no memory")
+    assert ended(raising(RuntimeError("gloo"))) == (2, "main.py: error: process 1: no memory\n")
+
+
+# Device and precision
 
 
 def test_devices():
@@ -106,7 +231,13 @@ def test_precision(monkeypatch):
     assert pick_amp_dtype("auto", cuda) == torch.bfloat16
 
 
-def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+def test_synchronised_batch_norm_needs_gpus():
+    with pytest.raises(UserError, match="--sync-bn needs GPUs"):
+        start_device(argparse.Namespace(device="cpu", amp="auto", sync_bn=True))
+    assert start_device(argparse.Namespace(device="cpu", amp="auto", sync_bn=False)).type == "cpu"
+
+
+def test_each_process_of_torchrun_gets_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     taken = []
@@ -120,74 +251,5 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
     with pytest.raises(UserError, match="torchrun gives each process a GPU"):
         pick_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="there are 1 GPUs for the processes of this machine"):
+    with pytest.raises(UserError, match="1 GPUs, fewer than its processes"):
         pick_device("auto")
-
-
-class Deadly(torch.utils.data.Dataset):
-    """Kills the worker that reads it."""
-
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: int) -> int:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_worker_that_is_killed_is_said_in_one_line(capsys):
-    with pytest.raises(SystemExit) as end:
-        run(lambda: list(torch.utils.data.DataLoader(Deadly(), num_workers=1)))
-    assert end.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "a process that loads data died (" in line and "give fewer --workers" in line
-    assert dead_worker(ConnectionResetError(104, "Connection reset by peer")) is not None
-    assert dead_worker(RuntimeError("something else")) is None
-
-
-def test_another_sigterm_does_not_keep_an_interrupted_program_from_saying_its_line(monkeypatch):
-    """As torchrun sends it to the process that ends last."""
-    before = signal.getsignal(signal.SIGTERM)
-    said = []
-
-    class Stderr(io.StringIO):
-        def write(self, text: str) -> int:
-            os.kill(os.getpid(), signal.SIGTERM)
-            said.append(text)
-            return len(text)
-
-    def interrupted() -> None:
-        raise Interrupted("to go on: python main.py", signal.SIGTERM)
-
-    monkeypatch.setattr(sys, "argv", ["main.py"])
-    monkeypatch.setattr(sys, "stderr", Stderr())
-    with pytest.raises(SystemExit) as end:
-        run(interrupted)
-    assert end.value.code == 143 and "".join(said) == "main.py: to go on: python main.py\n"
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-@pytest.mark.parametrize("what", ["a full disk", "a closed pipe"])
-def test_a_standard_output_that_is_gone_ends_the_program_in_one_line(what):
-    code = (
-        "from utils.script import run; run(lambda: [print('text', flush=True) for _ in range(9)])"
-    )
-    if what == "a full disk":
-        output = os.open("/dev/full", os.O_WRONLY)
-    else:
-        end, output = os.pipe()
-        os.close(end)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True
-    )
-    os.close(output)
-    reason = "No space left on device" if what == "a full disk" else "Broken pipe"
-    assert done.stderr == f"-c: error: standard output cannot be written ({reason})\n"
-    assert done.returncode == 2
-
-
-def test_file_names_of_any_kind_can_be_printed(monkeypatch):
-    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    monkeypatch.setattr(sys, "stdout", out)
-    run(lambda: print("ava\udcfflon.png"))
-    out.flush()
-    assert out.buffer.getvalue() == b"ava\\udcfflon.png\n"

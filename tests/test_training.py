@@ -1,178 +1,226 @@
+import argparse
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from compare import shown, value_differences
+from conftest import read_log, same_weights
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from datasets.loading import ShuffledSeeds
-from lednet_imagenet import build_optimizer, build_schedule
+from datasets.loading import Batch, ShuffledSeeds, training_loader
+from datasets.segmentation import Classes
 from utils import distributed
-from utils.checkpoint import on_cpu
-from utils.optim import OPTIMIZERS, SCHEDULES, ema_of
-from utils.training import Training
+from utils.checkpoint import CheckpointError, Description, load_checkpoint, on_cpu, save_checkpoint
+from utils.evaluation import OutOfMemory
+from utils.interrupts import Diverged, Guard
+from utils.metrics import TopKAccuracy
+from utils.optim import PretrainingSchedule, average_of, build_optimizer, one_cycle, poly
+from utils.run_folder import Run, open_run
+from utils.training import Stage, TrainState, Validation, fit, train_one_epoch, train_step
 
+CPU, PATH = torch.device("cpu"), Path("last.pth")
+ABOUT = Description(
+    "fields", Classes(["a", "b"], [[0] * 3] * 2, [0, 1]), [0.0] * 3, [1.0] * 3, 8, 24
+)
 EPOCHS, STEPS, LR = 4, 6, 0.01
-PATH = Path("last.pth")
 
 
-def of_main(optimizer: str, schedule: str, model: nn.Module, steps: int) -> tuple:
-    made = OPTIMIZERS[optimizer](model.parameters(), lr=LR, weight_decay=0.1)
-    return made, SCHEDULES[schedule](made, EPOCHS * steps)
+class ShortPretraining(PretrainingSchedule):
+    CONSTANT_EPOCHS = 2
 
 
-def of_the_classifier(recipe: str, model: nn.Module, steps: int) -> tuple:
-    made = build_optimizer(recipe, model, LR)
-    return made, build_schedule(recipe, made, EPOCHS, steps)
-
-
+# Optimizer and schedule by name of the recipe; the schedule takes the steps of an epoch.
 RECIPES = {
-    f"{optimizer}, {schedule}": partial(of_main, optimizer, schedule)
-    for optimizer in OPTIMIZERS
-    for schedule in SCHEDULES
-} | {f"classifier, {name}": partial(of_the_classifier, name) for name in ("paper", "modern")}
+    "adam, poly": ("adam", lambda optimizer, steps: poly(optimizer, EPOCHS * steps)),
+    "adamw, one cycle": ("adamw", lambda optimizer, steps: one_cycle(optimizer, EPOCHS * steps)),
+    "sgd, pretraining": ("sgd", ShortPretraining),
+}
 
 
-def begin(recipe: str, ema: bool = True, batch_size: int = 4, steps: int = STEPS) -> Training:
+def stage_of(
+    recipe: str = "adam, poly",
+    batch_size: int = 4,
+    average: bool = False,
+    model: nn.Module | None = None,
+    items: list[tuple[Tensor, int]] | None = None,
+    **options: Any,
+) -> Stage:
+    """Return a stage that classifies 24 points, 4 in a step by default."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
-    optimizer, scheduler = RECIPES[recipe](model, steps)
-    scaler = torch.amp.GradScaler("cpu", growth_interval=3)
-    average = ema_of(model, EPOCHS * steps) if ema else None
-    return Training(model, model, optimizer, scheduler, scaler, batch_size, steps, average)
+    layers = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)
+    model = model or nn.Sequential(*layers)
+    if items is None:
+        points = torch.rand(24, 3, generator=torch.Generator().manual_seed(1))
+        items = [(point, int(point.sum() > 1.5)) for point in points]
+    sampler = ShuffledSeeds(len(items), 7, distributed.rank(), distributed.processes())
+    loader = training_loader(items, sampler, batch_size, 0, CPU, stacked=True)
+    name, schedule = RECIPES[recipe]
+    optimizer = build_optimizer(name, model, LR, weight_decay=0.1)
+    defaults = {
+        "number": 0,
+        "epochs": EPOCHS,
+        "about": ABOUT,
+        "model": model,
+        "network": model,
+        "loader": loader,
+        "prepare": lambda batch: (batch.images, batch.labels),
+        "loss": nn.CrossEntropyLoss(),
+        "optimizer": optimizer,
+        "scheduler": schedule(optimizer, len(loader)),
+        "val_loader": [],
+        "validate": lambda network, batches, title: Validation({}, {"score": 0.5}, []),
+        "score": "score",
+        "files": lambda index: [f"{index}.png"],
+        "average": average_of(model, EPOCHS * len(loader)) if average else None,
+        "meter": partial(TopKAccuracy, (1,)),
+    }
+    return Stage(**defaults | options)
 
 
-def train(training: Training, steps: int, rates: list[float] | None = None) -> list[dict]:
-    """So many steps, of as many epochs as they take, as the programs make them; returns the sums
-    of each epoch that ended."""
-    ended = []
+# The state
+
+
+def train(state: TrainState, steps: int, rates: list[float] | None = None) -> list[dict]:
+    """Take steps on random points, over the ends of epochs; returns the scores of each epoch."""
+    stage, ended = state.stage, []
     for _ in range(steps):
-        if training.step == 0 or not training.totals:
-            training.begin_epoch(right=torch.tensor(0))
+        meter = stage.meter()
+        if state.step == 0 and not state.totals:
+            state.begin_epoch(meter)
+        meter.counts = state.totals["meter"]
         if rates is not None:
-            rates.append(training.optimizer.param_groups[0]["lr"])
-        loss = training.model(torch.rand(training.batch_size, 3)).square().mean()
-        training.optimizer.zero_grad()
-        training.scaler.scale(loss).backward()
-        training.scaler.step(training.optimizer)
-        training.scaler.update()
-        training.scheduler.step()
-        if training.ema:
-            training.ema.update_parameters(training.network)
-        training.step += 1
-        training.totals["loss"] += loss.detach()
-        training.totals["images"] += training.batch_size
-        training.totals["right"] += 1
-        if training.step == training.steps:
-            ended.append(training.end_epoch())
+            rates.append(stage.optimizer.param_groups[0]["lr"])
+        size = stage.loader.batch_size
+        batch = Batch(torch.rand(size, 3), torch.randint(2, (size,)), [], [], [])
+        train_step(state, stage.model, meter, batch)
+        if state.step == stage.steps:
+            ended.append(state.end_epoch(meter))
     return ended
 
 
-def written(training: Training, tmp_path: Path) -> dict[str, Any]:
-    """The state as it comes back from a file, with what the programs save beside it."""
-    torch.save(training.state() | {"model": on_cpu(training.scored)}, tmp_path / "state")
-    return torch.load(tmp_path / "state", weights_only=True)
+def written(state: TrainState, folder: Path) -> dict[str, Any]:
+    """Return the state as it comes back from a file."""
+    save_checkpoint(state.state_dict(), folder / "state.pth")
+    return load_checkpoint(folder / "state.pth")
 
 
-def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
-    if isinstance(theirs, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in theirs:
-            assert_same(ours[key], theirs[key], f"{where} {key}")
-    elif isinstance(theirs, list | tuple):
-        assert len(ours) == len(theirs), where
-        for place, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(*pair, f"{where} {place}")
-    else:
-        assert ours == theirs, where
+def assert_same(value: Any, expected: Any) -> None:
+    assert list(value_differences(value, expected, "state")) == []
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("ema", [True, False])
-@pytest.mark.parametrize("done", [1, STEPS - 1, STEPS, STEPS + 2])
-def test_going_on_from_a_file_is_never_having_stopped(recipe, ema, done, tmp_path):
-    unbroken = begin(recipe, ema)
-    sums = train(unbroken, 3 * STEPS + 1)
-    stopped = begin(recipe, ema)
+@pytest.mark.parametrize(
+    ("recipe", "average"), [*((recipe, True) for recipe in RECIPES), ("adam, poly", False)]
+)
+@pytest.mark.parametrize("done", [1, STEPS - 1, STEPS, 2 * STEPS + 2])
+def test_resuming_from_a_file_is_like_never_stopping(recipe, average, done, tmp_path):
+    unbroken = TrainState(stage_of(recipe, average=average))
+    scores = train(unbroken, 3 * STEPS + 1)
+    stopped = TrainState(stage_of(recipe, average=average))
     train(stopped, done)
     state = written(stopped, tmp_path)
-    resumed = begin(recipe, ema)
-    train(resumed, 3)  # whatever it was before
+    resumed = TrainState(stage_of(recipe, average=average))
+    train(resumed, 3)  # whatever state it had before
     torch.rand(5)
-    assert resumed.restore(state, PATH) == []
+    assert resumed.load_state_dict(state, PATH) == []
     assert (resumed.epoch, resumed.step) == divmod(done, STEPS)
     assert resumed.lr == stopped.lr
-    assert_same(train(resumed, 3 * STEPS + 1 - done), sums[done // STEPS :])
+    assert_same(train(resumed, 3 * STEPS + 1 - done), scores[done // STEPS :])
     assert_same(written(resumed, tmp_path), written(unbroken, tmp_path))
 
 
-def test_another_number_of_threads_is_told(tmp_path):
-    stopped, resumed = begin("adam, poly"), begin("adam, poly")
-    state = written(stopped, tmp_path)
+def test_the_best_epoch_comes_back(tmp_path):
+    stopped = TrainState(stage_of(), best={"epoch": 1, "score": 0.7})
+    resumed = TrainState(stage_of())
+    resumed.load_state_dict(written(stopped, tmp_path), PATH)
+    assert resumed.best == {"epoch": 1, "score": 0.7}
+
+
+def test_another_number_of_threads_is_reported(tmp_path):
+    state = written(TrainState(stage_of()), tmp_path)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        (difference,) = resumed.restore(state, PATH)
+        (difference,) = TrainState(stage_of()).load_state_dict(state, PATH)
     finally:
         torch.set_num_threads(threads)
     assert f"OMP_NUM_THREADS {threads + 1}, it was torch" in difference
     assert difference.endswith(f"OMP_NUM_THREADS {threads}: rounding differs")
 
 
-def test_another_precision_is_told(tmp_path):
-    stopped, resumed = begin("adam, poly"), begin("adam, poly")
-    resumed.amp_dtype = torch.bfloat16
-    (difference,) = resumed.restore(written(stopped, tmp_path), PATH)
+def test_another_precision_is_reported(tmp_path):
+    state = written(TrainState(stage_of()), tmp_path)
+    resumed = TrainState(stage_of(amp_dtype=torch.bfloat16))
+    (difference,) = resumed.load_state_dict(state, PATH)
     assert "in torch.bfloat16 on" in difference and "in full precision on" in difference
+
+
+def test_a_scaler_without_a_stored_state_starts_anew(tmp_path):
+    """The precision, which needed none before, may change."""
+    state = written(TrainState(stage_of()), tmp_path)
+    resumed = TrainState(stage_of())
+    resumed.stage.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    resumed.load_state_dict(state, PATH)
+    assert resumed.stage.scaler.get_scale() == 4.0
+
+
+def test_another_number_of_training_images_is_refused(tmp_path):
+    state = written(TrainState(stage_of()), tmp_path)
+    with pytest.raises(CheckpointError, match="has 24 training images now, and 23 when"):
+        TrainState(stage_of()).load_state_dict(state | {"train_images": 23}, PATH)
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(("batch_size", "steps"), [(2, 12), (3, 8), (5, 5), (8, 3), (24, 1)])
-@pytest.mark.parametrize("done", [1, 4, STEPS - 1, STEPS, STEPS + 3])
+@pytest.mark.parametrize(
+    ("batch_size", "steps", "done"),
+    [(2, 12, STEPS - 1), (3, 8, 1), (5, 5, STEPS + 3), (8, 3, STEPS - 1), (24, 1, STEPS + 3)],
+)
 def test_another_batch_size_goes_on_at_the_same_place_of_the_schedule(
     recipe, batch_size, steps, done, tmp_path
 ):
-    """An epoch is of 24 images, and each schedule ends where it would have ended."""
-    stopped = begin(recipe)
+    """Each schedule ends where it would have ended."""
+    stopped = TrainState(stage_of(recipe))
     train(stopped, done)
-    resumed = begin(recipe, batch_size=batch_size, steps=steps)
-    (difference,) = resumed.restore(written(stopped, tmp_path), PATH)
-    assert f"steps are of {batch_size} images, not 4" in difference
+    resumed = TrainState(stage_of(recipe, batch_size))
+    assert resumed.stage.steps == steps
+    (difference,) = resumed.load_state_dict(written(stopped, tmp_path), PATH)
+    assert f"steps are of {batch_size} images now, not 4" in difference
     epoch, step = divmod(done, STEPS)
     assert resumed.epoch == epoch
     images = resumed.step * batch_size
     assert images <= step * 4 < images + batch_size or resumed.step == steps
     expected, rates = [], []
-    train(begin(recipe, batch_size=batch_size, steps=steps), EPOCHS * steps, expected)
+    train(TrainState(stage_of(recipe, batch_size)), EPOCHS * steps, expected)
     place = resumed.epoch * steps + resumed.step
     train(resumed, EPOCHS * steps - place, rates)
-    # Rates that each follow from the one before keep what is left of a step that was not whole.
+    # A schedule that derives each rate from the one before keeps the rest of a broken step.
     least = min(expected[min(place + 1, len(expected) - 1)] / expected[min(place, 3 * steps)], 1)
     for rate, at_place in zip(rates[1:], expected[place + 1 :], strict=True):
         assert 0.999 * least * at_place <= rate <= 1.001 * at_place
-    assert resumed.scheduler.get_last_lr()[0] == pytest.approx(rate_at_the_end(recipe), abs=1e-9)
+    at_end = TrainState(stage_of(recipe))
+    train(at_end, EPOCHS * STEPS)
+    assert resumed.stage.scheduler.get_last_lr()[0] == pytest.approx(
+        at_end.stage.scheduler.get_last_lr()[0], abs=1e-9
+    )
     assert (resumed.epoch, resumed.step) == (EPOCHS, 0)
 
 
-def rate_at_the_end(recipe: str) -> float:
-    training = begin(recipe)
-    train(training, EPOCHS * STEPS)
-    return training.scheduler.get_last_lr()[0]
-
-
-def test_an_epoch_that_was_done_is_not_begun_again_with_another_batch_size(tmp_path):
-    """Its last step is done, its validation is not; 21 images are no whole number of batches."""
-    stopped = begin("adam, poly", steps=6)
+def test_a_finished_epoch_is_not_begun_again_with_another_batch_size(tmp_path):
+    """Its last step is done, its validation is not."""
+    stopped = TrainState(stage_of())
     train(stopped, 5)
     stopped.step = 6
-    resumed = begin("adam, poly", batch_size=8, steps=3)
-    resumed.restore(written(stopped, tmp_path), PATH)
-    assert resumed.step == 3
+    resumed = TrainState(stage_of(batch_size=9))
+    resumed.load_state_dict(written(stopped, tmp_path), PATH)
+    assert resumed.step == resumed.stage.steps == 3
 
 
 def pretend(monkeypatch, rank: int, count: int) -> None:
@@ -180,71 +228,367 @@ def pretend(monkeypatch, rank: int, count: int) -> None:
     monkeypatch.setattr(distributed, "processes", lambda: count)
 
 
-def state_of_two(tmp_path: Path, monkeypatch) -> dict[str, Any]:
-    """What two processes would save, each with sums of its own, after 4 of 6 steps."""
-    trainings = [begin("adamw, onecycle", batch_size=2) for _ in range(2)]
-    for rank, training in enumerate(trainings):
-        torch.manual_seed(rank)
-        train(training, 4)
-    own = [training.state()["processes"][0] for training in trainings]
-    return written(trainings[0], tmp_path) | {"processes": own}
+def state_of_two(folder: Path) -> dict[str, Any]:
+    """Return what two processes would save, each with sums of its own, after 4 of 6 steps."""
+    processes = []
+    for seed in range(2):
+        state = TrainState(stage_of("adamw, one cycle", batch_size=2))
+        state.stage.steps = STEPS
+        torch.manual_seed(seed)
+        train(state, 4)
+        processes += state.state_dict()["processes"]
+    return written(state, folder) | {"processes": processes}
 
 
 def test_each_process_gets_its_own_sums_and_random_state_back(tmp_path, monkeypatch):
-    state = state_of_two(tmp_path, monkeypatch)
+    state = state_of_two(tmp_path)
     for rank in range(2):
         pretend(monkeypatch, rank, 2)
-        resumed = begin("adamw, onecycle", batch_size=2)
-        assert resumed.restore(state, PATH) == []
+        resumed = TrainState(stage_of("adamw, one cycle", batch_size=2))
+        assert resumed.load_state_dict(state, PATH) == []
         own = state["processes"][rank]
         assert_same(resumed.totals, own["totals"])
         assert torch.equal(torch.get_rng_state(), own["rng"]["torch"])
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_sums_are_kept_whatever_the_number_of_processes(tmp_path, monkeypatch, count):
-    state = state_of_two(tmp_path, monkeypatch)
-    sums = {name: 0 for name in state["processes"][0]["totals"]}
-    drawn = set()
+def test_sums_are_kept_for_any_number_of_processes(tmp_path, monkeypatch, count):
+    state = state_of_two(tmp_path)
+    sums, drawn = Counter(), set()
     for rank in range(count):
         pretend(monkeypatch, rank, count)
-        steps = {1: 12, 3: 4, 4: 3}[count]  # of 24 images, 2 in each process
-        resumed = begin("adamw, onecycle", batch_size=2, steps=steps)
-        *_, difference = resumed.restore(state, PATH)
+        resumed = TrainState(stage_of("adamw, one cycle", batch_size=2))
+        *_, difference = resumed.load_state_dict(state, PATH)
         assert f"the number of processes is {count}, not 2" in difference
         assert resumed.step == 16 // (2 * count)
         drawn.add(torch.rand(()).item())
-        resumed.begin_epoch(right=torch.tensor(0))
-        for name in sums:
-            sums[name] += resumed.totals[name]
-    assert sums["images"] == 16 and sums["right"] == 8
+        resumed.begin_epoch(TopKAccuracy((1,)))
+        for name, value in resumed.totals.items():
+            sums[name] += value
+    assert sums["images"] == 16 and sums["meter"][-1] == 16
     expected = sum(process["totals"]["loss"] for process in state["processes"])
     assert torch.isclose(sums["loss"], expected)
-    assert len(drawn) == count  # no two drop the same
+    assert len(drawn) == count  # no two drop the same channels
 
 
-def test_the_same_batches_in_as_many_steps_go_on_exactly_with_other_processes(
-    tmp_path, monkeypatch
-):
-    """Four images a step from one process with 4, where two had 2 each."""
-    state = state_of_two(tmp_path, monkeypatch)
-    resumed = begin("adamw, onecycle", batch_size=4)
-    (difference,) = resumed.restore(state, PATH)
+def test_other_processes_with_the_same_batches_go_on_exactly(tmp_path, monkeypatch):
+    """One process takes 4 images a step, where two took 2 each."""
+    resumed = TrainState(stage_of("adamw, one cycle", batch_size=4))
+    (difference,) = resumed.load_state_dict(state_of_two(tmp_path), PATH)
     assert "the number of processes is 1, not 2" in difference
-    assert resumed.step == 4 and resumed.scheduler.last_epoch == 4
+    assert resumed.step == 4 and resumed.stage.scheduler.last_epoch == 4
 
 
 @pytest.mark.parametrize(("processes", "batch_size"), [(1, 4), (2, 2), (2, 3), (4, 1), (3, 2)])
-def test_the_rest_of_an_epoch_is_what_others_had_not_seen(processes, batch_size, tmp_path):
-    """Each image of the epoch once, but for whole batches that are begun again."""
+def test_the_rest_of_an_epoch_is_what_was_not_seen(processes, batch_size):
+    """Each image of the epoch once, except in batches that are begun again."""
     order = [item for item, _ in ShuffledSeeds(24, 7)]
-    state = 4 * 4  # images that were seen, of two processes with 2 each
-    step = state // (processes * batch_size)
+    seen = 4 * 4  # by two processes with 2 images each
+    step = seen // (processes * batch_size)
     rest = []
     for rank in range(processes):
         sampler = ShuffledSeeds(24, 7, rank, processes)
         sampler.begin(0, step * batch_size)
         rest += [item for item, _ in sampler]
-    assert set(order[16:]) <= set(rest)
-    assert len(rest) == len(set(rest)) < 24 - 16 + processes * batch_size
+    assert set(order[seen:]) <= set(rest)
+    assert len(rest) == len(set(rest)) < 24 - seen + processes * batch_size
     assert len(DataLoader(range(24), sampler=sampler)) == len(rest) // processes
+
+
+# An epoch
+
+
+class NoSignals:
+    received = None
+
+
+def train_epoch(stage: Stage, steps_loss: int = 0, forward: Callable | None = None) -> TrainState:
+    """Train an epoch up to its end."""
+    state = TrainState(stage)
+    guard = Guard(NoSignals(), state, lambda: None, PATH, math.inf, "python main.py")
+    meter = stage.meter() if stage.meter else None
+    state.rates = train_one_epoch(state, guard, forward or stage.model, meter, "epoch", steps_loss)
+    state.epoch_scores = state.scores(meter)
+    return state
+
+
+def test_an_epoch_lowers_the_loss_and_steps_the_schedule_with_each_batch():
+    stage = stage_of(model=nn.Linear(3, 2))
+    first = train_epoch(stage)
+    assert first.step == 6 and first.totals["images"] == 24
+    assert stage.scheduler.last_epoch == 6
+    assert stage.scheduler.get_last_lr()[0] == pytest.approx(LR * 0.75**0.9)
+    second = train_epoch(stage)
+    assert second.epoch_scores["train_loss"] < first.epoch_scores["train_loss"]
+    assert first.rates["images_per_second"] > 0 and 0 <= first.rates["data_wait"] <= 1
+    assert stage.model.training
+
+
+def test_the_training_loss_is_the_mean_over_images():
+    """A smaller last batch counts less."""
+    items = [(torch.tensor([float(n)]), 0) for n in range(5)]
+    stage = stage_of(model=nn.Linear(1, 2), items=items, meter=None)
+    stage.prepare = lambda batch: (batch.images, batch.images)
+    stage.loss = lambda outputs, points: points.mean() + 0 * outputs.sum()
+    assert train_epoch(stage).epoch_scores["train_loss"] == pytest.approx(2.0)
+
+
+def test_every_epoch_of_all_stages_has_its_own_order():
+    """An epoch that is resumed leaves out the images that were seen."""
+
+    def order_of(epochs_before: int, epoch: int, step: int = 0) -> list[int]:
+        seen = []
+        stage = stage_of(epochs_before=epochs_before, meter=None)
+        stage.prepare = lambda batch: seen.extend(batch.indices) or (batch.images, batch.labels)
+        state = TrainState(stage, epoch, step)
+        guard = Guard(NoSignals(), state, lambda: None, PATH, math.inf, "")
+        train_one_epoch(state, guard, stage.model, None, "epoch", 0)
+        assert state.step == STEPS
+        return seen
+
+    orders = [order_of(0, 0), order_of(0, 1), order_of(2, 0), order_of(2, 1)]
+    assert all(sorted(order) == list(range(24)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert order_of(2, 1, step=4) == orders[3][16:]
+
+
+def test_what_is_prepared_is_trained_on_and_counted():
+    stage = stage_of(model=nn.Linear(3, 2))
+    plain = train_epoch(stage)
+    prepared = stage_of(model=nn.Linear(3, 2))
+    prepared.prepare = lambda batch: (batch.images, 1 - batch.labels)
+    wrong = train_epoch(prepared)
+    assert plain.epoch_scores["train_top1"] != wrong.epoch_scores["train_top1"]
+    assert plain.totals["meter"][-1] == 24
+
+
+def test_the_average_follows_each_step():
+    stage = stage_of(model=nn.Linear(3, 2), batch_size=12)
+    stage.average = AveragedModel(stage.model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    weights = []
+
+    def keep(images: Tensor) -> Tensor:
+        weights.append(stage.model.weight.detach().clone())
+        return stage.model(images)
+
+    train_epoch(stage, forward=keep)
+    first, second = weights[1], stage.model.weight
+    assert not torch.equal(first, second)
+    assert torch.allclose(stage.average.module.weight, (first + second) / 2)
+    assert stage.scored is stage.average.module
+
+
+def test_the_loss_gets_all_outputs_and_the_meter_the_first():
+    class TwoHeads(nn.Linear):
+        def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(points), points.mean()
+
+    stage = stage_of(
+        model=TwoHeads(3, 2), loss=lambda outputs, labels: outputs[0].square().mean() + 3
+    )
+    state = train_epoch(stage)
+    assert state.epoch_scores["train_loss"] > 3 and state.totals["meter"][-1] == 24
+
+
+def test_mixed_precision_keeps_the_weights_in_full_precision():
+    stage = stage_of(amp_dtype=torch.bfloat16)
+    assert 0 < train_epoch(stage).epoch_scores["train_loss"] < 10
+    assert {weight.dtype for weight in stage.model.parameters()} == {torch.float32}
+
+
+def scaled(stage: Stage) -> Stage:
+    """Scale gradients as float16 needs it, here on the CPU."""
+    stage.scaler = torch.amp.GradScaler("cpu")
+    return stage
+
+
+def test_scaled_gradients_train_like_plain_ones():
+    plain, with_scale = (stage_of(model=nn.Linear(3, 2)) for _ in range(2))
+    with_scale.model.load_state_dict(plain.model.state_dict())
+    scaled(with_scale)
+    assert train_epoch(plain).totals["skipped_steps"] == 0
+    assert train_epoch(with_scale).totals["skipped_steps"] == 0
+    for ours, theirs in zip(with_scale.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert with_scale.scaler.state_dict()["_growth_tracker"] == 6
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize(("rank", "counted"), [(0, 6), (1, 0)])
+def test_steps_that_the_scaler_skips_are_counted_once_and_shown(monkeypatch, capsys, rank, counted):
+    """A gradient is not finite although the loss is: the weights stay, and the run goes on.
+
+    All processes skip the same steps, and sums are taken over the processes.
+    """
+    stage = scaled(stage_of(model=nn.Linear(3, 2)))
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    before = stage.model.weight.detach().clone()
+    stage.model.weight.register_hook(lambda gradient: gradient * math.inf)
+    assert train_epoch(stage, steps_loss=6).totals["skipped_steps"] == counted
+    assert torch.equal(stage.model.weight, before)
+    assert ("6 steps skipped by the scaler" in capsys.readouterr().out) == (counted > 0)
+
+
+def test_a_log_gets_a_line_of_progress_every_few_steps(capsys):
+    train_epoch(stage_of(), steps_loss=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["epoch: step 3/6", "epoch: step 6/6"]
+    assert "train loss" in lines[0] and "train top-1" in lines[0] and "waiting for" in lines[0]
+
+
+def test_a_loss_that_is_not_finite_is_reported_with_its_files():
+    items = [(torch.full((3,), math.nan if n == 3 else 1.0), 0) for n in range(24)]
+    with pytest.raises(Diverged, match=r"the loss is nan in step \d of epoch 1, with .*\b3\.png"):
+        train_epoch(stage_of(items=items))
+
+
+@pytest.mark.parametrize("part", ["forward", "prepare"])
+def test_a_gpu_without_memory_says_what_it_was_given_and_what_is_saved(part):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    stage = stage_of(items=[(torch.zeros(3, 16, 24), 0)] * 4)
+    if part == "prepare":
+        stage.prepare = full
+    with pytest.raises(OutOfMemory, match="batch of 4 images of 24x16") as caught:
+        train_epoch(stage, forward=full)
+    assert caught.value.__notes__ == ["no checkpoint was written yet"]
+
+
+# A whole stage
+
+
+@pytest.fixture
+def opened(tmp_path) -> Iterator[Callable[..., Run]]:
+    """Open a run in a folder of tmp_path and close the one before; arguments are options."""
+    with ExitStack() as stack:
+
+        def start(savedir: str = "run", **options: object) -> Run:
+            stack.pop_all().close()
+            defaults = {"resume": False, "compile": False, "encoder_epochs": 0, "val_every": 1}
+            defaults |= {"checkpoint_minutes": 10.0, "steps_loss": 0, "epochs_save": 0}
+            args = argparse.Namespace(**defaults | options, savedir=str(tmp_path / savedir))
+            run = stack.enter_context(open_run(args))
+            run.begin()
+            return run
+
+        yield start
+
+
+def scoring(*scores: float) -> Callable[..., Validation]:
+    """Return a validation that finds these scores, and paints pictures of them."""
+    left = iter(scores)
+
+    def validate(network: nn.Module, batches: object, title: str) -> Validation:
+        score = next(left)
+        picture = torch.full((3, 4, 4), round(255 * score), dtype=torch.uint8)
+        return Validation({"val_score": score}, {"score": score}, [picture])
+
+    return validate
+
+
+def test_the_best_epoch_is_kept(opened, tmp_path):
+    stage = stage_of(epochs=3, validate=scoring(0.4, 0.8, 0.6))
+    assert fit(stage, opened(epochs_save=1)) == {"epoch": 2, "score": 0.8}
+    files = {path.name: load_checkpoint(path) for path in (tmp_path / "run").glob("*.pth")}
+    numbered = {f"stage0-epoch00{number}.pth" for number in (1, 2, 3)}
+    assert files.keys() == {"last.pth", "previous.pth", "best.pth", *numbered}
+    best = files["best.pth"]
+    assert best["epoch"] == 2 and best["best"] == {"epoch": 2, "score": 0.8}
+    assert same_weights(best["model"], files["stage0-epoch002.pth"]["model"])
+    assert not same_weights(best["model"], files["last.pth"]["model"])
+    assert files["last.pth"]["epoch"] == 3 and files["previous.pth"]["epoch"] == 2
+    resumable = {"optimizer", "scheduler", "scaler", "processes", "training_model"}
+    assert resumable < files["last.pth"].keys() and not resumable & best.keys()
+    assert ABOUT.to_checkpoint().items() <= best.items()
+
+
+def test_the_average_is_scored_and_saved(opened, tmp_path):
+    """What is trained is in last.pth alone."""
+    scored = []
+    stage = stage_of(epochs=1, average=True)
+    stage.validate = lambda network, *_: scored.append(network) or Validation({}, {"score": 1}, [])
+    stage.best_files = {"best.pth": on_cpu, "bias.pth": lambda network: {"b": network[0].bias}}
+    fit(stage, opened())
+    average = stage.average.module.state_dict()
+    assert scored == [stage.average.module]
+    files = {name: load_checkpoint(tmp_path / f"run/{name}.pth") for name in ("last", "best")}
+    for file in files.values():
+        assert same_weights(file["model"], average)
+    assert not same_weights(average, stage.model.state_dict())
+    assert same_weights(files["last"]["training_model"], stage.model.state_dict())
+    assert files["last"]["ema_updates"] == STEPS
+    bias = load_checkpoint(tmp_path / "run/bias.pth")["model"]
+    assert torch.equal(bias["b"], average["0.bias"])
+
+
+def test_the_first_of_equal_epochs_is_the_best(opened):
+    assert fit(stage_of(epochs=2, validate=scoring(0.0, 0.0)), opened())["epoch"] == 1
+
+
+def test_validations_can_be_skipped_but_for_the_last(opened, tmp_path, capsys):
+    stage = stage_of(epochs=3, validate=scoring(0.4, 0.3))
+    assert fit(stage, opened(val_every=2))["epoch"] == 2
+    rows = read_log(tmp_path / "run")
+    assert [row["val_score"] for row in rows] == ["nan", "0.4", "0.3"]
+    assert set(shown(tmp_path / "run")["score/val"]) == {2, 3}
+
+
+def test_the_log_has_a_row_for_each_epoch(opened, tmp_path, capsys):
+    fit(stage_of(number=2, epochs=2, epochs_before=3, validate=scoring(0.4, 0.8)), opened())
+    rows = read_log(tmp_path / "run")
+    assert [(row["stage"], row["epoch"]) for row in rows] == [("2", "1"), ("2", "2")]
+    assert [float(row["lr"]) for row in rows] == pytest.approx([LR, LR * 0.75**0.9])
+    assert rows[0].keys() > {"train_loss", "train_top1", "skipped_steps", "left_out", "data_wait"}
+    assert set(shown(tmp_path / "run")["loss/train"]) == {4, 5}
+    assert "stage 2 epoch 2/2: train loss " in capsys.readouterr().out
+
+
+def test_tensorboard_gets_about_ten_pictures_of_a_kind_and_the_last(opened, tmp_path):
+    small = [(torch.zeros(3), 0)] * 4
+    fit(stage_of(epochs=25, items=small, validate=scoring(*[0.5] * 25)), opened())
+    assert list(shown(tmp_path / "run")["val/0"]) == [*range(2, 25, 2), 25]
+
+
+def test_a_loss_that_is_not_finite_leaves_no_trace_of_its_epoch(opened, tmp_path):
+    """There is one step in an epoch: the loss is checked before anything is scored or saved."""
+    stage = stage_of(batch_size=24, loss=lambda logits, labels: logits.sum() * math.nan)
+    with pytest.raises(Diverged, match="no checkpoint was written yet"):
+        fit(stage, opened())
+    assert not list((tmp_path / "run").glob("*.pth"))
+    assert not (tmp_path / "run/log.csv").exists()
+
+
+def test_the_last_good_checkpoint_may_be_that_of_the_stage_before(opened, tmp_path):
+    run = opened()
+    fit(stage_of(number=1, epochs=1), run)
+    with pytest.raises(Diverged) as caught:
+        fit(stage_of(number=2, loss=lambda logits, labels: logits.sum() * math.nan), run)
+    assert "in step 1 of epoch 1 of stage 2" in str(caught.value)
+    assert f"the last good checkpoint is {tmp_path / 'run/last.pth'}" in str(caught.value)
+    assert load_checkpoint(tmp_path / "run/last.pth")["stage"] == 1
+
+
+def test_a_finished_stage_is_left_as_it_is(opened, tmp_path):
+    fit(stage_of(epochs=1, validate=scoring(0.7)), opened())
+    names = ("log.csv", "best.pth", "last.pth")
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
+    assert fit(stage_of(epochs=1), opened(resume=True)) == {"epoch": 1, "score": 0.7}
+    assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
+
+
+def test_a_compiled_model_ends_with_the_same_weights(opened, monkeypatch):
+    """With a backend that changes no operation: the default one compiles for minutes."""
+    compiled = []
+
+    def compile_eagerly(model: nn.Module, compile=torch.compile, **options: Any) -> nn.Module:
+        compiled.append((model, options))
+        return compile(model, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    plain = stage_of(epochs=1)
+    fit(plain, opened())
+    stage = stage_of(epochs=1)
+    fit(stage, opened("compiled", compile=True))
+    assert compiled == [(stage.model, {"dynamic": False})]
+    assert same_weights(stage.model.state_dict(), plain.model.state_dict())

@@ -3,15 +3,16 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from datasets.loading import Batch
 from datasets.segmentation import resize_label
-from datasets.transforms import Augment, Paper, Strong, jittered, to_floats
+from datasets.transforms import Augment, Paper, Strong, jittered, normalizer
 
 CPU = torch.device("cpu")
 RECIPES = {"paper": Paper(), "strong": Strong((64, 128))}
 
 
 def make_pair(height: int, width: int, block: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """An image whose red channel is its label times 13, so that a pixel shows where it belongs."""
+    """An image whose red channel is its label times 13, so that each pixel shows its label."""
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 19, (-(-height // block), -(-width // block)))
     label = np.kron(blocks, np.ones((block, block)))[:height, :width].astype(np.uint8)
@@ -19,10 +20,15 @@ def make_pair(height: int, width: int, block: int = 8) -> tuple[torch.Tensor, to
     return torch.from_numpy(image.astype(np.uint8)), torch.from_numpy(label)
 
 
+def batch_of(pairs, seeds) -> Batch:
+    images, labels = zip(*pairs, strict=True)
+    return Batch(list(images), list(labels), list(seeds), [0] * len(images), [])
+
+
 def augmented(recipe, pair, seed: int = 0, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """One pair, its image as a recipe leaves it."""
     augment = Augment(recipe, lambda images: images, CPU, **options)
-    images, labels = augment([pair[0]], [pair[1]], [seed])
+    images, labels = augment(batch_of([pair], [seed]))
     return images[0], labels[0]
 
 
@@ -31,11 +37,9 @@ def augmented(recipe, pair, seed: int = 0, **options) -> tuple[torch.Tensor, tor
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("jitter", [0.0, 0.4])
-def test_results_are_tensors_of_the_contract(recipe, jitter):
-    floats = to_floats([0.0] * 3, [1.0] * 3, CPU)
-    image, label = make_pair(64, 128)
-    augment = Augment(RECIPES[recipe], floats, CPU, jitter)
-    images, labels = augment([image, image], [label, label], [1, 2])
+def test_a_batch_becomes_two_tensors(recipe, jitter):
+    augment = Augment(RECIPES[recipe], normalizer([0.0] * 3, [1.0] * 3, CPU), CPU, jitter)
+    images, labels = augment(batch_of([make_pair(64, 128)] * 2, [1, 2]))
     assert images.shape == (2, 3, 64, 128) and images.dtype == torch.float32
     assert labels.shape == (2, 64, 128) and labels.dtype == torch.int64
     assert 0 <= images.min() and 0.3 < images.max() <= 1
@@ -44,10 +48,10 @@ def test_results_are_tensors_of_the_contract(recipe, jitter):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_each_image_follows_its_seed_alone(recipe):
-    """Neither the batch it is in nor the random state of training changes anything."""
+    """Not its batch, nor the random state of training."""
     augment = Augment(RECIPES[recipe], lambda images: images, CPU, jitter=0.4)
     pairs = [make_pair(64, 128), make_pair(64, 128, block=16)]
-    images, labels = augment(*zip(*pairs, strict=True), [5, 2**62 - 1])
+    images, labels = augment(batch_of(pairs, [5, 2**62 - 1]))
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -59,7 +63,7 @@ def test_each_image_follows_its_seed_alone(recipe):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_what_is_kept_in_memory_stays_as_it_is():
+def test_a_cached_image_is_not_changed():
     image, label = make_pair(64, 128)
     kept = image.clone(), label.clone()
     for recipe in RECIPES.values():
@@ -70,13 +74,14 @@ def test_what_is_kept_in_memory_stays_as_it_is():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("jitter", [0.0, 0.4])
-def test_how_an_image_lies_in_memory_changes_nothing(recipe, jitter):
+def test_the_memory_format_changes_nothing(recipe, jitter):
     image, label = make_pair(64, 128)
-    together = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    assert together.stride() != image.stride()
-    augment = Augment(RECIPES[recipe], to_floats([0.1] * 3, [0.3] * 3, CPU), CPU, jitter)
-    seeds = list(range(8))
-    ours, expected = (augment([same] * 8, [label] * 8, seeds)[0] for same in (together, image))
+    channels_last = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert channels_last.stride() != image.stride()
+    augment = Augment(RECIPES[recipe], normalizer([0.1] * 3, [0.3] * 3, CPU), CPU, jitter)
+    ours, expected = (
+        augment(batch_of([(same, label)] * 8, range(8)))[0] for same in (channels_last, image)
+    )
     assert torch.equal(ours, expected)
 
 
@@ -92,7 +97,7 @@ def test_stage_1_labels_have_the_resolution_of_the_encoder():
 
 
 def test_paper_recipe_moves_image_and_label_together():
-    """The red channel tells each pixel's label, and black the ignored border."""
+    """The red channel shows each pixel's label, and black the ignored border."""
     pair = make_pair(64, 128)
     seen = set()
     for seed in range(40):
@@ -105,7 +110,7 @@ def test_paper_recipe_moves_image_and_label_together():
 
 
 def test_paper_recipe_flips_half_and_shifts_by_every_offset_up_to_two_pixels():
-    """Two dots tell: a flip exchanges their sides."""
+    """A flip exchanges the sides of two dots."""
     dots = torch.zeros(64, 128, dtype=torch.uint8)
     dots[30, 20], dots[30, 107] = 5, 18  # 107 is where a flip takes 20
     offsets, flips = set(), 0
@@ -143,8 +148,8 @@ def test_strong_recipe_keeps_image_and_label_together():
         assert agrees.float().mean() > 0.85
 
 
-def test_strong_recipe_takes_its_part_from_anywhere():
-    """At scale 1, of an image whose channels tell each pixel's row and column."""
+def test_strong_recipe_crops_anywhere():
+    """At scale 1, from an image whose channels show the row and column of each pixel."""
     row, column = torch.meshgrid(torch.arange(128), torch.arange(256), indexing="ij")
     image, classes = torch.stack([row, column, row]).byte(), (row + 2 * column) % 19
     tops, lefts, flips = [], [], 0
@@ -172,7 +177,7 @@ def test_strong_recipe_enlarges_by_its_scale():
 
 
 def test_scales_are_drawn_evenly_by_their_logarithm():
-    """How many rows of the image a part shows tells its scale."""
+    """The number of rows that a crop shows gives its scale."""
     rows = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 256)
     shown, scales = torch.stack([rows] * 3), []
     for seed in range(200):
@@ -186,7 +191,7 @@ def test_scales_are_drawn_evenly_by_their_logarithm():
 def test_strong_recipe_makes_images_of_several_sizes_one_size():
     pairs = [make_pair(40, 50), make_pair(64, 128), make_pair(200, 90)]
     augment = Augment(Strong((64, 80)), lambda images: images, CPU)
-    images, labels = augment(*zip(*pairs, strict=True), [1, 2, 3])
+    images, labels = augment(batch_of(pairs, [1, 2, 3]))
     assert images.shape == (3, 3, 64, 80) and labels.shape == (3, 64, 80)
 
 
@@ -211,7 +216,7 @@ def test_factors_of_1_change_nothing():
     assert torch.allclose(jittered(images, torch.ones(2, 3)), images.float(), atol=1e-3)
 
 
-def test_jitter_goes_as_far_as_it_says():
+def test_jitter_reaches_its_limits():
     """Contrast and saturation do nothing to a grey plane."""
     grey = torch.full((3, 64, 64), 100, dtype=torch.uint8), torch.zeros(64, 64, dtype=torch.uint8)
     whole = Strong((64, 64), (1, 1))
@@ -220,14 +225,14 @@ def test_jitter_goes_as_far_as_it_says():
     assert augmented(whole, grey)[0].unique().tolist() == [100]
 
 
-# What the network takes
+# The input of the network
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_normalisation(dtype):
     images = torch.randint(256, (2, 3, 6, 8)).to(dtype)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
-    normalised = to_floats(mean, std, CPU)(images)
+    normalised = normalizer(mean, std, CPU)(images)
     expected = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     assert normalised.dtype == torch.float32
     assert torch.allclose(normalised, expected, atol=1e-6)
@@ -235,13 +240,13 @@ def test_normalisation(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_normalisation_leaves_what_it_is_given_alone(dtype):
+def test_normalisation_does_not_change_its_argument(dtype):
     images = torch.full((1, 3, 4, 4), 51).to(dtype, memory_format=torch.channels_last)
-    assert to_floats([0.1] * 3, [0.5] * 3, CPU)(images).mean().item() == pytest.approx(0.2)
+    assert normalizer([0.1] * 3, [0.5] * 3, CPU)(images).mean().item() == pytest.approx(0.2)
     assert (images == 51).all()
 
 
 def test_images_that_are_not_normalised_lie_between_0_and_1():
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    floats = to_floats([0.0] * 3, [1.0] * 3, CPU)(images)
-    assert torch.allclose(floats, images / 255) and floats.min() == 0 and floats.max() == 1
+    scaled = normalizer([0.0] * 3, [1.0] * 3, CPU)(images)
+    assert torch.allclose(scaled, images / 255) and scaled.min() == 0 and scaled.max() == 1

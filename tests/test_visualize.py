@@ -1,19 +1,20 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from utils.visualize import captioned, colorize, score_table, strip
+from utils.visualize import captioned, legend, overlay, paint, score_table, strip, write_video
 
 COLORS = [(128, 64, 128), (0, 0, 142)]
 
 
-def test_colorize():
-    picture = colorize(torch.tensor([[0, 1], [255, 1]]), COLORS)
-    assert picture.shape == (3, 2, 2) and picture.dtype == torch.uint8
-    assert picture[:, 0, 0].tolist() == [128, 64, 128]
-    assert picture[:, 1, 1].tolist() == [0, 0, 142]
-    assert picture[:, 1, 0].tolist() == [0, 0, 0]
+def test_paint_shows_the_colours_of_classes():
+    picture = paint(torch.tensor([[0, 1], [255, 1]], dtype=torch.uint8), COLORS)
+    assert picture.mode == "P", "the classes themselves stay"
+    colors = np.asarray(picture.convert("RGB")).tolist()
+    assert colors == [[[128, 64, 128], [0, 0, 142]], [[0, 0, 0], [0, 0, 142]]]
 
 
 def test_strip_shows_image_prediction_and_truth():
@@ -31,18 +32,49 @@ def test_a_strip_is_no_higher_than_its_image():
     assert strip(image, label, label, COLORS).shape == (3, 20, 90)
 
 
-def test_score_table_reads_downwards():
-    table = score_table(["road", "sky", "car"], [0.5, math.nan, 1.0])
-    assert table.splitlines() == ["road   50.0    car   100.0", "sky       -"]
-
-
 @pytest.mark.parametrize(("right", "color"), [(True, (0, 128, 0)), (False, (255, 0, 0))])
-def test_a_caption_stands_below_its_picture(right, color):
+def test_a_caption_is_below_its_image(right, color):
     image = torch.randint(256, (3, 20, 60), dtype=torch.uint8)
     page = captioned(image, "a bird", right)
     assert page.shape == (3, 36, 60) and torch.equal(page[:, :20], image)
     below = page[:, 20:].flatten(1).int()
     assert (below == 255).all(0).any()  # white
-    # The text, whose edges may be mixed with the white around it.
     nearest = (below - torch.tensor(color)[:, None]).abs().sum(0).min()
-    assert nearest < 60
+    assert nearest < 60  # edges of the text are mixed with white
+
+
+def test_an_overlay_is_half_colour_above_a_legend_of_all_classes():
+    image = torch.full((3, 50, 300), 200, dtype=torch.uint8)
+    page = overlay(image, torch.ones(50, 300, dtype=torch.uint8), ["road", "car"], COLORS)
+    assert page.width == 300 and page.height > 50
+    assert page.getpixel((10, 10)) == (100, 100, 171)
+    below = {color for _, color in page.crop((0, 50, 300, page.height)).getcolors()}
+    assert {*COLORS, (255, 255, 255)} <= below
+
+
+def test_a_legend_is_wider_than_its_image_only_for_long_names():
+    names = [f"class {number}" for number in range(12)]
+    narrow, wide = (legend(tuple(names), tuple([(0, 0, 0)] * 12), width) for width in (10, 800))
+    assert 10 < narrow.width < wide.width <= 800 and narrow.height > wide.height
+
+
+def test_score_table_reads_downwards():
+    table = score_table(["road", "sky", "car"], [0.5, math.nan, 1.0])
+    assert table.splitlines() == ["road   50.0    car   100.0", "sky       -"]
+
+
+def test_videos_have_the_even_size_of_their_first_picture(tmp_path):
+    av = pytest.importorskip("av")
+    pictures = [Image.new("RGB", size, "red") for size in ((65, 49), (65, 49), (90, 80))]
+    assert write_video(tmp_path / "a.mp4", 29.97, pictures) == 3
+    with av.open(tmp_path / "a.mp4") as container:
+        rate = container.streams.video[0].average_rate
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert [frame.shape for frame in frames] == [(48, 64, 3)] * 3
+    assert rate == pytest.approx(29.97, abs=1e-3) and (frames[0][..., 0] > 200).all()
+
+
+def test_a_video_without_pictures_is_no_file(tmp_path):
+    pytest.importorskip("av")
+    assert write_video(tmp_path / "a.mp4", 5, []) == 0
+    assert not list(tmp_path.iterdir())

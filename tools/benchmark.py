@@ -43,11 +43,11 @@ from benchmark_page import RESULTS, write_page
 
 from datasets.drawn.streets import make_synthetic
 from models.lednet import LEDNet
+from utils.arguments import ArgumentParser, positive_float
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.onnx import MissingExtra, OnnxNetwork, export_onnx
-from utils.options import ArgumentParser, positive_float
-from utils.script import pick_amp_dtype, pick_device, run
+from utils.script import pick_amp_dtype, pick_device, run_script
 from utils.speed import (
     InPrecision,
     compiled_for,
@@ -499,4 +499,4 @@ def report(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -17,9 +17,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets.cityscapes import Cityscapes
+from utils.arguments import ArgumentParser, file_path
 from utils.metrics import ConfusionMatrix, mean_score
-from utils.options import ArgumentParser, file_path
-from utils.script import run
+from utils.script import run_script
 
 BITS = (8, 6, 5, 4)
 
@@ -68,4 +68,4 @@ def most_frequent_classes(dataset: Cityscapes, bits: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -17,12 +17,12 @@ from datasets import DATASETS
 from datasets.loading import as_lists
 from datasets.segmentation import Classes
 from datasets.transforms import to_floats
+from utils.arguments import ArgumentParser, file_path, natural_int
 from utils.checkpoint import load_network
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.files import atomic_write
-from utils.options import ArgumentParser, file_path, natural_int
-from utils.script import run
+from utils.script import run_script
 from utils.visualize import strip
 
 
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -25,10 +25,10 @@ from datasets.drawn.streets import make_synthetic
 from datasets.segmentation import write_label
 from datasets.transforms import to_floats
 from models.lednet import LEDNet
+from utils.arguments import ArgumentParser, positive_int
 from utils.checkpoint import save_checkpoint
 from utils.metrics import ConfusionMatrix
-from utils.options import ArgumentParser, positive_int
-from utils.script import pick_device, run
+from utils.script import pick_device, run_script
 
 ROOT = Path(__file__).parent.parent
 HEIGHT = 512
@@ -97,4 +97,4 @@ def one_at_a_time(network: LEDNet, folder: Path, device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -61,9 +61,9 @@ from faults_page import FAULTS, PAGE, RESULTS, Outcome, page, table
 
 from datasets.drawn.shapes import make_shapes
 from datasets.drawn.streets import make_synthetic
+from utils.arguments import ArgumentParser, file_path, natural_int, positive_int
 from utils.errors import UserError
-from utils.options import ArgumentParser, file_path, natural_int, positive_int
-from utils.script import run
+from utils.script import run_script
 
 
 def parse_args() -> argparse.Namespace:
@@ -319,4 +319,4 @@ def attempt(row: Row, number: int, lab: Lab, seed: int) -> Try:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets.imagenet import CropLoader, training_images
 from datasets.images import orientation, upright
-from utils.options import ArgumentParser, file_path, positive_int
-from utils.script import run
+from utils.arguments import ArgumentParser, file_path, positive_int
+from utils.script import run_script
 
 WIDE, FEW = 1000, 40
 
@@ -137,4 +137,4 @@ def difference(crop: CropLoader, path: str, seed: int) -> float:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

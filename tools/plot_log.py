@@ -14,10 +14,10 @@ import matplotlib
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from utils.arguments import ArgumentParser, file_path
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.options import ArgumentParser, file_path
-from utils.script import run
+from utils.script import run_script
 
 matplotlib.use("Agg")  # files, without a display
 
@@ -59,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

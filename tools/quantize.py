@@ -15,7 +15,7 @@ activation and a signed weight in 16 bits, with saturation: 2 x 255 x 127 does n
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +29,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets import DATASETS
-from datasets.segmentation import Classes, Segmentation
-from datasets.transforms import to_floats
+from datasets.segmentation import Segmentation
+from utils.arguments import ArgumentParser, file_path, new_file
 from utils.checkpoint import load_network
 from utils.errors import UserError
-from utils.files import atomic_write, write_errors
+from utils.evaluation import Normalize
+from utils.files import WriteError, atomic_write, write_errors
 from utils.metrics import ConfusionMatrix, mean_score
 from utils.onnx import OnnxNetwork, export_onnx
-from utils.options import ArgumentParser, file_path
-from utils.script import run
+from utils.script import run_script
 from utils.speed import measure_latency
 
 SHIPPED = Path(__file__).parent.parent / "weights/lednet_d20_camvid.pth"
@@ -47,40 +47,34 @@ LEAST_AGREEMENT = 0.99  # share of pixels with the label that float32 gives
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "--checkpoint", type=file_path, metavar="FILE", default=str(SHIPPED),
-        help="trained network; default: weights/lednet_d20_camvid.pth, which comes with the code",
-    )  # fmt: skip
-    parser.add_argument(
-        "--datadir", type=file_path, metavar="DIR", required=True, help="data set of the network"
-    )
-    parser.add_argument("--output", type=file_path, metavar="FILE", required=True)
-    parser.add_argument(
-        "--labels", action="store_true", help="output label maps instead of logits, as in export.py"
-    )
+    add = parser.add_argument
+    # fmt: off
+    add("--checkpoint", type=file_path, metavar="FILE", default=str(SHIPPED),
+        help="trained network; default: weights/lednet_d20_camvid.pth, which comes with the code")
+    add("--datadir", type=file_path, metavar="DIR", required=True, help="data set of the network")
+    add("--output", type=new_file, metavar="FILE", required=True, help="new file for the model")
+    add("--labels", action="store_true", help="output label maps, as export.py does")
+    # fmt: on
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    output = Path(args.output)
-    if output.exists() or not output.parent.is_dir():
-        raise UserError(f"--output {output} must be a new file in a folder that exists")
-    network, checkpoint = load_network(args.checkpoint)
-    if checkpoint["dataset"] not in DATASETS:
-        raise UserError(f"{args.checkpoint}: data set {checkpoint['dataset']!r} is unknown")
-    dataset_class, classes = DATASETS[checkpoint["dataset"]], Classes.from_checkpoint(checkpoint)
-    train, val = (
-        dataset_class(args.datadir, name, classes, checkpoint["height"])
-        for name in ("train", "val")
-    )
-    normalize = to_floats(checkpoint["mean"], checkpoint["std"], torch.device("cpu"))
+    network, about = load_network(args.checkpoint)
+    if about.dataset not in DATASETS:
+        raise UserError(
+            f"{args.checkpoint} was trained on {about.dataset}, which is not in datasets/"
+        )
+    dataset_class, options = DATASETS[about.dataset], (about.classes, about.height)
+    train, val = (dataset_class(args.datadir, split, *options) for split in ("train", "val"))
+    normalize = about.normalize(torch.device("cpu"))
     chosen = np.unique(np.linspace(0, len(train) - 1, IMAGES).round())  # of the whole of train
     images = [normalize(train[int(index)][0][None]) for index in chosen]
 
+    output = Path(args.output)
     with tempfile.TemporaryDirectory() as folder, write_errors(output):
         exported = Path(folder, "float32.onnx")
-        export_onnx(network, checkpoint, exported, args.labels)
+        export_onnx(network, about, exported, args.labels)
         with atomic_write(output) as unfinished:
             quantize(exported, unfinished, images)
         networks = {"float32": OnnxNetwork(exported), "int8": OnnxNetwork(output)}
@@ -91,11 +85,7 @@ def main() -> None:
         latency = measure_latency(model, size, seconds=4)
         miou = score(model, val, normalize)
         print(f"{name:8} {latency.median_ms:6.1f} ms, {100 * miou:5.2f} % mIoU on val")
-    agreement = label_agreement(*networks.values(), images)
-    print(f"int8 gives {100 * agreement:.2f} % of the labels of float32, on images of train")
-    if agreement < LEAST_AGREEMENT:
-        least = f"{100 * LEAST_AGREEMENT:.0f} %"
-        print(f"warning: that is less than {least} on this machine: compare the scores above")
+    print(agreement_report(label_agreement(*networks.values(), images)))
 
 
 def quantize(exported: Path, quantized: Path, images: Iterable[Tensor]) -> None:
@@ -138,7 +128,14 @@ def label_agreement(a: OnnxNetwork, b: OnnxNetwork, images: Iterable[Tensor]) ->
     return float(np.mean(same))
 
 
-def score(network: OnnxNetwork, val: Segmentation, normalize: Callable[[Tensor], Tensor]) -> float:
+def agreement_report(share: float) -> str:
+    text = f"int8 gives {100 * share:.2f} % of the labels of float32, on images of train"
+    if share < LEAST_AGREEMENT:
+        text += f"\nwarning: less than {100 * LEAST_AGREEMENT:.0f} %: compare the scores on val"
+    return text
+
+
+def score(network: OnnxNetwork, val: Segmentation, normalize: Normalize) -> float:
     """Return the mIoU on a data set."""
     confusion = ConfusionMatrix(len(val.classes))
     for image, label in tqdm(val, "scoring val", leave=False, disable=None):
@@ -147,4 +144,4 @@ def score(network: OnnxNetwork, val: Segmentation, normalize: Callable[[Tensor],
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main, advice={WriteError: "make room, or give another --output"})

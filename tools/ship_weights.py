@@ -14,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from utils.arguments import ArgumentParser, file_path
 from utils.checkpoint import (
     DESCRIPTION,
     load_network,
@@ -21,8 +22,7 @@ from utils.checkpoint import (
     save_checkpoint,
 )
 from utils.errors import UserError
-from utils.options import ArgumentParser, file_path
-from utils.script import run
+from utils.script import run_script
 
 # What a description says beside what `load_network` needs.
 KEPT = ("categories", "train_images", "stage", "epoch", "args")
@@ -58,4 +58,4 @@ def ship(network: torch.nn.Module, checkpoint: dict) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -35,14 +35,14 @@ from datasets.loading import ShuffledSeeds, WithSeed, as_lists, loader_options, 
 from datasets.transforms import Augment, Paper, to_floats
 from eval_cityscapes_server import device_name
 from models.lednet import LEDNet
+from utils.arguments import ArgumentParser, file_path, natural_int, positive_int
 from utils.errors import UserError
 from utils.evaluation import train_one_epoch
 from utils.files import atomic_write
 from utils.interrupts import Watch
 from utils.losses import build_loss
 from utils.optim import OPTIMIZERS, PAPER
-from utils.options import ArgumentParser, file_path, natural_int, positive_int
-from utils.script import pick_amp_dtype, pick_device, run
+from utils.script import pick_amp_dtype, pick_device, run_script
 from utils.training import Training
 
 CPU = torch.device("cpu")
@@ -261,4 +261,4 @@ def table(figures: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -2,90 +2,141 @@
 
 A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts:
 
-    model           state_dict of LEDNet; before stage 2 of the encoder under its training head
-    stage           that wrote it: 0 is pretraining by lednet_imagenet.py, 1 and 2 are main.py's
-    dataset, num_classes, class_names, colors (RGB 0-255), categories
-    label_ids       value of each class in the label files of the data set
-    ignored_ids     values in them that are ignored
-    train_images    that it was trained on
-    apn_channels    width D of the decoder, where there is one
-    mean, std       that inputs in [0, 1] are normalised with, by RGB channel
-    height          of the images that the network was trained on
-    args            options of the training run
-    epoch, best     epochs done in this stage; the best one so far and its scores
+    model           state_dict of LEDNet, or of what an earlier stage trains
+    stage           0: lednet_imagenet.py; 1 and 2: stages of main.py
+    epoch, best     finished epochs of the stage; its best epoch so far and the scores of that
+    dataset, num_classes, class_names, ...          see `Description`
 
-and in last.pth what `utils.training` needs to go on from any step:
-
-    optimizer, scheduler, scaler
-    training_model  the weights that training goes on with, where `model` may be an average (EMA)
-    ema_updates     steps that are in the average
-    step, steps     done of the epoch after `epoch`, and all of it
-    lr, batch_size  of that epoch
-    processes       of each process its random states and sums
+`last.pth` also holds what `utils.training` needs to go on from any step.
 """
 
 import math
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from datasets.segmentation import Classes
+from datasets.transforms import normalizer
 from models.lednet import Encoder, ImageClassifier, LEDNet
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.original_names import original_names
 
-# What a checkpoint must say of its network to rebuild it and its preprocessing.
-DESCRIPTION = {
-    "dataset": str,
-    "num_classes": int,
-    "class_names": list,
-    "colors": list,
-    "label_ids": list,
-    "ignored_ids": list,
-    "apn_channels": int,
-    "mean": list,
-    "std": list,
-    "height": int,
-}
-
 
 class CheckpointError(UserError):
-    """A checkpoint file is not usable; the message is one line that says what to do."""
+    """A checkpoint file cannot be used."""
+
+
+class EncoderOnly(CheckpointError):
+    """A checkpoint of the encoder alone, where a whole network is needed."""
+
+
+class WrongWidth(CheckpointError):
+    """A checkpoint of a network with another decoder width D."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint says about its network: how to rebuild it and how to prepare its inputs.
+
+    Attributes:
+        dataset: name of the data set it was trained on, a key of `datasets.DATASETS`.
+        classes: names of the classes; for segmentation also colours, label ids and categories.
+        mean, std: normalisation of inputs in [0, 1], by RGB channel.
+        height: height of the images it was trained on.
+        train_images: number of training images.
+        apn_channels: width D of the decoder; None without a decoder.
+        args: options of the training run.
+    """
+
+    dataset: str
+    classes: Classes
+    mean: list[float]
+    std: list[float]
+    height: int
+    train_images: int
+    apn_channels: int | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset,
+            **self.classes.to_checkpoint(),
+            "train_images": self.train_images,
+            "apn_channels": self.apn_channels,
+            "mean": self.mean,
+            "std": self.std,
+            "height": self.height,
+            "args": self.args,
+        }
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Mapping[str, Any], path: str | os.PathLike
+    ) -> "Description":
+        """Read the description of a trained network.
+
+        Raises:
+            CheckpointError: a part of it is missing or of another type.
+        """
+        types = dict(dataset=str, class_names=list, colors=list, label_ids=list, height=int)
+        for key, expected in types.items():
+            if not isinstance(checkpoint.get(key), expected):
+                raise CheckpointError(
+                    f"{path} does not state its {key}: main.py did not write it, and it can only "
+                    "be used to start training"
+                )
+        mean, std = normalisation(checkpoint, path) or ([0.0] * 3, [1.0] * 3)
+        return cls(
+            checkpoint["dataset"],
+            Classes.from_checkpoint(checkpoint),
+            mean,
+            std,
+            checkpoint["height"],
+            checkpoint.get("train_images", 0),
+            apn_channels_of(checkpoint.get("model", {})) or checkpoint.get("apn_channels"),
+            checkpoint.get("args", {}),
+        )
+
+    def normalize(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Return what turns uint8 images, N x 3 x H x W, into inputs of the network."""
+        return normalizer(self.mean, self.std, device)
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write a checkpoint beside `path`, sync it and rename it: the file is whole or absent.
+    """Write a checkpoint whole or not at all.
 
     Raises:
-        OSError: it cannot be written; the file that was there is as it was.
+        OSError: it cannot be written; the old file stays.
     """
     with atomic_write(path) as unfinished, unfinished.open("wb") as file:
         try:
             torch.save(dict(checkpoint), file)
         except RuntimeError as error:
-            # Where writing failed, torch fails again to close its archive, and hides the reason.
+            # When a write fails, torch fails again as it closes the archive, and hides the cause.
             if error.__context__ is not None:
                 raise error.__context__ from None
             raise
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, without running any code that is in it.
+    """Read a checkpoint onto the CPU, without running code that it may contain.
 
-    A plain state_dict is taken too, and comes back as {"model": state_dict}.
+    A plain state_dict is accepted too, and returned as {"model": state_dict}.
 
     Raises:
-        CheckpointError: the file is missing, damaged or holds something else.
+        CheckpointError: the file is missing, damaged or something else.
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{path} does not exist: give the path of a checkpoint file")
     try:
-        # torch itself loads a flipped bit in silence; the archive's checksums tell.
+        # torch itself loads a flipped bit in silence; the checksums of the archive do not.
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
@@ -113,68 +164,55 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def load_network(path: str | os.PathLike) -> tuple[LEDNet, dict[str, Any]]:
-    """Rebuild the trained network that a checkpoint holds, in evaluation mode on the CPU.
+def load_network(path: str | os.PathLike) -> tuple[LEDNet, Description]:
+    """Rebuild a trained network from its checkpoint.
 
     Returns:
-        The network and the rest of the checkpoint.
+        The network, in evaluation mode on the CPU, and its description.
 
     Raises:
         CheckpointError: the file is not a checkpoint of a whole network by main.py.
     """
     checkpoint = load_checkpoint(path)
     if checkpoint.get("stage") in (0, 1):
-        raise CheckpointError(
-            f"{path} holds the encoder alone: train stage 2 first, with "
-            f"main.py --pretrained-encoder {path}"
-        )
-    for key, kind in DESCRIPTION.items():
-        if not isinstance(checkpoint.get(key), kind):
-            raise CheckpointError(
-                f"{path} does not say its {key}: it was not written by main.py; "
-                f"train from it with main.py --init {path}"
-            )
-    network = LEDNet(checkpoint["num_classes"], checkpoint["apn_channels"])
-    fill(network, checkpoint.pop("model"), path)
-    return network.eval(), checkpoint
+        raise EncoderOnly(f"{path} holds the encoder alone, not a whole network")
+    about = Description.from_checkpoint(checkpoint, path)
+    if not about.apn_channels:
+        raise CheckpointError(f"{path} holds no decoder: use the best.pth of a run of main.py")
+    network = LEDNet(len(about.classes), about.apn_channels)
+    fill(network, checkpoint["model"], path)
+    return network.eval(), about
 
 
-def load_classifier(path: str | os.PathLike) -> tuple[ImageClassifier, dict[str, Any]]:
-    """Rebuild the image classifier that a checkpoint holds, in evaluation mode on the CPU.
+def load_classifier(path: str | os.PathLike) -> tuple[ImageClassifier, Description]:
+    """Rebuild an image classifier from its checkpoint.
 
     Returns:
-        The classifier and the rest of the checkpoint.
+        The classifier, in evaluation mode on the CPU, and its description.
 
     Raises:
         CheckpointError: the file is not a checkpoint of a classifier by lednet_imagenet.py.
     """
     checkpoint = load_checkpoint(path)
-    head, names = checkpoint["model"].get("head.weight"), checkpoint.get("class_names")
-    if (
-        checkpoint.get("stage") != 0
-        or not isinstance(names, list)
-        or not all(isinstance(name, str) for name in names)
-        or head is None
-        or head.shape[:1] != (len(names),)
-        or not isinstance(checkpoint.get("height"), int)
-        or normalisation(checkpoint, path) is None
-    ):
+    if checkpoint.get("stage") != 0 or "head.weight" not in checkpoint["model"]:
         raise CheckpointError(
             f"{path} holds no image classifier: give the best.pth of a run of lednet_imagenet.py"
         )
-    model = ImageClassifier(Encoder(), len(names))
-    fill(model, checkpoint.pop("model"), path)
-    return model.eval(), checkpoint
+    # Files of earlier versions state nothing about colours and label ids.
+    about = Description.from_checkpoint({"colors": [], "label_ids": []} | checkpoint, path)
+    model = ImageClassifier(Encoder(), len(about.classes))
+    fill(model, checkpoint["model"], path)
+    return model.eval(), about
 
 
 def load_encoder(encoder: Encoder, path: str | os.PathLike) -> tuple[dict[str, Any], int]:
-    """Fill an encoder from any file that holds all of its weights, and nothing else of it.
+    """Copy the weights of an encoder from any file that holds them all.
 
-    That is a checkpoint of either program, whole or the encoder alone, or a plain state_dict
+    The file is a checkpoint of either program, whole or the encoder alone, or a plain state_dict
     with our names or those of the original code.
 
     Returns:
-        The checkpoint without its weights, and the number of tensors that were copied.
+        The checkpoint without its weights, and the number of tensors copied.
 
     Raises:
         CheckpointError: the file is not a checkpoint or does not fill the encoder.
@@ -183,33 +221,30 @@ def load_encoder(encoder: Encoder, path: str | os.PathLike) -> tuple[dict[str, A
     weights = checkpoint.pop("model")
     own = {name: name for name in encoder.state_dict()}
     found = [(*_prefix(weights, names.values()), names) for names in (own, original_names(encoder))]
-    prefix, _, names = max(found, key=lambda way: way[1])
-    inside = {
+    prefix, _, names = max(found, key=lambda candidate: candidate[1])
+    matched = {
         ours: weights[prefix + theirs]
         for ours, theirs in names.items()
         if prefix + theirs in weights
     }
-    # PyTorch before 0.4.1 did not count batches, and nothing reads the count.
+    # PyTorch before 0.4.1 did not count batches, and nothing reads the counts.
     counters = {
         name: torch.zeros_like(count)
         for name, count in encoder.state_dict().items()
-        if name.endswith(".num_batches_tracked") and name not in inside
+        if name.endswith(".num_batches_tracked") and name not in matched
     }
-    filling = inside | counters
-    missing = [prefix + theirs for ours, theirs in names.items() if ours not in filling]
+    missing = [prefix + theirs for ours, theirs in names.items() if ours not in matched | counters]
     if missing:
         raise CheckpointError(
-            f"{path} does not fill the encoder: {', '.join(missing[:3])}"
-            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            + (" are" if len(missing) > 1 else " is")
-            + " missing: give a file that holds the whole encoder"
+            f"{path} does not fill the encoder, tensors are missing: {_few(missing)}; give a file "
+            "that holds the whole encoder"
         )
-    fill(encoder, filling, path)
-    return checkpoint, len(inside)
+    fill(encoder, matched | counters, path)
+    return checkpoint, len(matched)
 
 
 def _prefix(weights: Mapping[str, Tensor], names: Iterable[str]) -> tuple[str, int]:
-    """What stands before most of these names in a file, such as "encoder.", and before how many."""
+    """Return the commonest prefix of these names in a file, such as "encoder.", and its count."""
     wanted, prefixes = set(names), Counter({"": 0})
     for key in weights:
         parts = key.split(".")
@@ -222,48 +257,42 @@ def _prefix(weights: Mapping[str, Tensor], names: Iterable[str]) -> tuple[str, i
 def normalisation(
     checkpoint: Mapping[str, Any], path: str | os.PathLike
 ) -> tuple[list[float], list[float]] | None:
-    """The mean and std, by RGB channel, that a checkpoint's inputs were normalised with.
-
-    Returns:
-        None where the file says nothing of it.
+    """Return the mean and std of a checkpoint's inputs, by RGB channel; None if it states none.
 
     Raises:
-        CheckpointError: what it says is not three numbers each, the std above 0.
+        CheckpointError: they are not three numbers each, with a std above 0.
     """
     if "mean" not in checkpoint and "std" not in checkpoint:
         return None
-    mean, std = checkpoint.get("mean"), checkpoint.get("std")
-    for values in (mean, std):
-        if not (
-            isinstance(values, list | tuple)
-            and len(values) == 3
-            and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
-        ):
-            raise CheckpointError(f"{path} says a mean and std that are not three numbers each")
-    if min(std) <= 0:
-        raise CheckpointError(f"{path} says a std of {min(std)}: it must be above 0")
-    return list(mean), list(std)
+    try:
+        mean, std = ([float(v) for v in checkpoint[key]] for key in ("mean", "std"))
+        usable = len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0
+    except (KeyError, TypeError, ValueError):
+        usable = False
+    if not usable:
+        raise CheckpointError(
+            f"{path} states a mean and std that are not three numbers each, with a std above 0"
+        )
+    return mean, std
 
 
 def init_network(
     network: LEDNet, checkpoint: Mapping[str, Any], path: str | os.PathLike, class_names: list[str]
 ) -> list[str]:
-    """Start from a whole trained network; its classifier is kept where the classes agree.
+    """Copy the weights of a whole trained network; the classifier only if the classes agree.
 
     Args:
         checkpoint: what `load_checkpoint` read from `path`.
-        class_names: of the classes that the network is to tell apart.
+        class_names: classes of `network`.
 
     Returns:
-        Names of the tensors that keep their random values: the classifier's, or none.
+        Names of the tensors that keep their random values: those of the classifier, or none.
 
     Raises:
         CheckpointError: the file does not fill the rest of the network.
     """
     if checkpoint.get("stage") in (0, 1):
-        raise CheckpointError(
-            f"{path} holds the encoder alone: give it as --pretrained-encoder {path}"
-        )
+        raise EncoderOnly(f"{path} holds the encoder alone, not a whole network")
     weights, own = checkpoint["model"], network.state_dict()
     classifier = [name for name in own if name.startswith("decoder.classifier.")]
     same_classes = checkpoint.get("class_names", class_names) == class_names
@@ -277,7 +306,7 @@ def init_network(
 
 
 def apn_channels_of(weights: Mapping[str, Tensor]) -> int | None:
-    """The decoder width D of a network's weights; None where they hold no decoder."""
+    """Return the decoder width D of a network's weights; None without a decoder."""
     reduce = weights.get("decoder.reduce.0.weight")
     return None if reduce is None else reduce.shape[0]
 
@@ -286,15 +315,12 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLi
     """Copy weights into a module after comparing every name and shape.
 
     Raises:
-        CheckpointError: names what is missing, left over or of another shape; nothing is copied.
+        CheckpointError: a tensor is missing, unknown or of another shape; nothing is copied.
     """
     own = module.state_dict()
     width, stored_width = apn_channels_of(own), apn_channels_of(weights)
     if width and stored_width and width != stored_width:
-        raise CheckpointError(
-            f"{path} was trained with --apn-channels {stored_width}, not {width}: "
-            f"give --apn-channels {stored_width} or another file"
-        )
+        raise WrongWidth(f"{path} was trained with D = {stored_width}, not {width}")
     problems = [f"{name} is missing" for name in own if name not in weights]
     problems += [
         f"{name} is {tuple(weights[name].shape)}, not {tuple(weight.shape)}"
@@ -304,13 +330,17 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLi
     problems += [f"{name} is unknown" for name in weights if name not in own]
     if problems:
         raise CheckpointError(
-            f"{path} does not fit the {type(module).__name__}: {'; '.join(problems[:3])}"
-            + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-            + ": give a checkpoint of this network"
+            f"{path} does not fit the {type(module).__name__}: {_few(problems)}; give a "
+            "checkpoint of this network"
         )
     module.load_state_dict(weights)
 
 
+def _few(items: list[str]) -> str:
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return ", ".join(items[:3]) + more
+
+
 def on_cpu(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a module, loadable on any machine."""
+    """Return the weights of a module, loadable on any machine."""
     return {name: weight.cpu() for name, weight in module.state_dict().items()}

@@ -1,7 +1,7 @@
-"""The processes of one run, as torchrun starts them. Without it there is one, and nothing to do.
+"""The processes of one run, as torchrun starts them; without torchrun there is one.
 
-The first process alone writes and prints. What all of them must know, whether to stop above all,
-they agree on between two steps, so that none waits for another that has ended.
+Only the first process writes and prints. Between two steps all processes agree on what comes next,
+above all whether to stop, so that none waits for one that has ended.
 """
 
 import os
@@ -19,27 +19,27 @@ from torch.utils.data import Dataset, Subset
 
 T = TypeVar("T")
 
-FAILURE = "failure"  # where the store says why a process ended
+FAILURE = "failure"  # key of the store under which a process says why it ends
 
 _store: dist.Store | None = None
-# For objects and agreements: by gloo, on the CPU, without waiting for a GPU. The first process may
-# check a data set for hours meanwhile.
+# Objects and decisions travel by gloo, on the CPU, without waiting for a GPU. Its timeout is long:
+# the first process may check a data set for hours.
 _control: dist.ProcessGroup | None = None
 
 
 def local_rank() -> int | None:
-    """The number of this process among those that torchrun started on this machine; else None."""
+    """Return the number of this process on its machine; None without torchrun."""
     number = os.environ.get("LOCAL_RANK")
     return int(number) if number is not None and "WORLD_SIZE" in os.environ else None
 
 
 def local_processes() -> int:
-    """How many processes of the run share this machine."""
+    """Return the number of processes of the run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if processes() > 1 else 1
 
 
 def start(device: torch.device) -> None:
-    """Join the other processes, by NCCL on GPUs and gloo on CPUs; the first alone prints on."""
+    """Join the other processes, by NCCL on GPUs and gloo on CPUs, and silence all but the first."""
     global _store, _control
     if local_rank() is None or int(os.environ["WORLD_SIZE"]) == 1:
         return
@@ -74,20 +74,18 @@ def is_first() -> bool:
 
 
 def first(function: Callable[[], T]) -> T:
-    """Have the first process alone call a function, and give its result to all.
+    """Call a function in the first process only, and return its result in all of them.
 
     Raises:
-        SystemExit: in the other processes, where the function fails in the first.
+        SystemExit: in the other processes, if the function fails in the first.
     """
     if processes() == 1:
         return function()
     outcome: list[Any] = [None, False]
-    if is_first():
-        try:
+    try:
+        if is_first():
             outcome = [function(), True]
-        finally:
-            dist.broadcast_object_list(outcome, group=_control)
-    else:
+    finally:
         dist.broadcast_object_list(outcome, group=_control)
     result, done = outcome
     if not done:
@@ -96,7 +94,7 @@ def first(function: Callable[[], T]) -> T:
 
 
 def agree(number: int) -> int:
-    """The largest of the numbers that each process has."""
+    """Return the largest of the processes' numbers."""
     if processes() == 1:
         return number
     largest = torch.tensor(number)
@@ -105,7 +103,7 @@ def agree(number: int) -> int:
 
 
 def gather(item: Any) -> list[Any]:
-    """The item of each process, in their order, in all of them."""
+    """Return the items of all processes, in their order."""
     items = [item] * processes()
     if processes() > 1:
         dist.all_gather_object(items, item, group=_control)
@@ -113,7 +111,7 @@ def gather(item: Any) -> list[Any]:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over the processes, in all of them."""
+    """Return the sum of a tensor over the processes."""
     if processes() == 1:
         return tensor
     summed = tensor.clone()
@@ -122,7 +120,7 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def joined(tensor: Tensor) -> Tensor:
-    """The tensors of all processes, of one shape, one after the other in the first dimension."""
+    """Concatenate the tensors of all processes, which have one shape, in the first dimension."""
     if processes() == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(processes())]
@@ -131,37 +129,36 @@ def joined(tensor: Tensor) -> Tensor:
 
 
 def share(dataset: Dataset) -> Dataset:
-    """The items of a data set that this process is to score: every one is some process's, once."""
+    """Return this process's share of a data set: together the processes have every item once."""
     if processes() == 1:
         return dataset
     return Subset(dataset, range(rank(), len(dataset), processes()))
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as it is to be called in training: its gradients are averaged over processes."""
+    """Return what to call in training so that gradients are averaged over the processes."""
     if processes() == 1:
         return model
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Give all processes the first one's running statistics, which each has of its own images."""
+    """Copy the running statistics of the first process to all: each has those of its own images."""
     if processes() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
 def announce(message: str) -> None:
-    """Leave word of why this process ends, for those that wait for it."""
+    """Tell the other processes why this one ends."""
     if _store is not None:
-        with suppress(dist.DistError):  # where torchrun itself is gone
-            # The names of files may be no UTF-8.
-            message = message.encode(errors="backslashreplace").decode()
+        with suppress(dist.DistError):  # torchrun itself may be gone
+            message = message.encode(errors="backslashreplace").decode()  # file names: any bytes
             _store.set(FAILURE, message if is_first() else f"process {rank()}: {message}")
 
 
 def failure_elsewhere(error: Exception) -> str | None:
-    """Why another process ended, where that is what an error here comes from."""
+    """Return why another process ended, if that is what caused an error here."""
     if _store is None:
         return None
     with suppress(dist.DistError):

@@ -28,14 +28,7 @@ class WriteError(UserError):
 
 @contextmanager
 def write_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turn an OSError in the block into a WriteError.
-
-    Args:
-        path: file to name where the error names none.
-
-    Raises:
-        WriteError: the disk is full, the folder is read-only, ...
-    """
+    """Turn an OSError into a WriteError, which names `path` if the error itself names no file."""
     try:
         yield
     except OSError as error:
@@ -104,12 +97,7 @@ def remove_unfinished(folder: str | os.PathLike) -> None:
 
 
 def make_results_folder(folder: Path) -> None:
-    """Make a folder for results, or take an empty one.
-
-    Raises:
-        UserError: the folder is not empty.
-        WriteError: it cannot be made.
-    """
+    """Make a folder for results, or take an empty one; raise a UserError if neither is possible."""
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         used = any(folder.iterdir())
@@ -137,13 +125,18 @@ def result_path(folder: Path, name: str) -> Path:
     return path
 
 
-def save_result(path: Path, encode: Callable[[BinaryIO], None]) -> None:
+def save_result(folder: Path, name: str, encode: Callable[[BinaryIO], None]) -> None:
     """Write what `encode` writes into a file, whole or not at all.
 
+    Args:
+        folder, name: folder of the results, and relative path in it; see `result_path`.
+        encode: writes into an open file.
+
     Raises:
+        UserError: the path leads out of the folder.
         OSError: the file cannot be written.
     """
-    with atomic_write(path) as unfinished:
+    with atomic_write(result_path(folder, name)) as unfinished:
         # In memory first: PIL and its codecs hide why a file could not be written.
         content = BytesIO()
         encode(content)
@@ -175,11 +168,7 @@ class ResultWriter:
         self.finish(self.limit)
 
     def finish(self, limit: int = 0) -> None:
-        """Wait until at most `limit` results are left.
-
-        Raises:
-            WriteError: a file cannot be written.
-        """
+        """Wait until at most `limit` results are left; raise a WriteError of theirs."""
         while len(self.waiting) > limit:
             try:
                 with write_errors("a result"):

@@ -1,7 +1,7 @@
 """Class weights and the losses of training.
 
-Of several processes, each with its part of a batch, the mean of their losses is the loss of the
-whole batch, and so is the mean of their gradients, which is what DistributedDataParallel makes.
+Each of several processes has a part of the batch. The mean of their losses is the loss of the whole
+batch, and DistributedDataParallel takes the mean of their gradients.
 """
 
 import math
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from datasets.images import IGNORE_INDEX
 from utils import distributed
 
-IGNORE_INDEX = 255
-
-Loss = Callable[[Tensor, Tensor], Tensor]  # of logits and labels
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits, labels -> scalar
 
 
 def class_weights(counts: Tensor, c: float) -> Tensor:
-    """Weigh classes by how rare they are: w = 1 / ln(c + p), p the share of all pixels (ENet).
+    """Return weights that grow with rarity: w = 1 / ln(c + p), p the share of pixels (ENet).
 
     Args:
-        counts: pixels of each class, then of the ignored ones, which count in the total.
-        c: 1.20 in LEDNet's stage 1 and 1.10 in its stage 2; the smaller, the stronger.
+        counts: pixels of each class, then the ignored pixels, which count in the total.
+        c: 1.20 in LEDNet's stage 1 and 1.10 in its stage 2; smaller values weigh rare classes
+            more.
 
     Returns:
         float32, one weight a class.
@@ -34,12 +34,14 @@ def class_weights(counts: Tensor, c: float) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean cross entropy over the labelled pixels of the whole batch; 0 without any.
+    """Return the weighted mean cross entropy over the labelled pixels of the whole batch.
+
+    It is 0 without labelled pixels.
 
     Args:
-        logits: N x C x H x W, of any precision; the loss is float32.
-        labels: N x H x W, int64, 0 to C - 1 or 255 = ignore.
-        weight: of each class.
+        logits: N x C x H x W, in any precision; the loss is float32.
+        labels: N x H x W, int64, 0 to C - 1, or 255 = ignore.
+        weight: weight of each class.
     """
     total = F.cross_entropy(
         logits.float(), labels, weight, ignore_index=IGNORE_INDEX, reduction="sum"
@@ -54,20 +56,20 @@ def ohem_cross_entropy(
     threshold: float = 0.7,
     min_kept: float = 1 / 16,
 ) -> Tensor:
-    """Cross entropy over the hard pixels alone (online hard example mining).
+    """Return the cross entropy over hard pixels (online hard example mining).
 
-    Hard are the pixels whose true class got a probability below `threshold`, and at least the
-    share `min_kept` of the labelled ones, the hardest first (Shrivastava et al., CVPR 2016).
-    Arguments as in `cross_entropy`.
+    A pixel is hard if the probability of its true class is below `threshold`; at least the share
+    `min_kept` of the labelled pixels counts, the hardest first (Shrivastava et al., CVPR 2016).
+    The other arguments are those of `cross_entropy`.
     """
     losses = F.cross_entropy(
         logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none"
     ).flatten()
-    # How many pixels are labelled only the GPU knows, and to ask it would wait for all its work. So
-    # the losses are sorted as far as they could be asked for, and it finds the last of them itself.
+    # Only the GPU knows how many pixels are labelled, and asking it would wait for all its work.
+    # So as many losses are sorted as could be needed, and the GPU finds the last of them itself.
     most = max(1, int(losses.numel() * distributed.processes() * min_kept))
     hardest = losses.detach().topk(min(most, losses.numel())).values
-    if distributed.processes() > 1:  # the hardest of the whole batch may all lie in one process
+    if distributed.processes() > 1:  # all of the hardest may be in one process
         hardest = distributed.joined(hardest).topk(most).values
     labelled = distributed.total((labels != IGNORE_INDEX).sum())
     fewest = (labelled * min_kept).long().clamp(1, most)
@@ -80,20 +82,20 @@ LOSSES = {"ce": cross_entropy, "ohem": ohem_cross_entropy}
 
 
 def build_loss(name: str, weight: Tensor) -> Loss:
-    """The loss of that name (a key of LOSSES) as a function of logits and labels."""
+    """Return the loss of that name, a key of LOSSES, as a function of logits and labels."""
     return partial(LOSSES[name], weight=weight)
 
 
 def with_auxiliary(loss: Loss, share: float) -> Callable[[tuple[Tensor, Tensor], Tensor], Tensor]:
-    """Add `share` times the loss of a second head, whose logits have a resolution of their own.
+    """Add `share` times the loss of a second head whose logits have a lower resolution.
 
     Returns:
-        A function of both heads' logits and the labels, which are made smaller for the second.
+        A function of the logits of both heads and the labels.
     """
 
     def total(outputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         logits, auxiliary = outputs
-        # The nearest pixel to each centre, as bytes: that mode does not take int64.
+        # As bytes, since nearest-exact does not take int64.
         planes = labels[:, None].to(torch.uint8)
         smaller = F.interpolate(planes, auxiliary.shape[-2:], mode="nearest-exact")[:, 0].long()
         return loss(logits, labels) + share * loss(auxiliary, smaller)
@@ -102,14 +104,14 @@ def with_auxiliary(loss: Loss, share: float) -> Callable[[tuple[Tensor, Tensor],
 
 
 def _mean(total: Tensor, weights: Tensor) -> Tensor:
-    """A sum of weighted losses over the sum of the weights in the whole batch.
+    """Divide this process's sum of weighted losses by the sum of all weights of the batch.
 
-    Each process has its part of both; the mean of what they return is the mean of the batch.
+    The mean of the results over the processes is the mean over the batch.
     """
     return distributed.processes() * total / distributed.total(weights.detach()).clamp_min(1e-12)
 
 
 def _pixel_weights(labels: Tensor, weight: Tensor) -> Tensor:
-    """The weight of each pixel's class, 0 where it is ignored."""
+    """Return the weight of each pixel's class; 0 for ignored pixels."""
     by_label = F.pad(weight, (0, IGNORE_INDEX + 1 - len(weight)))
     return by_label[labels]

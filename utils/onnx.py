@@ -1,60 +1,48 @@
-"""The network as an ONNX model that explains itself, and ONNX Runtime as one of its runtimes."""
+"""The network as an ONNX model that describes itself, and ONNX Runtime to run it."""
 
 import json
 import os
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from datasets.images import MIN_SIZE
 from models.deployed import Deployed
 from models.lednet import LEDNet
+from utils.checkpoint import Description
 from utils.errors import UserError
 from utils.files import atomic_write
 
-# What the model's metadata says beside its graph, each as JSON: what a program needs to prepare
-# images and to show labels.
-METADATA = (
-    "dataset",
-    "num_classes",
-    "class_names",
-    "colors",
-    "label_ids",
-    "apn_channels",
-    "mean",
-    "std",
-    "height",
-)
-LEAST = 64  # height and width of an image
+# What a model states beside its graph, each as JSON: how to prepare images and to show labels.
+METADATA = ("dataset", "num_classes", "class_names", "colors", "label_ids", "apn_channels")
+METADATA += ("mean", "std", "height")
 
 
 class MissingExtra(UserError):
-    """An optional package is not installed; the message is one line that says how to."""
+    """An optional package is not installed."""
 
 
 def export_onnx(
-    network: LEDNet, checkpoint: Mapping[str, Any], path: str | os.PathLike, labels: bool = False
+    network: LEDNet, about: Description | None, path: str | os.PathLike, labels: bool = False
 ) -> None:
-    """Write a trained network as ONNX, whole or not at all.
-
-    Its input is "images", N x 3 x H x W, float32, RGB in [0, 1], normalised with the mean and std
-    of the metadata; N, H and W are free, from 64 on for H and W. Its output is "logits",
-    N x C x H x W, float32, or "labels", N x H x W, uint8, trainIds.
+    """Write a trained network as an ONNX model, whole or not at all.
 
     Args:
-        checkpoint: what the metadata says, as far as it says it; see METADATA.
+        network: trained network.
+        about: content of the metadata; None: no metadata.
+        path: file to write.
+        labels: output "labels", N x H x W, uint8, trainIds, instead of "logits", N x C x H x W.
 
     Raises:
-        MissingExtra: the exporter's packages are not installed.
+        MissingExtra: packages of the exporter are not installed.
         OSError: the file cannot be written.
     """
-    free = {0: Dim("batch"), 2: Dim("height", min=LEAST), 3: Dim("width", min=LEAST)}
+    free = {0: Dim("batch"), 2: Dim("height", min=MIN_SIZE), 3: Dim("width", min=MIN_SIZE)}
     try:
         program = torch.onnx.export(
             Deployed(network, labels),
-            (torch.rand(2, 3, 2 * LEAST, 4 * LEAST),),
+            (torch.rand(2, 3, 2 * MIN_SIZE, 4 * MIN_SIZE),),
             dynamo=True,
             verbose=False,
             input_names=["images"],
@@ -63,8 +51,9 @@ def export_onnx(
         )
     except ImportError as error:
         raise MissingExtra(f"{error}: pip install onnx onnxscript onnxruntime") from error
-    properties = {name: json.dumps(checkpoint[name]) for name in METADATA if name in checkpoint}
-    program.model.metadata_props.update(properties)
+    if about is not None:
+        stated = about.to_checkpoint()
+        program.model.metadata_props.update({key: json.dumps(stated[key]) for key in METADATA})
     with atomic_write(path) as unfinished:
         program.save(unfinished)
 
@@ -73,26 +62,25 @@ class OnnxNetwork(nn.Module):
     """An exported network in ONNX Runtime, on the CPU.
 
     Args:
-        path: of the model.
-        threads: that it computes with; None: as many as torch does.
+        path: ONNX model.
 
     Raises:
         MissingExtra: onnxruntime is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike) -> None:
         super().__init__()
         try:
             import onnxruntime
         except ImportError as error:
             raise MissingExtra(f"{error}: pip install onnxruntime") from error
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.intra_op_num_threads = torch.get_num_threads()
         self.session = onnxruntime.InferenceSession(
             os.fspath(path), options, providers=["CPUExecutionProvider"]
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """N x 3 x H x W, float32, to logits or labels, as the model was exported."""
+        """Turn N x 3 x H x W, float32, into logits or labels, as the model was exported."""
         (outputs,) = self.session.run(None, {"images": images.contiguous().numpy()})
         return torch.from_numpy(outputs)

@@ -1,64 +1,371 @@
-"""The options of the training programs, and the parser that all programs share."""
+"""The options of the training programs: one table, settled once, before anything runs."""
 
 import argparse
-import math
-from collections.abc import Callable
-from typing import Any, NoReturn
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import DATASETS
+from datasets.cache import CacheError, CacheLost, CacheTooLarge
+from datasets.drawn import DrawingError
+from datasets.images import MIN_SIZE, BrokenFiles, FileError, NothingReadable
+from utils.arguments import (
+    ArgumentParser,
+    file_path,
+    finite_float,
+    natural_float,
+    natural_int,
+    positive_float,
+    positive_int,
+    probability,
+    seed_int,
+)
+from utils.checkpoint import EncoderOnly, WrongWidth
+from utils.errors import UserError
+from utils.evaluation import OutOfMemory
+from utils.files import WriteError
+from utils.interrupts import Diverged
+from utils.losses import LOSSES
+from utils.optim import SCHEDULES
+from utils.run_folder import BEST, FolderInUse, NoRun, read_args, run_path
+from utils.script import WorkerDied
+
+# Where the embedded data sets are drawn.
+STREETS, SHAPES = Path("data/synthetic"), Path("data/shapes")
+
+# Which options of the training programs mend an error.
+ADVICE = {
+    BrokenFiles: "python tools/check_dataset.py lists them all, --skip-broken leaves them out",
+    FileError: "--skip-broken leaves it out",
+    NothingReadable: "python tools/check_dataset.py lists what is broken",
+    CacheError: "give --cache off, or another folder",
+    CacheTooLarge: "give --cache off, another folder, or a smaller --height",
+    CacheLost: "--resume makes it again",
+    DrawingError: "run in a folder that can be written, or give --datadir",
+    OutOfMemory: "give a smaller --batch-size, which may change on --resume, or smaller images",
+    WorkerDied: "if the machine ran out of memory, give fewer --workers",
+    Diverged: "start another run with a smaller --lr",
+    EncoderOnly: "give it as --pretrained-encoder",
+    WrongWidth: "give --apn-channels as it was trained, or another file",
+    FolderInUse: "wait for its end, go on with --resume, or give another --savedir",
+    NoRun: "give the --savedir of a run, or leave --resume out",
+    WriteError: "make room, or give a --savedir that can be written",
+}
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser that reports a mistake in one line, without the usage before it."""
+@dataclass(frozen=True)
+class Option:
+    """A row of a table of options.
 
-    def __init__(self, description: str | None = None, **kwargs: Any) -> None:
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            description=description, formatter_class=formatter, allow_abbrev=False, **kwargs
+    Attributes:
+        flags: names on the command line, the first of which names the value.
+        type: converts and checks a value; "flag" for an option without a value, "switch" for one
+            with a --no- form.
+        default: value if neither the command line nor the preset says another.
+        help: help text, to which the defaults are added.
+        by_preset: default for each preset that has one of its own.
+        may_change: whether a resumed run may have another value.
+        shape: further arguments of argparse, such as nargs and choices.
+    """
+
+    flags: str
+    type: Callable[[str], Any] | str
+    default: Any
+    help: str
+    by_preset: Mapping[str, Any] = field(default_factory=dict)
+    may_change: bool = False
+    shape: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.flags.split()[0].removeprefix("--").replace("-", "_")
+
+    def add_to(self, parser: argparse._ActionsContainer) -> None:
+        actions = {"flag": "store_true", "switch": argparse.BooleanOptionalAction}
+        how = {"action": actions[self.type]} if self.type in actions else {"type": self.type}
+        shown = "; ".join(filter(None, [self.help, self._defaults()]))
+        parser.add_argument(*self.flags.split(), default=None, help=shown, **how, **self.shape)
+
+    def _defaults(self) -> str:
+        if self.type == "flag" or "default" in self.help:
+            return ""
+        others = ", ".join(f"{preset} {_shown(value)}" for preset, value in self.by_preset.items())
+        return f"default {_shown(self.default)}" + (f" ({others})" if others else "")
+
+    def default_for(self, presets: Sequence[str]) -> Any:
+        """Return the default of the first preset that has one, else that of all."""
+        return next((self.by_preset[p] for p in presets if p in self.by_preset), self.default)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+Table = Mapping[str, Sequence[Option]]  # groups of options by title
+
+MACHINE = (
+    Option("--workers --num-workers", natural_int, min(4, os.cpu_count() or 1),
+           "processes that load data", may_change=True),
+    Option("--device", str, "auto", "auto, cpu, cuda or cuda:1", may_change=True),
+    Option("--amp", str, "auto", "mixed precision; auto: on a GPU only", may_change=True,
+           shape={"choices": ("auto", "off", "bf16", "fp16")}),
+    Option("--compile", "flag", False, "train through torch.compile, which takes minutes to start; "
+           "for long runs on a GPU", may_change=True),
+    Option("--seed", seed_int, 0, "seed of everything random"),
+    Option("--sync-bn", "flag", False, "batch norm over the images of all processes; GPUs only"),
+    Option("--skip-broken", "flag", False, "leave out images and labels that cannot be read, and "
+           "count them; without it, the first one ends the run", may_change=True),
+)  # fmt: skip
+
+OUTPUT = (
+    Option("--savedir", file_path, None, "name of a folder under save/, or a path; default: data "
+           "set and time", may_change=True),
+    Option("--resume", "flag", False, "go on with the run in --savedir", may_change=True),
+    Option("--checkpoint-minutes", natural_float, 10.0, "minutes between checkpoints within an "
+           "epoch; one more follows each epoch", may_change=True),
+    Option("--steps-loss", natural_int, 50, "steps between lines of progress in a log; 0: none",
+           may_change=True),
+    Option("--val-every", positive_int, 1, "epochs between validations",
+           dict(cityscapes=5, camvid=5, quick=5), may_change=True),
+    Option("--epochs-save", natural_int, 0, "keep the weights of every so many epochs; 0: only the "
+           "last and the best", may_change=True),
+)  # fmt: skip
+
+# Presets: paper as published, cityscapes and camvid stronger, quick for the drawn scenes.
+PRESETS = ("paper", "cityscapes", "camvid", "quick")
+
+SEGMENTATION: Table = {
+    "recipe": (
+        Option("--preset", str, None, "defaults of the other options: as published, stronger ones, "
+               "or a quick run on the drawn scenes; default paper, without --datadir quick",
+               shape={"choices": PRESETS}),
+        Option("--encoder-epochs", natural_int, 300, "epochs of stage 1",
+               dict(cityscapes=0, camvid=0, quick=3)),
+        Option("--epochs", positive_int, 300, "epochs of stage 2",
+               dict(cityscapes=800, camvid=80, quick=13)),
+        Option("--num-epochs", positive_int, None, "epochs of each stage, in one option"),
+        Option("--batch-size", positive_int, 5, "images in a step of each process",
+               dict(cityscapes=12, camvid=8, quick=4), may_change=True),
+        Option("--optimizer", str, "adam", "", dict(cityscapes="adamw", camvid="adamw"),
+               shape={"choices": ("adam", "adamw")}),
+        Option("--lr", positive_float, 5e-4, "highest learning rate",
+               dict(cityscapes=1e-3, camvid=2e-3, quick=2e-3)),
+        Option("--weight-decay", natural_float, 1e-4, "", dict(cityscapes=0.01, camvid=0.01)),
+        Option("--schedule", str, "poly", "schedule of the learning rate, by steps",
+               dict(cityscapes="onecycle", camvid="onecycle"), shape={"choices": tuple(SCHEDULES)}),
+        Option("--loss", str, "ce", "cross entropy over all pixels (ce) or the hard ones (ohem)",
+               dict(cityscapes="ohem"), shape={"choices": tuple(LOSSES)}),
+        Option("--weight-c", natural_float, None, "c in the class weights 1 / ln(c + share of "
+               "pixels); 0: equal weights; default 1.2 in stage 1 and 1.1 in stage 2",
+               shape={"metavar": "C"}),
+        Option("--aux-weight", natural_float, 0.0, "weight of the loss of a second head on the "
+               "encoder in stage 2; 0: no such head", dict(cityscapes=0.4, camvid=0.4)),
+        Option("--ema", "switch", False, "score and save an exponential average of the weights in "
+               "stage 2", dict(cityscapes=True, camvid=True)),
+    ),
+    "data": (
+        Option("--dataset", str, None, "data set; folder: your own, see --classes; default "
+               f"cityscapes, for {STREETS} synthetic", shape={"choices": DATASETS}),
+        Option("--datadir", file_path, None, "folder of the data set; default: street scenes are "
+               f"drawn into {STREETS}", may_change=True),
+        Option("--classes", file_path, None, "text or JSON file with the names and colours of the "
+               "classes of --dataset folder; default: none", shape={"metavar": "FILE"}),
+        Option("--train-on --annotations", str, None, "splits to train on; "
+               + "; ".join(f"{name}: {', '.join(d.TRAIN_ON)}" for name, d in DATASETS.items())
+               + "; default: the first", shape={"metavar": "SPLITS"}),
+        Option("--height", positive_int, 512, "height that images are resized to, in proportion",
+               dict(cityscapes=1024, camvid=360, quick=160)),
+        Option("--cache", file_path, "off", "decode and resize each image once, and keep the "
+               "result in memory (ram) or in a file in a folder", dict(camvid="ram"),
+               may_change=True, shape={"metavar": "DIR|ram|off"}),
+        Option("--augment", str, "paper", "paper: flip and shift; strong: scale, crop, flip, "
+               "colour", dict(cityscapes="strong", camvid="strong"),
+               shape={"choices": ("paper", "strong")}),
+        Option("--crop", positive_int, None, "size of the crops of --augment strong; none: that "
+               "of the images", dict(cityscapes=[1024, 1024], camvid=[240, 320]),
+               shape={"nargs": 2, "metavar": ("HEIGHT", "WIDTH")}),
+        Option("--scale", positive_float, [0.5, 2.0], "range of scales of --augment strong",
+               dict(camvid=[0.67, 1.5]), shape={"nargs": 2, "metavar": ("MIN", "MAX")}),
+        Option("--jitter", probability, 0.4, "range of brightness, contrast and saturation of "
+               "--augment strong"),
+    ),
+    "network": (
+        Option("--apn-channels --D", positive_int, None, "width D of the decoder; default 20, or "
+               "that of --init"),
+        Option("--dropout", probability, 0.3, "dropout of the encoder's last stage",
+               dict(camvid=0.1)),
+        Option("--pretrained-encoder --pretrainedEncoder", file_path, None, "file to take the "
+               "encoder from, skipping stage 1: a checkpoint of either program, or a state_dict of "
+               "the original code; default: none", shape={"metavar": "FILE"}),
+        Option("--init --state", file_path, None, "whole network to start stage 2 from; its "
+               "classifier is replaced if the classes differ; default: none",
+               shape={"metavar": "CHECKPOINT"}),
+        Option("--decoder", "flag", False, "skip stage 1"),
+        *(Option(f"--{name}", check, None, f"{name} to normalise images in [0, 1] with, by RGB "
+                 "channel; default: that of the file to start from, or none",
+                 shape={"nargs": 3, "metavar": ("R", "G", "B")})
+          for name, check in (("mean", finite_float), ("std", positive_float))),
+    ),
+    "machine": MACHINE,
+    "output": (
+        *OUTPUT,
+        Option("--iouTrain", "flag", False, "measure the mIoU on training images too"),
+    ),
+}  # fmt: skip
+
+PRETRAINING: Table = {
+    "recipe": (
+        Option("--recipe", str, "paper", "paper: SGD, as published; modern: AdamW, one cycle, "
+               "label smoothing, RandAugment and an average of the weights",
+               shape={"choices": ("paper", "modern")}),
+        Option("--epochs", positive_int, 150, "", dict(shapes=18)),
+        Option("--batch-size", positive_int, 256, "images in a step of each process",
+               dict(shapes=16), may_change=True),
+        Option("--lr", positive_float, 0.1, "highest learning rate",
+               dict(modern=1e-3, shapes=0.005)),
+        Option("--size", positive_int, 224, "side of the square crops of images", dict(shapes=64)),
+    ),
+    "data": (
+        Option("--datadir", file_path, None, "folder with train/<class>/ and val/<class>/; "
+               f"default: shapes and textures are drawn into {SHAPES}", may_change=True),
+    ),
+    "machine": MACHINE,
+    "output": (
+        *OUTPUT,
+        Option("--evaluate", file_path, None, "score a checkpoint on val, and do not train; "
+               f"default: {BEST} of --savedir", may_change=True,
+               shape={"nargs": "?", "const": True, "metavar": "FILE"}),
+    ),
+}  # fmt: skip
+
+
+def parse_options(
+    description: str | None, table: Table, settle: Callable[[argparse.Namespace], None]
+) -> argparse.Namespace:
+    """Parse the command line; a resumed run keeps the options that it was started with.
+
+    Args:
+        table: all options, by group.
+        settle: fills in what is still open, and refuses what cannot be done.
+
+    Raises:
+        UserError: options are impossible, or differ from those of the run to resume.
+    """
+    parser = ArgumentParser(description)
+    for title, rows in table.items():
+        group = parser.add_argument_group(title)
+        for row in rows:
+            row.add_to(group)
+    parser.set_defaults(dataset=parser.get_default("dataset"))
+    options = {row.name: row for rows in table.values() for row in rows}
+    stored = _stored_options(options)
+    own_folder = ("savedir", "resume")
+    parser.set_defaults(**{k: v for k, v in stored.items() if k not in own_folder})
+    args = parser.parse_args()
+    settle(args)
+    for name, value in stored.items():
+        if not (name in options and options[name].may_change) and getattr(args, name) != value:
+            raise UserError(
+                f"the run in {args.savedir} has --{name.replace('_', '-')} {_shown(value)}: leave "
+                "the option out to resume, or start another run"
+            )
+    return args
+
+
+def _stored_options(options: Mapping[str, Option]) -> dict[str, Any]:
+    """Return the options of the run that the command line resumes; none for a new run."""
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--savedir")
+    first, _ = parser.parse_known_args()
+    if not first.resume:
+        return {}
+    if not first.savedir:
+        raise UserError("--resume needs --savedir, the folder of the run to go on with")
+    folder = run_path(first.savedir, "")
+    stored = read_args(folder)
+    if not stored.keys() <= {*options, "dataset"}:
+        raise UserError(f"{folder} holds a run of another program: resume it with that")
+    return stored
+
+
+def fill_defaults(args: argparse.Namespace, table: Table, presets: Sequence[str]) -> None:
+    """Give every option that the command line leaves open the default of its preset."""
+    for row in (row for rows in table.values() for row in rows):
+        if getattr(args, row.name) is None:
+            setattr(args, row.name, row.default_for(presets))
+
+
+def settle_segmentation(args: argparse.Namespace) -> None:
+    """Settle the options of main.py; raise a UserError if they contradict each other."""
+    embedded = args.datadir is None or Path(args.datadir).resolve() == STREETS.resolve()
+    if args.datadir is None and args.dataset not in (None, "synthetic"):
+        raise UserError(f"--dataset {args.dataset} needs --datadir, the folder of the data set")
+    if args.num_epochs:
+        for name in ("encoder_epochs", "epochs"):
+            if getattr(args, name) is None:
+                setattr(args, name, args.num_epochs)
+    needs_strong = [n for n in ("crop", "scale", "jitter") if getattr(args, n) is not None]
+    args.preset = args.preset or ("quick" if args.datadir is None else "paper")
+    fill_defaults(args, SEGMENTATION, [args.preset])
+    args.dataset = args.dataset or (
+        "folder" if args.classes else "synthetic" if embedded else "cityscapes"
+    )
+    args.datadir = args.datadir or str(STREETS)
+    args.savedir = str(run_path(args.savedir, args.dataset))
+    train_on = DATASETS[args.dataset].TRAIN_ON
+    args.train_on = args.train_on or next(iter(train_on))
+    if args.init or args.pretrained_encoder or args.decoder:
+        args.encoder_epochs = 0
+
+    if needs_strong and args.augment == "paper" and not args.resume:
+        raise UserError(f"--{needs_strong[0]} belongs to --augment strong: give that as well")
+    if args.train_on not in train_on:
+        raise UserError(f"--train-on {args.train_on}: {args.dataset} has {' and '.join(train_on)}")
+    for flag, size in (("--height", [args.height]), ("--crop", args.crop or [])):
+        if size and min(size) < MIN_SIZE:
+            raise UserError(
+                f"{flag} {_shown(size)} is too small: LEDNet needs {MIN_SIZE}x{MIN_SIZE} pixels"
+            )
+    if args.scale[0] > args.scale[1]:
+        raise UserError(f"--scale {_shown(args.scale)}: give the smaller one first")
+    if args.weight_c is not None and 0 < args.weight_c <= 1:
+        raise UserError(f"--weight-c {args.weight_c}: give a number above 1, or 0")
+    if args.batch_size == 1:
+        raise UserError(
+            "--batch-size 1 cannot train: batch norm on the pooled 1x1 plane needs 2 images"
         )
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-def positive_int(text: str) -> int:
-    return _number(int, text, "a positive whole number", lambda value: value > 0)
+    if (args.mean is None) != (args.std is None):
+        raise UserError("--mean and --std belong together: give both or none")
+    if args.init and args.pretrained_encoder:
+        raise UserError("--init and --pretrained-encoder exclude each other: give one of them")
 
 
-def natural_int(text: str) -> int:
-    return _number(int, text, "a whole number from 0 on", lambda value: value >= 0)
-
-
-def seed_int(text: str) -> int:
-    expected = "a whole number from 0 to 2**63 - 1"
-    return _number(int, text, expected, lambda value: 0 <= value < 2**63)
-
-
-def positive_float(text: str) -> float:
-    return _number(float, text, "a positive number", lambda value: 0 < value < math.inf)
-
-
-def natural_float(text: str) -> float:
-    return _number(float, text, "a number from 0 on", lambda value: 0 <= value < math.inf)
-
-
-def probability(text: str) -> float:
-    return _number(float, text, "a number from 0 to 1", lambda value: 0 <= value <= 1)
-
-
-def finite_float(text: str) -> float:
-    return _number(float, text, "a number", math.isfinite)
-
-
-def file_path(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return text
-
-
-def _number(kind: type, text: str, expected: str, accepts: Callable[[float], bool]) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not accepts(value):
-        raise argparse.ArgumentTypeError(f"{text} is not {expected}")
-    return value
+def settle_pretraining(args: argparse.Namespace) -> None:
+    """Settle the options of lednet_imagenet.py; raise a UserError if they contradict each other."""
+    if args.evaluate:
+        if args.resume:
+            raise UserError("--evaluate and --resume exclude each other: give one of them")
+        if args.evaluate is True and not args.savedir:
+            raise UserError("--evaluate needs a checkpoint, or --savedir, the folder of a run")
+        if args.evaluate is True:
+            args.evaluate = str(run_path(args.savedir, "") / BEST)
+        args.batch_size = args.batch_size or 64
+        open_options = {name: getattr(args, name) for name in ("size", "datadir")}
+        fill_defaults(args, PRETRAINING, [])
+        vars(args).update(open_options)  # the checkpoint says the rest
+    else:
+        embedded = args.datadir is None or Path(args.datadir).resolve() == SHAPES.resolve()
+        presets = [args.recipe or "paper", *(["shapes"] if args.datadir is None else [])]
+        fill_defaults(args, PRETRAINING, presets)
+        args.dataset = args.dataset or ("shapes" if embedded else "imagenet")
+        args.datadir = args.datadir or str(SHAPES)
+        args.savedir = str(run_path(args.savedir, args.dataset))
+    if args.size is not None and args.size < 16:
+        raise UserError(f"--size {args.size} is too small: the classifier needs 16x16 pixels")

@@ -1,5 +1,6 @@
 """What every script shares: errors in one line, exit statuses, the device and its precision."""
 
+import argparse
 import io
 import os
 import platform
@@ -38,7 +39,7 @@ class WorkerDied(UserError):
 received: int | None = None
 
 
-def run(main: Callable[[], None], advice: Advice | None = None) -> None:
+def run_script(main: Callable[[], None], advice: Advice | None = None) -> None:
     """Run a script; a UserError ends it in one line on stderr and status 2.
 
     When one of several processes fails, the others print its message.
@@ -88,9 +89,9 @@ def run(main: Callable[[], None], advice: Advice | None = None) -> None:
 
 
 def with_advice(error: Exception, advice: Advice) -> str:
-    """Return the message of an error and, where there is one, the advice for its class."""
-    found = (advice[kind] for kind in type(error).__mro__ if kind in advice)
-    return "; ".join([one_line(error), *filter(None, [next(found, "")])])
+    """Return the message of an error with the advice for its class and its notes."""
+    found = [advice[kind] for kind in type(error).__mro__ if kind in advice]
+    return "; ".join([one_line(error), *found[:1], *getattr(error, "__notes__", [])])
 
 
 def _end(number: int, _frame: FrameType | None) -> NoReturn:
@@ -122,6 +123,17 @@ def worker_death(error: Exception) -> WorkerDied | None:
     if broken or str(error).startswith("DataLoader worker"):
         return WorkerDied(f"a process that loads data died ({one_line(error)})")
     return None
+
+
+def start_device(args: argparse.Namespace) -> torch.device:
+    """Return the device that the options ask for, and join the processes of torchrun."""
+    device = pick_device(args.device)
+    if args.sync_bn and device.type == "cpu":
+        raise UserError("--sync-bn needs GPUs: leave it out")
+    pick_amp_dtype(args.amp, device)
+    torch.backends.cudnn.benchmark = True
+    distributed.start(device)
+    return device
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,179 +1,435 @@
-"""What a step of training changes: all of it goes into a checkpoint, to go on from any step."""
+"""Training: a stage, how far it has come, and the one loop for every program."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
+from datasets.loading import Batch
 from utils import distributed
-from utils.checkpoint import fill, on_cpu
-from utils.optim import Average, resume_optimizer
+from utils.checkpoint import CheckpointError, Description, fill, on_cpu
+from utils.evaluation import OutOfMemory, memory_errors
+from utils.interrupts import Guard
+from utils.optim import Average, load_optimizer
+from utils.progress import Progress, Waiting, describe
+from utils.run_folder import BEST, LAST, Run
+
+
+class Meter(Protocol):
+    """Scores of predictions, summed up in `counts`: a confusion matrix, or top-k accuracy."""
+
+    counts: Tensor
+
+    def update_from_logits(self, logits: Tensor, labels: Tensor) -> None: ...
+
+    def summary(self) -> dict[str, float]:
+        """Return the scores by name, in [0, 1]."""
+
+
+class Validation(NamedTuple):
+    """What validation found.
+
+    Attributes:
+        columns: columns of the log.
+        best: scores to remember if this epoch is the best one.
+        pictures: pictures for TensorBoard, 3 x H x W, uint8.
+    """
+
+    columns: dict[str, float]
+    best: dict[str, Any]
+    pictures: list[Tensor]
 
 
 @dataclass
-class Training:
-    """A model in training, and how far it has come.
+class Stage:
+    """One stage of training: what is trained, on what, how, and how it is scored.
 
     Attributes:
-        model: what is trained.
-        network: the part of it, or all, that is scored and kept, by its average where there is one.
-        batch_size: images of a step in this process.
-        steps: of an epoch.
-        epoch: epochs that are done.
-        step: steps that are done of the epoch after them.
-        amp_dtype: of mixed precision, None for full precision.
-        lr: the learning rate that this epoch began with.
-        totals: sums over these steps in this process, from which the epoch's figures come.
+        number: number of the stage in checkpoints; 0 for pretraining.
+        about: description of the network for its checkpoints.
+        model: what is trained, training heads included.
+        network: the part of `model`, or all of it, that is scored and saved.
+        loader: training batches, drawn by a ShuffledSeeds.
+        prepare: turns a batch into images and labels on the device.
+        loss: scalar loss of the model's outputs and the labels.
+        validate: scores a network on the batches that it is given; the string titles its bar.
+        val_loader: validation batches.
+        score: name in `Validation.best` of the score that makes an epoch the best one.
+        best_files: files to save the best epoch to, and what returns the weights for each.
+        files: returns the files of the training item of an index.
+        average: average of the network's weights, scored and saved in its place.
+        meter: makes a fresh meter for the predictions in training.
+        amp_dtype: dtype of mixed precision; None for full precision.
+        epochs_before: epochs of earlier stages of the run.
     """
 
+    number: int
+    epochs: int
+    about: Description
     model: nn.Module
     network: nn.Module
+    loader: DataLoader
+    prepare: Callable[[Batch], tuple[Tensor, Tensor]]
+    loss: Callable[[Any, Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
-    scaler: torch.amp.GradScaler
-    batch_size: int
-    steps: int
-    ema: Average | None = None
+    val_loader: DataLoader
+    validate: Callable[[nn.Module, Iterable[Batch], str], Validation]
+    score: str
+    files: Callable[[int], Sequence[str]]
+    best_files: Mapping[str, Callable[[nn.Module], dict[str, Tensor]]] = field(
+        default_factory=lambda: {BEST: on_cpu}
+    )
+    average: Average | None = None
+    meter: Callable[[], Meter] | None = None
     amp_dtype: torch.dtype | None = None
-    epoch: int = 0
-    step: int = 0
-    lr: float = 0.0
-    totals: dict[str, Tensor] = field(default_factory=dict)
+    epochs_before: int = 0
 
-    @property
-    def scored(self) -> nn.Module:
-        """What is scored and kept."""
-        return self.ema.module if self.ema else self.network
+    def __post_init__(self) -> None:
+        self.steps = len(self.loader)  # of a whole epoch; the loader shrinks on resume
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.amp_dtype == torch.float16
+        )
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def begin_epoch(self, **totals: Tensor) -> None:
-        """Begin the sums of an epoch, with these beside the loss; within one, go on with those
-        that were restored."""
+    @property
+    def name(self) -> str:
+        return f"stage {self.number} " if self.number else ""
+
+    @property
+    def scored(self) -> nn.Module:
+        """The network that is scored and saved."""
+        return self.average.module if self.average else self.network
+
+
+@dataclass
+class TrainState:
+    """How far a stage has come.
+
+    Attributes:
+        epoch: finished epochs.
+        step: finished steps of the epoch after them.
+        lr: learning rate at the start of that epoch.
+        totals: sums over these steps in this process, from which the scores of the epoch come.
+        best: best epoch so far, and its scores.
+    """
+
+    stage: Stage
+    epoch: int = 0
+    step: int = 0
+    lr: float = 0.0
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0})
+
+    def place(self) -> str:
+        """Say how far training has come."""
+        suffix = f" of stage {self.stage.number}" if self.stage.number else ""
+        if self.step:
+            return f"step {self.step} of epoch {self.epoch + 1}{suffix}"
+        return f"epoch {self.epoch}{suffix}"
+
+    def begin_epoch(self, meter: Meter | None) -> None:
+        """Start the sums of an epoch; within one, go on with those that were restored."""
         kept = self.totals if self.step else {}
         if not self.step:
-            self.lr = self.scheduler.get_last_lr()[0]
-        start = {"loss": torch.zeros((), dtype=torch.float64), "images": torch.tensor(0)}
-        start |= {"skipped_steps": torch.tensor(0), "left_out": torch.tensor(0)}
-        self.totals = {
-            name: kept.get(name, value).to(self.device) for name, value in (start | totals).items()
+            self.lr = self.stage.scheduler.get_last_lr()[0]
+        start = {"loss": torch.zeros((), dtype=torch.float64)}
+        start |= {name: torch.tensor(0) for name in ("images", "skipped_steps", "left_out")}
+        if meter is not None:
+            start["meter"] = meter.counts
+        device = self.stage.device
+        self.totals = {name: kept.get(name, value).to(device) for name, value in start.items()}
+        if meter is not None:
+            meter.counts = self.totals["meter"]
+
+    def scores(self, meter: Meter | None) -> dict[str, Any]:
+        """Return the columns of the log that follow from the sums; this waits for a GPU."""
+        totals = self.totals
+        scores = {"train_loss": (totals["loss"] / totals["images"]).item()}
+        if meter is not None:
+            meter.counts = totals["meter"]
+            scores |= {f"train_{name}": value for name, value in meter.summary().items()}
+        return scores | {name: totals[name].item() for name in ("skipped_steps", "left_out")}
+
+    def end_epoch(self, meter: Meter | None) -> dict[str, Any]:
+        """Return the scores of the epoch over all processes."""
+        self.totals = {name: distributed.total(value) for name, value in self.totals.items()}
+        scores = self.scores(meter)
+        self.totals, self.epoch, self.step = {}, self.epoch + 1, 0
+        return scores
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Return what describes the network that is scored."""
+        return self.stage.about.to_checkpoint() | {
+            "model": on_cpu(self.stage.scored),
+            "stage": self.stage.number,
+            "epoch": self.epoch,
+            "best": self.best,
         }
 
-    def end_epoch(self) -> dict[str, Tensor]:
-        """The sums of the epoch over all processes; those of the next one begin at 0."""
-        totals = {name: distributed.total(value) for name, value in self.totals.items()}
-        self.totals, self.epoch, self.step = {}, self.epoch + 1, 0
-        return totals
-
-    def state(self) -> dict[str, Any]:
-        """All of it as plain values, for a checkpoint; every process must ask at the same step."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that resuming needs; every process must call this after the same step."""
+        stage = self.stage
         process = {
-            "rng": rng_state(self.device),
+            "rng": rng_state(stage.device),
             "totals": {name: value.cpu() for name, value in self.totals.items()},
         }
-        return {
-            "training_model": on_cpu(self.model),
-            "ema_updates": self.ema.n_averaged.item() if self.ema else 0,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
+        return self.checkpoint() | {
+            "training_model": on_cpu(stage.model),
+            "ema_updates": stage.average.n_averaged.item() if stage.average else 0,
+            "optimizer": stage.optimizer.state_dict(),
+            "scheduler": stage.scheduler.state_dict(),
+            "scaler": stage.scaler.state_dict(),
             "step": self.step,
-            "steps": self.steps,
+            "steps": stage.steps,
             "lr": self.lr,
-            "batch_size": self.batch_size,
-            "computed_by": computed_by(self.device, self.amp_dtype),
+            "batch_size": stage.loader.batch_size,
+            "computed_by": computed_by(stage.device, stage.amp_dtype),
             "processes": distributed.gather(process),
         }
 
-    def restore(self, state: Mapping[str, Any], path: Path) -> list[str]:
-        """Put back what `state` returned.
+    def load_state_dict(self, state: Mapping[str, Any], path: Path) -> list[str]:
+        """Restore what `state_dict` returned.
 
         Args:
-            path: of the checkpoint that holds it.
+            path: path of the checkpoint, for messages.
 
         Returns:
-            What cannot be as in the run that was not stopped, a sentence each.
+            What cannot be as in a run that was never stopped, one sentence each.
 
         Raises:
-            CheckpointError: the weights do not fit.
+            CheckpointError: the weights do not fit, or the data set has changed.
         """
-        fill(self.model, state["training_model"], path)
-        if self.ema:
-            fill(self.ema.module, state["model"], path)
-            self.ema.n_averaged.fill_(state["ema_updates"])
-        resume_optimizer(self.optimizer, state["optimizer"])
-        if state["scaler"]:  # empty where the precision needed none
-            self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.lr = state["epoch"], state["lr"]
-        batch = distributed.processes() * self.batch_size
-        batch_before = len(state["processes"]) * state["batch_size"]
-        # Whole batches: of those that are new to it, a few images of the epoch may come again.
-        self.step = min(self.steps, state["step"] * batch_before // batch)
-        if state["step"] == state["steps"]:
-            self.step = self.steps
-        if batch == batch_before and self.steps == state["steps"]:
-            self.scheduler.load_state_dict(state["scheduler"])
-        else:
-            done = self.epoch * self.steps + self.step
-            rates = [group["lr"] for group in self.optimizer.param_groups]
-            place = {"last_epoch": done, "_step_count": done + 1, "_last_lr": rates}
-            self.scheduler.load_state_dict(self.scheduler.state_dict() | place)
-        now, before = computed_by(self.device, self.amp_dtype), state["computed_by"]
-        differs = [] if now == before else [f"this is {now}, it was {before}: rounding differs"]
-        return differs + self._restore_processes(state["processes"], batch, batch_before)
-
-    def _restore_processes(
-        self, processes: list[dict[str, Any]], batch: int, batch_before: int
-    ) -> list[str]:
-        """Put back what each process had of its own."""
-        differs = []
-        if batch != batch_before:
-            differs.append(
-                f"steps are of {batch} images, not {batch_before}, and the learning rate follows "
-                "the new number of steps: other weights than without the stop"
+        stage = self.stage
+        if state.get("train_images") != stage.about.train_images:
+            raise CheckpointError(
+                f"the data set has {stage.about.train_images} training images now, and "
+                f"{state.get('train_images')} when the run began: resume with the same data, or "
+                "start another run"
             )
+        fill(stage.model, state["training_model"], path)
+        if stage.average:
+            fill(stage.average.module, state["model"], path)
+            stage.average.n_averaged.fill_(state["ema_updates"])
+        load_optimizer(stage.optimizer, state["optimizer"])
+        if state["scaler"]:  # empty if the precision needed none
+            stage.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.lr = state["epoch"], state["lr"]
+        self.best = state["best"]
+        now, before = computed_by(stage.device, stage.amp_dtype), state["computed_by"]
+        differences = [] if now == before else [f"this is {now}, it was {before}: rounding differs"]
+        return differences + self._restore_place(state) + self._restore_process(state["processes"])
+
+    def _restore_place(self, state: Mapping[str, Any]) -> list[str]:
+        """Restore the step and the schedule, also if steps are of another size now."""
+        stage = self.stage
+        batch = distributed.processes() * stage.loader.batch_size
+        batch_before = len(state["processes"]) * state["batch_size"]
+        # Rounded down: a few images of the epoch may be used again.
+        self.step = min(stage.steps, state["step"] * batch_before // batch)
+        if state["step"] == state["steps"]:
+            self.step = stage.steps
+        if batch == batch_before and stage.steps == state["steps"]:
+            stage.scheduler.load_state_dict(state["scheduler"])
+        else:
+            done = self.epoch * stage.steps + self.step
+            rates = [group["lr"] for group in stage.optimizer.param_groups]
+            place = {"last_epoch": done, "_step_count": done + 1, "_last_lr": rates}
+            stage.scheduler.load_state_dict(stage.scheduler.state_dict() | place)
+        if batch == batch_before:
+            return []
+        return [
+            f"steps are of {batch} images now, not {batch_before}, and the schedule has as many "
+            "fewer or more: the weights will differ from those of a run without the stop"
+        ]
+
+    def _restore_process(self, processes: list[dict[str, Any]]) -> list[str]:
+        """Restore the random states and sums of this process."""
         if len(processes) == distributed.processes():
             own = processes[distributed.rank()]
             self.totals = own["totals"]
-            restore_rng(own["rng"], self.device)
-            return differs
-        differs.append(
-            f"the number of processes is {distributed.processes()}, not {len(processes)}: images "
-            "keep their order and augmentation, but dropout, batch statistics and rounding differ"
-        )
+            restore_rng(own["rng"], self.stage.device)
+            return []
+        self.totals = {}
         if distributed.is_first():
             names = processes[0]["totals"]
-            sums = {name: sum(p["totals"][name] for p in processes) for name in names}
-            self.totals = sums
-        else:
-            self.totals = {}
-        seed_process(self.epoch * self.steps + self.step)
-        return differs
+            self.totals = {name: sum(p["totals"][name] for p in processes) for name in names}
+        seed_process(self.epoch * self.stage.steps + self.step)
+        return [
+            f"the number of processes is {distributed.processes()}, not {len(processes)}: images "
+            "keep their order and augmentation, but dropout, batch statistics and rounding differ"
+        ]
+
+
+def fit(stage: Stage, run: Run) -> dict[str, Any]:
+    """Train a stage to its end, from where it stopped; return its best epoch and the scores."""
+    state = TrainState(stage)
+    resumed = run.resumed if run.resumed and run.resumed["stage"] == stage.number else None
+    differences = state.load_state_dict(resumed, run.folder / LAST) if resumed else []
+
+    def save() -> None:
+        checkpoint = state.state_dict()
+        distributed.first(lambda: run.save(checkpoint))
+
+    minutes = run.args.checkpoint_minutes
+    guard = Guard(run.signals, state, save, run.folder / LAST, minutes, run.command)
+    if resumed:
+        print(f"resuming after {state.place()}")
+    for difference in differences:
+        print(f"note: {difference}")
+    # Beside the model, whose weights keep their names. A smaller last batch gets a graph of its
+    # own: one graph for all sizes would make every step slower.
+    forward = distributed.parallel(stage.model, stage.device)
+    forward = torch.compile(forward, dynamic=False) if run.args.compile else forward
+    while state.epoch < stage.epochs:
+        train_and_validate(state, run, guard, forward)
+        # Last of all: what the epoch wrote is written again if the run is killed before this.
+        guard.save()
+    return state.best
+
+
+def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Module) -> None:
+    """Train an epoch, validate if it is due, and record both."""
+    stage, args = state.stage, run.args
+    epoch, started = state.epoch + 1, time.perf_counter()
+    title = f"{stage.name}epoch {epoch}/{stage.epochs}"
+    meter = stage.meter() if stage.meter else None
+    rates = train_one_epoch(state, guard, forward, meter, title, args.steps_loss)
+    due = epoch % args.val_every == 0 or epoch == stage.epochs
+    found = None
+    if due:
+        distributed.share_buffers(stage.scored)
+        batches = guard.validation_batches(stage.val_loader, state.totals["left_out"])
+        found = stage.validate(stage.scored, batches, f"{title}, validation")
+    row = {"stage": stage.number} if stage.number else {}
+    row |= {"epoch": epoch, "lr": state.lr} | state.end_epoch(meter) | rates
+    row |= found.columns if found else {}
+    improved = found is not None and (
+        state.best["epoch"] == 0 or found.best[stage.score] > state.best[stage.score]
+    )
+    if improved:
+        state.best = {"epoch": epoch} | found.best
+    row["seconds"] = time.perf_counter() - started
+
+    files = dict(stage.best_files) if improved else {}
+    if args.epochs_save and epoch % args.epochs_save == 0:
+        files[f"stage{stage.number}-epoch{epoch:03d}.pth"] = on_cpu
+    # TensorBoard shows ten pictures of a kind; more would only fill the disk.
+    every = max(1, stage.epochs // args.val_every // 10)
+    shown = due and (epoch == stage.epochs or epoch // args.val_every % every == 0)
+
+    def record() -> None:
+        for name, weights in files.items():
+            run.save_network(state.checkpoint() | {"model": weights(stage.scored)}, name)
+        run.record(row, stage.epochs_before + epoch, found.pictures if shown else [])
+
+    distributed.first(record)
+    print(f"{title}: {describe(row)}", flush=True)
+
+
+def train_one_epoch(
+    state: TrainState,
+    guard: Guard,
+    forward: nn.Module,
+    meter: Meter | None,
+    title: str,
+    steps_loss: int,
+) -> dict[str, float]:
+    """Train on every batch once, from the step that `state` has reached.
+
+    Args:
+        forward: runs the model: itself, compiled, or in parallel.
+        meter: scores the predictions in training.
+        title: title of the progress bar.
+        steps_loss: steps between lines of progress in a log; 0 for none.
+
+    Returns:
+        "images_per_second" of all processes, and "data_wait", the share of the time in which the
+        device had to wait for data.
+    """
+    stage, loader, processes = state.stage, state.stage.loader, distributed.processes()
+    stage.model.train()
+    # Epochs are counted over all stages: no two of them have the same order of images.
+    epoch = stage.epochs_before + state.epoch + 1
+    loader.sampler.begin(epoch, state.step * loader.batch_size)
+    state.begin_epoch(meter)
+    waiting = Waiting(stage.device)
+
+    def scores() -> dict[str, Any]:
+        return state.scores(meter) | {"data_wait": waiting.seconds() / progress.seconds}
+
+    batch_size, images = processes * loader.batch_size, len(loader.dataset)
+    progress = Progress(title, images, stage.steps, state.step, batch_size, steps_loss, scores)
+    with progress:
+        batches = waiting.measured(loader)
+        for batch in guard.training_batches(batches, state.totals["left_out"]):
+            try:
+                with memory_errors(batch.images):
+                    loss = train_step(state, forward, meter, batch)
+            except OutOfMemory as error:
+                error.add_note(guard.last_good)
+                raise
+            guard.note_loss(loss, batch.indices)
+            progress.step(processes * len(batch.images))
+    guard.check_finite()  # before anything is scored or saved
+    wait = min(1.0, waiting.seconds() / progress.seconds)
+    return {"images_per_second": progress.images_per_second, "data_wait": wait}
+
+
+def train_step(state: TrainState, forward: nn.Module, meter: Meter | None, batch: Batch) -> Tensor:
+    """Take one step of the optimizer, the schedule and the average; return the loss."""
+    stage, totals, scaler = state.stage, state.totals, state.stage.scaler
+    images, labels = stage.prepare(batch)
+    device = images.device
+    with torch.autocast(device.type, stage.amp_dtype, enabled=stage.amp_dtype is not None):
+        outputs = forward(images)
+    loss = stage.loss(outputs, labels)
+    stage.optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scale = scaler.scale(torch.ones((), device=device))  # a tensor, so that nothing waits for it
+    scaler.step(stage.optimizer)
+    scaler.update()
+    if scaler.is_enabled() and distributed.is_first():
+        # The scale falls when gradients were not finite and all processes skipped the step.
+        totals["skipped_steps"] += scaler.scale(torch.ones((), device=device)) < scale
+    stage.scheduler.step()
+    if stage.average:
+        stage.average.update_parameters(stage.network)
+    state.step += 1
+    # The loss of a process is its share of the batch's; their mean is that of the whole batch.
+    totals["loss"] += loss.detach() * len(images)
+    totals["images"] += len(images)
+    if meter is not None:
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        meter.update_from_logits(logits.detach(), labels)
+    return loss
 
 
 def computed_by(device: torch.device, amp_dtype: torch.dtype | None) -> str:
-    """What rounds the sums: only the same gives the same results, bit for bit."""
+    """Return what rounding depends on: results are the same bit for bit only if this is equal."""
     what = f"torch {torch.__version__} in {amp_dtype or 'full precision'} on "
     if device.type == "cuda":
         return what + torch.cuda.get_device_name(device)
-    kind, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    return what + f"CPU with {kind}, OMP_NUM_THREADS {threads}"
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return what + f"CPU with {capability}, OMP_NUM_THREADS {threads}"
 
 
 def seed_process(seed: int) -> None:
-    """Give each process random numbers of its own, those of the first as with one process."""
+    """Give each process random numbers of its own; the first has those of a single process."""
     torch.manual_seed(seed + 1_000_003 * distributed.rank())
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """Every random state that training on a device draws from."""
+    """Return every random state that training on a device draws from."""
     state = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -181,7 +437,7 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_rng(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put back what `rng_state` returned; on another kind of device, what applies to it."""
+    """Restore what `rng_state` returned, as far as it applies to the device."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,7 +1,10 @@
-"""Label maps and images as pictures, and scores as a table."""
+"""Label maps as pictures and videos, and scores as a table."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Iterable, Sequence
+from fractions import Fraction
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -9,31 +12,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
+from utils.files import atomic_write
 
-def colorize(labels: Tensor, colors: Sequence[Sequence[int]]) -> Tensor:
-    """Paint classes: H x W integers to 3 x H x W, uint8; what is no class becomes black."""
-    palette = torch.zeros(256, 3, dtype=torch.uint8, device=labels.device)
-    palette[: len(colors)] = torch.tensor(colors, dtype=torch.uint8, device=labels.device)
-    return palette[labels.long()].permute(2, 0, 1)
+Colors = Sequence[Sequence[int]]  # RGB, 0 to 255, of each class
 
 
 def strip(
-    image: Tensor,
-    prediction: Tensor,
-    label: Tensor,
-    colors: Sequence[Sequence[int]],
-    height: int = 256,
+    image: Tensor, prediction: Tensor, label: Tensor, colors: Colors, height: int = 256
 ) -> Tensor:
-    """Image, prediction and truth side by side, as a picture of at most `height` rows.
-
-    Args:
-        image: 3 x h x w, uint8.
-        prediction, label: H x W, classes; H x W need not be h x w.
+    """Show image, 3 x h x w, prediction and label, both H x W of any size, side by side.
 
     Returns:
-        3 x height x 3 width, uint8, on the CPU.
+        3 x height x 3 width, uint8, on the CPU; `height` is limited by that of the image.
     """
-    panels = [image.cpu(), *(colorize(classes, colors).cpu() for classes in (prediction, label))]
+    maps = (paint(classes.cpu().to(torch.uint8), colors) for classes in (prediction, label))
+    panels = [image.cpu(), *(pil_to_tensor(picture.convert("RGB")) for picture in maps)]
     height = min(height, image.shape[1])
     size = height, round(image.shape[2] * height / image.shape[1])
     panels = [F.interpolate(panel[None], size, mode="nearest-exact")[0] for panel in panels]
@@ -41,10 +34,7 @@ def strip(
 
 
 def captioned(image: Tensor, caption: str, right: bool) -> Tensor:
-    """A picture with a line of text below it, green where it is right, else red.
-
-    Args:
-        image: 3 x H x W, uint8.
+    """Add a line of text below an image, 3 x H x W, uint8; green if it is right, else red.
 
     Returns:
         3 x (H + 16) x W, uint8.
@@ -57,28 +47,16 @@ def captioned(image: Tensor, caption: str, right: bool) -> Tensor:
     return pil_to_tensor(page)
 
 
-def paint(labels: Tensor, colors: Sequence[Sequence[int]]) -> Image.Image:
-    """Classes, H x W, uint8, on the CPU, as a picture whose palette is their colours."""
+def paint(labels: Tensor, colors: Colors) -> Image.Image:
+    """Return classes, H x W, uint8, on the CPU, as a picture with a palette; others are black."""
     picture = Image.fromarray(labels.numpy())
-    picture.putpalette([part for color in colors for part in color])
+    picture.putpalette([value for color in colors for value in color])
     return picture
 
 
-def overlay(
-    image: Tensor,
-    labels: Tensor,
-    names: Sequence[str],
-    colors: Sequence[Sequence[int]],
-    strength: float = 0.5,
-) -> Image.Image:
-    """A picture with its classes painted over it, and a legend of all classes below.
-
-    Args:
-        image: 3 x H x W, uint8.
-        labels: H x W, uint8, classes, on the CPU.
-        strength: of the paint, 0 to 1.
-    """
-    painted = Image.blend(to_pil_image(image), paint(labels, colors).convert("RGB"), strength)
+def overlay(image: Tensor, labels: Tensor, names: Sequence[str], colors: Colors) -> Image.Image:
+    """Blend an image, 3 x H x W, with the colours of its labels, H x W; add a legend below."""
+    painted = Image.blend(to_pil_image(image), paint(labels, colors).convert("RGB"), 0.5)
     key = legend(tuple(names), tuple(map(tuple, colors)), painted.width)
     page = Image.new("RGB", (max(painted.width, key.width), painted.height + key.height), "white")
     page.paste(painted)
@@ -87,17 +65,15 @@ def overlay(
 
 
 @lru_cache(maxsize=8)
-def legend(names: Sequence[str], colors: Sequence[Sequence[int]], width: int) -> Image.Image:
-    """Names of classes beside their colours, in rows of about `width`, wider where it must be."""
+def legend(names: Sequence[str], colors: Colors, width: int) -> Image.Image:
+    """Draw the names of classes beside their colours, in rows of `width` if the names fit."""
     size = min(40, max(11, width // 60))  # of the text, in pixels
     font, margin = ImageFont.load_default(size), size // 2
     row = size + margin
     cell = row + margin + max(round(font.getlength(name)) for name in names)
-    columns = max(1, (width - margin) // cell)
+    columns = min(len(names), max(1, (width - margin) // cell))
     rows = -(-len(names) // columns)
-    page = Image.new(
-        "RGB", (margin + cell * min(columns, len(names)), margin + row * rows), "white"
-    )
+    page = Image.new("RGB", (margin + cell * columns, margin + row * rows), "white")
     draw = ImageDraw.Draw(page)
     for number, (name, color) in enumerate(zip(names, colors, strict=True)):
         left, top = margin + number % columns * cell, margin + number // columns * row
@@ -106,8 +82,45 @@ def legend(names: Sequence[str], colors: Sequence[Sequence[int]], width: int) ->
     return page
 
 
-def score_table(names: Sequence[str], scores: Sequence[float], columns: int = 2) -> str:
-    """Names beside percentages, in columns that are read downwards; '-' for NaN."""
+def write_video(
+    path: str | os.PathLike, rate: Fraction | int, pictures: Iterable[Image.Image]
+) -> int:
+    """Write an MP4 file with PyAV, whole or not at all; without pictures there is no file.
+
+    Args:
+        path: file to write.
+        rate: pictures per second.
+        pictures: pictures; all get the size of the first.
+
+    Returns:
+        The number of pictures.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import av
+
+    pictures = iter(pictures)
+    first = next(pictures, None)
+    if first is None:
+        return 0
+    with atomic_write(path) as unfinished, av.open(str(unfinished), "w") as container:
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        # MPEG-4 counts time in at most 65,535 parts of a second.
+        stream = container.add_stream(codec, Fraction(rate).limit_denominator(65_535))
+        stream.pix_fmt = "yuv420p"  # which stores one colour for 2x2 pixels
+        stream.width, stream.height = (length // 2 * 2 for length in first.size)
+        count = 0
+        for picture in chain([first], pictures):
+            picture = picture.crop((0, 0, stream.width, stream.height))
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+            count += 1
+        container.mux(stream.encode())
+    return count
+
+
+def score_table(names: Collection[str], scores: Iterable[float], columns: int = 2) -> str:
+    """Return names beside percentages, in columns that are read downwards; '-' for NaN."""
     width = max(map(len, names))
     cells = [
         f"{name:<{width}}  {'-' if score != score else f'{100 * score:.1f}':>5}"

@@ -1,4 +1,4 @@
-"""Folders of files that are drawn by several processes: whole or absent."""
+"""Data sets that are drawn by several processes, into folders that are whole or absent."""
 
 import os
 import shutil
@@ -14,15 +14,16 @@ from datasets.images import DatasetError
 from utils.files import sync
 
 
+class DrawingError(DatasetError):
+    """The embedded data set cannot be drawn."""
+
+
 def draw_once(root: str | os.PathLike, make: Callable[..., None], what: str) -> None:
-    """Make an embedded data set, with every core, where it does not exist yet.
+    """Draw an embedded data set with every core, unless it exists.
 
     Args:
-        make: is called with the folder to make and the number of workers.
-        what: is drawn, to say so.
-
-    Raises:
-        DatasetError: the folder cannot be written.
+        make: function of the folder to make and the number of workers.
+        what: what is drawn, for the message.
     """
     if Path(root).exists():
         return
@@ -30,10 +31,7 @@ def draw_once(root: str | os.PathLike, make: Callable[..., None], what: str) -> 
     try:
         make(root, workers=os.cpu_count() or 1)
     except OSError as error:
-        raise DatasetError(
-            f"{root} cannot be made ({error.strerror or error}): run in a folder that you may "
-            "write to, or give --datadir"
-        ) from error
+        raise DrawingError(f"{root} cannot be made ({error.strerror or error})") from error
 
 
 def make_folder(
@@ -43,16 +41,11 @@ def make_folder(
     title: str,
     workers: int = 1,
 ) -> None:
-    """Make a folder beside `root`, and rename it when every job is done.
+    """Make a folder beside `root`, which must not exist, and rename it when every job is done.
 
     Args:
-        root: folder to make; must not exist.
-        write: is called with the unfinished folder and the values of each job.
-        title: of the progress bar.
-        workers: processes that draw.
-
-    Raises:
-        FileExistsError: `root` exists.
+        write: function of the unfinished folder and the values of a job.
+        title: title of the progress bar.
     """
     root = Path(root)
     if root.exists():
@@ -65,7 +58,7 @@ def make_folder(
             for _ in tqdm(written, title, total=len(jobs), disable=None):
                 pass
         unfinished.chmod(0o755)
-        # A folder that is there is never drawn again: its files must not be lost from it.
+        # An existing folder is never drawn again: it must not lose files in a power cut.
         for folder, _, files in os.walk(unfinished):
             for path in (*(os.path.join(folder, name) for name in files), folder):
                 sync(path)

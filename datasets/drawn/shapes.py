@@ -3,9 +3,9 @@
     train/<class>/<number>.jpg
     val/<class>/<number>.jpg
 
-Bright shapes on a dark ground; colours, place, size, turn, light and noise are drawn at random and
-the bright part is about the same whatever the class is, so that the shapes have to tell it. They
-repeat, so that every crop shows some.
+Bright shapes on a dark ground. Colours, place, size, rotation, light and noise are random, and the
+bright area is about the same in every class, so that only the shape tells the class. Shapes repeat,
+so that every crop shows some.
 """
 
 import os
@@ -21,8 +21,7 @@ from datasets.drawn import make_folder
 COUNTS = {"train": 100, "val": 20}  # of each class
 SIZE = (128, 128)
 
-# Where a pattern is bright, of coordinates that repeat from -1.25 to 1.25: over about 42 % of its
-# area, whichever it is.
+# Where a pattern is bright, by coordinates that repeat from -1.25 to 1.25: about 42 % of the area.
 PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "checks": lambda u, v: (u > 0.5) != (v > 0.5),
     "crosses": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.4) & (np.maximum(abs(u), abs(v)) < 1),
@@ -45,13 +44,10 @@ def make_shapes(
 
     Args:
         root: folder to make; must not exist.
-        counts: images of each class, by split.
+        counts: number of images of each class, by split.
         size: height and width of the images.
-        seed: every image is drawn from (seed, split, class, number).
+        seed: seed of all images; each is drawn from (seed, split, class, number).
         workers: processes that draw.
-
-    Raises:
-        FileExistsError: `root` exists.
     """
     jobs = [
         (split, name, number)
@@ -63,7 +59,7 @@ def make_shapes(
 
 
 def draw_shape(rng: np.random.Generator, name: str, size: tuple[int, int]) -> np.ndarray:
-    """Draw one picture of a class: H x W x 3, uint8, RGB."""
+    """Draw a picture of a class, H x W x 3, uint8, RGB."""
     height, width = size
     y, x = np.mgrid[0:height, 0:width] / min(size) - 0.5
     turn, radius = rng.uniform(0, 2 * np.pi), rng.uniform(0.08, 0.2)

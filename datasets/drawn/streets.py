@@ -34,12 +34,9 @@ def make_synthetic(
 
     Args:
         root: folder to make; must not exist.
-        counts: images of each split.
-        seed: every image is drawn from (seed, split, number).
+        counts: number of images in each split.
+        seed: seed of all images; each is drawn from (seed, split, number).
         workers: processes that draw.
-
-    Raises:
-        FileExistsError: `root` exists.
     """
     jobs = [(split, number) for split, count in counts.items() for number in range(count)]
     write = partial(_write_scene, seed=seed, height=height)
@@ -47,25 +44,21 @@ def make_synthetic(
 
 
 def coarsen(ids: np.ndarray, cell: int) -> np.ndarray:
-    """Label maps as rough polygons drawn inside each region, the rest 0 = unlabelled.
+    """Reduce each region of a label map, H x W, uint8, to a rough polygon; 0, unlabelled, remains.
 
     Args:
-        ids: H x W, uint8.
-        cell: grid that the corners snap to, in pixels; borders stay unlabelled over about half.
-
-    Returns:
-        H x W, uint8: either the value of `ids` or 0.
+        cell: grid of the corners in pixels; half as much along every border stays unlabelled.
     """
     height, width = ids.shape
     grid = (max(1, width // cell), max(1, height // cell))
     image, reach = Image.fromarray(ids), 2 * (cell // 4) + 1
     lowest = image.filter(ImageFilter.MinFilter(reach))
     highest = image.filter(ImageFilter.MaxFilter(reach))
-    inside = np.asarray(lowest) == np.asarray(highest)  # all neighbours are of one value
+    inside = np.asarray(lowest) == np.asarray(highest)  # all neighbours have one value
     coarse = np.zeros_like(ids)
     for value in np.unique(ids[inside]):
         region = inside & (ids == value)
-        # Sampled on the grid and joined linearly again: straight edges between rough corners.
+        # Sampled on the grid and interpolated: straight edges between rough corners.
         rough = Image.fromarray(region.astype(np.uint8) * 255).resize(grid, Image.Resampling.BOX)
         rough = rough.resize((width, height), Image.Resampling.BILINEAR)
         coarse[region & (np.asarray(rough) > 140)] = value

@@ -1,0 +1,67 @@
+"""The parser that all programs share, and the types of its values."""
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from utils.errors import UserError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one line, without the usage before it."""
+
+    def __init__(self, description: str | None = None, **kwargs: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            description=description, formatter_class=formatter, allow_abbrev=False, **kwargs
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def _number(kind: type, expected: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """Return a type of argparse for numbers that are accepted, and called `expected` if not."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {expected}")
+        return value
+
+    return convert
+
+
+positive_int = _number(int, "a positive whole number", lambda value: value > 0)
+natural_int = _number(int, "a whole number from 0 on", lambda value: value >= 0)
+seed_int = _number(int, "a whole number from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
+positive_float = _number(float, "a positive number", lambda value: 0 < value < math.inf)
+natural_float = _number(float, "a number from 0 on", lambda value: 0 <= value < math.inf)
+probability = _number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+finite_float = _number(float, "a number", math.isfinite)
+
+
+def file_path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def new_file(text: str) -> str:
+    """Check the path of a file to be written at the end of long work.
+
+    Raises:
+        UserError: the file exists, or its folder cannot be written to.
+    """
+    path = Path(file_path(text))
+    if path.exists():
+        raise UserError(f"{path} exists: name a new file")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise UserError(f"{path.parent} is not a folder that can be written to")
+    return text
