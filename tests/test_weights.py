@@ -53,7 +53,7 @@ def test_a_run_becomes_a_file_that_ships(script, fails, trained, tmp_path):
     stored, whole = load_checkpoint(tmp_path / "w.pth"), load_checkpoint(trained / "last.pth")
     assert not {"optimizer", "processes", "training_model"} & stored.keys()
     assert (tmp_path / "w.pth").stat().st_size < 0.3 * (trained / "last.pth").stat().st_size
-    assert "datadir" not in stored["args"] and stored["args"]["epochs"] == 1
+    assert "/" not in str(stored["args"]) and stored["args"]["epochs"] == 1
     rounded = {
         name: weight.half() if weight.is_floating_point() else weight
         for name, weight in whole["model"].items()
