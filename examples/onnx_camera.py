@@ -10,8 +10,7 @@ The robot needs this file, the model, Python 3.8 or newer and
 
 Upright pictures become overlays/NAME.jpg and labels/NAME.png, the label ids of the data set; a
 video becomes overlays.mp4. A camera is shown in a window until q is pressed; with --output it is
-filmed instead, until Ctrl-C. The model states its classes, colours, working height and
-normalisation. Labels are computed at the working height and enlarged without smoothing.
+filmed instead, until Ctrl-C. Labels are computed at the height that the model states, and enlarged.
 """
 
 from __future__ import annotations  # for Python 3.8, which older Jetsons have
@@ -134,9 +133,9 @@ def open_video(source: str) -> tuple[Iterator[tuple[str, Image.Image]], float]:
         import cv2
     except ImportError:
         fail(f"--input {source} is read with OpenCV: pip install opencv-python")
-    kind, _, number = source.rpartition(":")
-    kind = "camera" if kind == "camera" else "video"
-    capture = cv2.VideoCapture(int(number) if kind == "camera" and number.isdigit() else source)
+    kind = "camera" if source.startswith("camera:") else "video"
+    number = source[len("camera:") :] if kind == "camera" else ""
+    capture = cv2.VideoCapture(int(number) if number.isdigit() else source)
     if not capture.isOpened():
         fail(f"--input {source} cannot be opened as a {kind}")
 
@@ -223,21 +222,18 @@ def film(results: Iterator, path: Path, rate: float, live: bool) -> None:
     """Write overlays as a video; those of a camera in real time, each until the next one."""
     import cv2
 
-    writer, written, started = None, 0, time.perf_counter()
+    writer, code = cv2.VideoWriter(), cv2.VideoWriter_fourcc(*"mp4v")
+    written, started = 0, time.perf_counter()
     try:
         for _, page, _ in results:
-            if writer is None:
-                code = cv2.VideoWriter_fourcc(*"mp4v")
-                writer = cv2.VideoWriter(str(path), code, rate, page.size)
-                if not writer.isOpened():
-                    fail(f"{path} cannot be written as a video: give another --output")
+            if not (writer.isOpened() or writer.open(str(path), code, rate, page.size)):
+                fail(f"{path} cannot be written as a video: give another --output")
             due = int((time.perf_counter() - started) * rate) - written if live else 1
             for _ in range(due):
                 writer.write(cv2.cvtColor(np.asarray(page), cv2.COLOR_RGB2BGR))
             written += due
     finally:
-        if writer is not None:
-            writer.release()
+        writer.release()
 
 
 def show(results: Iterator, times: list[list[float]]) -> None:

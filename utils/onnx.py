@@ -59,14 +59,7 @@ def export_onnx(
 
 
 class OnnxNetwork(nn.Module):
-    """An exported network in ONNX Runtime, on the CPU.
-
-    Args:
-        path: ONNX model.
-
-    Raises:
-        MissingExtra: onnxruntime is not installed.
-    """
+    """An exported network in ONNX Runtime, on the CPU; raises MissingExtra without it."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         super().__init__()

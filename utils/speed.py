@@ -64,7 +64,6 @@ def measure_latency(
         size: height and width of the image.
         passes: number of timed passes; fewer, but at least 5, if they would exceed `seconds`.
         warmup: number of passes before them, limited in the same way.
-        seconds: limit for the timed passes.
     """
     model.eval()
     device = device_of(model)

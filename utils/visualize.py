@@ -90,13 +90,10 @@ def write_video(
     Args:
         path: file to write.
         rate: pictures per second.
-        pictures: pictures; all get the size of the first.
+        pictures: pictures, which all get the size of the first.
 
     Returns:
         The number of pictures.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     import av
 
