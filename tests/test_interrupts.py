@@ -5,14 +5,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from compare import differences
-from conftest import QUICK, ROOT, Forked, after_step, run_script
+from conftest import PRETRAIN_QUICK, ROOT, Forked, after_step, run_script
 from torch import nn
 
 from datasets.images import DatasetError
@@ -24,6 +24,7 @@ from utils.script import Interrupted
 from utils.script import run_script as run_main
 from utils.training import TrainState
 
+PROGRAM = "lednet_imagenet.py"
 SIGNALS = [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")]
 
 
@@ -98,19 +99,6 @@ def test_a_signal_lets_the_step_finish_and_saves(capfd, number, name):
     assert capfd.readouterr().err.endswith(": finishing the step to save; again to stop at once\n")
 
 
-def test_a_signal_ends_the_loading_of_batches():
-    signals = StopSignals()
-    guard, _ = guarded(signals=signals)
-    batches = [Batch([0], [0], [0], [number], []) for number in range(3)]
-    for loop in (guard.training_batches, guard.validation_batches):
-        signals.received, seen = None, []
-        with pytest.raises(Interrupted):
-            for batch in loop(batches, torch.tensor(0)):
-                seen += batch.indices
-                signals.received = signal.SIGTERM
-        assert seen == [0]
-
-
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -172,14 +160,15 @@ def test_the_second_signal_ends_the_process_at_once(tmp_path, number):
 
 
 def test_torchrun_may_deliver_a_signal_twice(clock, monkeypatch):
-    """A cluster sends it to every process, and torchrun forwards it."""
+    """A cluster sends it to every process, and torchrun forwards it; a later one is another."""
     monkeypatch.setattr(distributed, "local_rank", lambda: 0)
-    monkeypatch.setattr(interrupts.os, "_exit", lambda status: pytest.fail("ended at once"))
+    ended = []
+    monkeypatch.setattr(interrupts.os, "_exit", ended.append)
     with StopSignals() as signals:
-        for _ in range(2):
+        for seconds, expected in ((0, []), (0.9, []), (0.2, [143])):
+            clock[0] += seconds
             os.kill(os.getpid(), signal.SIGTERM)
-            clock[0] += 0.5
-        assert signals.received == signal.SIGTERM
+            assert signals.received == signal.SIGTERM and ended == expected
 
 
 # Training that diverges
@@ -212,6 +201,14 @@ def test_a_loss_that_is_not_finite_names_files_and_the_last_good_checkpoint(
     assert kept in text
 
 
+def test_a_large_batch_is_named_in_part():
+    guard, _ = guarded()
+    guard.state.stage.files = lambda index: [f"{index}.png", None]
+    guard.note_loss(torch.tensor(math.nan), range(30))
+    with pytest.raises(Diverged, match=r"18\.png, 19\.png and 10 more: "):
+        guard.poll()
+
+
 def test_the_last_good_checkpoint_is_the_one_saved_last(clock):
     guard, saved = guarded(minutes=1)
     for _ in range(2):
@@ -232,6 +229,15 @@ def test_weights_that_are_not_finite_are_never_saved(clock):
     for end in (guard.poll, guard.save, lambda: guard.poll(DatasetError("broken"))):
         with pytest.raises(Diverged, match="a weight is not finite after step 1 of epoch 1"):
             end()
+    assert saved == []
+
+
+def test_an_average_that_is_not_finite_is_not_saved():
+    guard, saved = guarded()
+    guard.state.stage.scored = nn.BatchNorm1d(2)
+    guard.state.stage.scored.running_var[0] = math.inf
+    with pytest.raises(Diverged, match="a weight is not finite"):
+        guard.save()
     assert saved == []
 
 
@@ -273,29 +279,86 @@ def test_a_failure_of_another_process_ends_this_one(monkeypatch):
     assert saved == ["epoch 0"]
 
 
+# Batches
+
+
+class Loader(list):
+    dataset = range(3)
+
+
+def batch(*indices: int, left_out: Sequence[str] = ()) -> Batch:
+    return Batch([0] * len(indices), [], [], list(indices), list(left_out))
+
+
+LOOPS = pytest.mark.parametrize("loop", [Guard.training_batches, Guard.validation_batches])
+
+
+@LOOPS
+def test_a_signal_ends_the_loading_of_batches(loop):
+    guard, saved = guarded()
+    batches = loop(guard, Loader(map(batch, range(3))), torch.tensor(0))
+    assert next(batches).indices == [0]
+    guard.signals.received = signal.SIGTERM
+    with pytest.raises(Interrupted):
+        next(batches)
+    assert saved == ["epoch 0"]
+
+
+@LOOPS
+def test_an_error_of_the_loader_saves_first(loop):
+    def loader() -> Iterator[Batch]:
+        yield batch(0)
+        raise DatasetError("b.png is broken")
+
+    guard, saved = guarded(step=3)
+    batches = loop(guard, loader(), torch.tensor(0))
+    assert next(batches).indices == [0]
+    with pytest.raises(DatasetError, match=r"b\.png is broken"):
+        next(batches)
+    assert saved == ["step 3 of epoch 1"]
+
+
+@LOOPS
+def test_images_that_are_left_out_are_counted_and_named(loop, capsys):
+    (guard, _), count = guarded(), torch.tensor(0)
+    loader = Loader([batch(0, left_out=["a.png is broken"]), batch(2)])
+    assert [found.indices for found in loop(guard, loader, count)] == [[0], [2]]
+    assert count == 1 and capsys.readouterr().err == "left out: a.png is broken\n"
+
+
+def test_validation_needs_an_image_that_can_be_read():
+    guard, _ = guarded()
+    loader = Loader([batch(left_out=["a.png"]), batch(1), batch(left_out=["c.png"])])
+    found = guard.validation_batches(loader, torch.tensor(0))
+    assert [batch.indices for batch in found] == [[1]]
+    loader = Loader(batch(left_out=[name]) for name in "abc")
+    with pytest.raises(UserError, match="none of the images to validate on can be read"):
+        list(guard.validation_batches(loader, torch.tensor(0)))
+
+
 # The program
 
 
-def argv(datadir: Path, folder: Path) -> tuple:
-    return (
-        *("main.py", "--datadir", datadir, *QUICK, "--decoder", "--epochs", 2, "--D", 4),
-        *("--savedir", folder, "--device", "cpu", "--steps-loss", 1, "--workers", 2),
-    )
+@pytest.fixture(scope="module")
+def argv(shapes) -> tuple:
+    """The command line of a run of two epochs of three steps, with processes that load data."""
+    options = ("--epochs", 2, "--lr", 0.01, "--workers", 2, "--steps-loss", 1, "--device", "cpu")
+    return (PROGRAM, "--datadir", shapes, *PRETRAIN_QUICK, *options)
 
 
 @pytest.fixture(scope="module")
-def whole(cityscapes, tmp_path_factory) -> Path:
+def whole(argv, tmp_path_factory) -> Path:
     """The folder of a run that was never disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert run_script(*argv(cityscapes, folder), "--workers", 0) == 0
+    assert run_script(*argv, "--savedir", folder, "--workers", 0) == 0
     return folder
 
 
-def test_ctrl_c_in_a_terminal_prints_the_command_that_goes_on(cityscapes, whole, tmp_path):
+def test_ctrl_c_in_a_terminal_prints_the_command_that_goes_on(argv, whole, tmp_path):
     """The terminal sends the signal to the workers of the loader as well."""
     folder = tmp_path / "a run"
     process = subprocess.Popen(
-        [sys.executable, *map(str, argv(cityscapes, folder))],
+        [sys.executable, *map(str, argv), "--savedir", str(folder)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -307,19 +370,16 @@ def test_ctrl_c_in_a_terminal_prints_the_command_that_goes_on(cityscapes, whole,
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT
     first, last = err.splitlines()
-    assert first == "main.py: finishing the step to save; again to stop at once"
-    assert last.startswith("main.py: stopped by Ctrl-C, saved after ")
+    assert first == f"{PROGRAM}: finishing the step to save; again to stop at once"
+    assert last.startswith(f"{PROGRAM}: stopped by Ctrl-C, saved after ")
     command = last.split("to go on: python ")[1]
-    assert command == f"main.py --savedir '{folder}' --resume"
-    again = [sys.executable, *shlex.split(command)]
-    subprocess.run(again, cwd=ROOT, capture_output=True, timeout=120, check=True)
+    assert command == f"{PROGRAM} --savedir '{folder}' --resume"
+    assert run_script(*shlex.split(command), "--workers", 0) == 0
     assert differences(folder, whole) == []
 
 
 @pytest.mark.parametrize("which", ["one", "all"])
-def test_a_killed_worker_is_reported_in_one_line_and_costs_nothing(
-    cityscapes, whole, tmp_path, which
-):
+def test_a_killed_worker_is_reported_in_one_line_and_costs_nothing(argv, whole, tmp_path, which):
     folder = tmp_path / "run"
 
     def kill_workers() -> None:
@@ -327,12 +387,11 @@ def test_a_killed_worker_is_reported_in_one_line_and_costs_nothing(
         for child in children[-1 if which == "one" else 0 :]:
             os.kill(int(child), signal.SIGKILL)
 
-    program: Callable[[], int] = lambda: run_script(*argv(cityscapes, folder))  # noqa: E731
-    with after_step("step 1 of epoch 1 of stage 2", kill_workers):
-        result = Forked(program, tmp_path).finish(60)
+    with after_step("step 1 of epoch 1", kill_workers):
+        result = Forked(lambda: run_script(*argv, "--savedir", folder), tmp_path).finish(60)
     assert result.status == 2
     (line,) = result.err.splitlines()
-    assert line.startswith("main.py: error: a process that loads data died (")
+    assert line.startswith(f"{PROGRAM}: error: a process that loads data died (")
     assert "fewer --workers" in line and f"--savedir {folder} --resume" in line
-    assert run_script("main.py", "--savedir", folder, "--resume", "--workers", 0) == 0
+    assert run_script(PROGRAM, "--savedir", folder, "--resume", "--workers", 0) == 0
     assert differences(folder, whole) == []
