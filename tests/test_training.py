@@ -550,10 +550,15 @@ def test_tensorboard_gets_about_ten_pictures_of_a_kind_and_the_last(opened, tmp_
     assert list(shown(tmp_path / "run")["val/0"]) == [*range(2, 25, 2), 25]
 
 
-def test_a_loss_that_is_not_finite_leaves_no_trace_of_its_epoch(opened, tmp_path):
-    """There is one step in an epoch: the loss is checked before anything is scored or saved."""
-    stage = stage_of(batch_size=24, loss=lambda logits, labels: logits.sum() * math.nan)
-    with pytest.raises(Diverged, match="no checkpoint was written yet"):
+@pytest.mark.parametrize("what", ["loss", "weight"])
+def test_what_is_not_finite_leaves_no_trace_of_its_epoch(opened, tmp_path, what):
+    """There is one step in an epoch: all is checked before anything is scored or saved."""
+    stage = stage_of(batch_size=24, validate=scoring())
+    if what == "loss":
+        stage.loss = lambda logits, labels: logits.sum() * math.nan
+    else:
+        stage.model[0].weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(Diverged, match=rf"{what} is .* epoch 1.* no checkpoint was written yet"):
         fit(stage, opened())
     assert not list((tmp_path / "run").glob("*.pth"))
     assert not (tmp_path / "run/log.csv").exists()
