@@ -39,7 +39,10 @@ class Process(subprocess.Popen):
 
     def finish(self) -> Result:
         """Wait for the end; a status below 0 is that of a signal."""
-        return Result(self.wait(LIMIT), self.out(), self.files[1].read_text(errors="replace"))
+        try:
+            return Result(self.wait(LIMIT), self.out(), self.files[1].read_text(errors="replace"))
+        finally:
+            self.kill()
 
 
 class Processes:
@@ -89,7 +92,7 @@ def wait_until(done: Callable[[], object], seconds: float = LIMIT) -> bool:
     while not done():
         if time.monotonic() > end:
             return False
-        time.sleep(0.002)
+        time.sleep(0.005)
     return True
 
 
