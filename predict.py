@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from datasets import pictures
 from datasets.images import MIN_SIZE, DatasetError
-from datasets.loading import reading_loader
+from datasets.loading import call_in_workers
 from datasets.segmentation import Classes, write_label
 from models.deployed import deploy
 from utils import files
@@ -134,8 +134,8 @@ def read_stills(
     stills: list[tuple[str, str]], height: int, workers: int, fail: Callable[[str], None]
 ) -> Iterator[pictures.Frame]:
     """Read picture files in worker processes, and report those that cannot be read."""
-    loader = reading_loader(pictures.Pictures(stills, height), workers, batch_size=None)
-    for item in tqdm(loader, leave=False, unit="img", disable=None):
+    read = pictures.Pictures(stills, height).__getitem__
+    for item in call_in_workers(read, len(stills), workers, "pictures"):
         if isinstance(item, str):
             fail(item)
         elif isinstance(item, pictures.Animation):

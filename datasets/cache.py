@@ -59,12 +59,7 @@ def cached(
         place: "ram", the memory of the device, or of the CPU if the device has too little; or a
             folder, whose files later runs find.
         workers: processes that decode.
-        device: device of the training.
         processes: processes on this machine, each of which keeps the data in memory.
-
-    Raises:
-        CacheError: there is too little room, or the folder cannot be written.
-        DatasetError: an image or label cannot be read.
     """
     if place == "ram":
         return _in_memory(splits, workers, torch.device(device), processes)
@@ -136,8 +131,7 @@ def _in_memory(splits: Splits, workers: int, device: torch.device, processes: in
 
 
 def memory_limit(root: Path = Path("/")) -> int:
-    """Return the bytes of memory of this machine, or the limit of this container or job, which
-    Linux' control groups have below `root`."""
+    """Return the memory of this machine, or the limit of this container or job, in bytes."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     lines: list[str] = []
     with suppress(OSError):  # not on Linux
@@ -145,7 +139,7 @@ def memory_limit(root: Path = Path("/")) -> int:
     for group in (PurePosixPath(line.split(":", 2)[2]) for line in lines):
         # The limits of the groups around it apply as well; a container sees its own as the root.
         for around in (group, *group.parents):
-            for path in (f"{around}/memory.max", f"memory{around}/memory.limit_readable"):
+            for path in (f"{around}/memory.max", f"memory{around}/memory.limit_in_bytes"):
                 with suppress(OSError, ValueError):  # there is none, or it is "max"
                     limits.append(int((root / "sys/fs/cgroup" / path.lstrip("/")).read_text()))
     return min(limits)
@@ -206,11 +200,7 @@ def _write_missing(files: list[InFile], folder: Path, workers: int) -> None:
             f"the decoded images take {_readable(count)}, and {folder} has {_readable(free)} free"
         )
     if missing:  # else the other process has written them
-        print(
-            f"cache: writing {_readable(count)} into {folder}, this once; {_readable(free)} are "
-            "free there",
-            flush=True,
-        )
+        print(f"cache: writing {_readable(count)} into {folder}, this once", flush=True)
     for file in missing:
         file.write(workers)
 

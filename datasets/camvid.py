@@ -8,7 +8,7 @@ the split into 367, 101 and 233 images of 480x360 is that of Badrinarayanan et a
 import os
 from typing import ClassVar
 
-from datasets.segmentation import Classes, Segmentation, matched_files, png_files
+from datasets.segmentation import Classes, Segmentation, matched_files
 
 
 class CamVid(Segmentation):
@@ -31,11 +31,6 @@ class CamVid(Segmentation):
     TRAIN_ON: ClassVar = {"train": ["train"], "trainval": ["trainval"]}
 
     def files(self) -> list[tuple[str, str | None]]:
-        return [pair for path in self._folders() for pair in matched_files(path, f"{path}annot")]
-
-    def label_files(self) -> list[str]:
-        return [label for path in self._folders() for label in png_files(f"{path}annot")]
-
-    def _folders(self) -> list[str]:
         parts = ("train", "val") if self.split == "trainval" else (self.split,)
-        return [os.path.join(self.root, part) for part in parts]
+        paths = [os.path.join(self.root, part) for part in parts]
+        return [pair for path in paths for pair in matched_files(path, f"{path}annot")]

@@ -32,7 +32,7 @@ from datasets.images import (
 from datasets.loading import call_in_workers
 from datasets.segmentation import Segmentation
 
-Pair = tuple[str, str | None]  # paths of an image and its label
+Pair = tuple[str, str | None]  # paths of an image and its label, if there is one
 Size = tuple[int, int]
 
 JPEG_END = b"\xff\xd9"
@@ -53,10 +53,7 @@ class Problem:
 
 
 def check_files(pairs: Sequence[Pair]) -> list[Size]:
-    """Check the files of a data set in threads, without decoding pixels.
-
-    Args:
-        pairs: paths of each image and its label, None if there is no label.
+    """Check all images and labels in threads, without decoding pixels.
 
     Returns:
         Height and width of each image.
@@ -115,13 +112,8 @@ def _check_jpeg_end(file: BinaryIO) -> None:
 def find_problems(
     dataset: Dataset, workers: int = 0, fast: bool = False
 ) -> Iterator[list[Problem]]:
-    """Yield the problems of each image of a data set and its label, with a progress bar.
-
-    Args:
-        dataset: a Segmentation or ImageFolder.
-        workers: processes that read.
-        fast: do the quick check, not the deep one.
-    """
+    """Yield the problems of each image of a Segmentation or ImageFolder, and of its label; `fast`
+    does the quick check only."""
     find = partial(_problems_of, dataset, dataset.pairs, fast)
     return call_in_workers(find, len(dataset), workers, "checking files")
 
@@ -184,12 +176,8 @@ def leave_out_broken(dataset: Dataset, workers: int = 0, replace: bool = False) 
 
     Args:
         dataset: a Segmentation or ImageFolder.
-        workers: processes that read.
         replace: replace each by the next good image, so that the data set keeps its length, as a
             run that is resumed needs it.
-
-    Raises:
-        NothingReadable: no image is left.
     """
     problems = [problem for found in find_problems(dataset, workers) for problem in found]
     broken, indices = {problem.index for problem in problems}, range(len(dataset))

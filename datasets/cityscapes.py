@@ -36,6 +36,7 @@ class Cityscapes(Segmentation):
         categories=[c.category for c in TRAINED],
     )
     SPLITS = ("train", "val", "test", "train_coarse", "val_coarse", "train_extra")
+    LABEL_NAMES = "*_labelIds.png"
     TRAIN_ON: ClassVar = {
         "fine": ["train"],
         "coarse": ["train_coarse", "train_extra"],
@@ -43,7 +44,8 @@ class Cityscapes(Segmentation):
     }
 
     def files(self) -> list[tuple[str, str | None]]:
-        split, mode = self._split_and_mode()
+        coarse = self.split == "train_extra" or self.split.endswith("_coarse")
+        split, mode = self.split.removesuffix("_coarse"), "coarse" if coarse else "fine"
         images, labels = f"leftImg8bit/{split}", f"gt{mode.capitalize()}/{split}"
         # Checked first: where a folder is missing, torchvision unpacks archives unasked.
         for folder in (images, labels):
@@ -76,19 +78,10 @@ class Cityscapes(Segmentation):
         return [(image, None if split == "test" else label) for image, label in pairs]
 
     def label_files(self) -> list[str]:
-        split, mode = self._split_and_mode()
-        if split == "test":
-            return []
-        found = Path(self.root, f"gt{mode.capitalize()}", split).glob("*/*_labelIds.png")
-        return sorted(str(path) for path in found if BROKEN_IMAGE not in path.name)
+        return [path for path in super().label_files() if BROKEN_IMAGE not in path]
 
     def result_name(self, index: int) -> str:
         """Return the path that the official evaluation and the benchmark server look for."""
         image = Path(self.pairs[index][0])
         name = image.name.replace("_leftImg8bit.png", "_pred_labelIds.png")
         return f"{image.parent.name}/{name}"
-
-    def _split_and_mode(self) -> tuple[str, str]:
-        """Return torchvision's names of the split and of the mode of its annotations."""
-        coarse = self.split == "train_extra" or self.split.endswith("_coarse")
-        return self.split.removesuffix("_coarse"), "coarse" if coarse else "fine"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from datasets.images import DatasetError
-from datasets.segmentation import Classes, Segmentation, matched_files, png_files
+from datasets.segmentation import Classes, Segmentation, matched_files
 
 # Classes of these names, in any case, are neither trained on nor scored.
 IGNORED = {"ignore", "ignored", "unlabeled", "unlabelled", "void"}
@@ -27,9 +27,6 @@ class Folder(Segmentation):
         )
         unlabelled = self.split == "test" and not os.path.isdir(labels)
         return matched_files(images, None if unlabelled else labels)
-
-    def label_files(self) -> list[str]:
-        return png_files(os.path.join(self.root, "labels", self.split))
 
 
 def read_classes(path: str | os.PathLike) -> Classes:

@@ -83,10 +83,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     """Images of one split with their class numbers, in the order of their names.
 
     Args:
-        datadir: folder that holds the splits.
-        split: "train" or "val".
         loader: function that reads an image file.
-        transform: transform of what the loader returns.
         classes: names of the classes in the order of their numbers; default: sorted folders.
     """
 

@@ -77,7 +77,6 @@ class SeededItems(Dataset):
     """Items of a data set by index and seed, from which random transforms start, as batches of one.
 
     Args:
-        dataset: data set of (image, label).
         skip_broken: report unreadable images instead of raising their errors.
         replace: with skip_broken, read the next readable image instead: batches keep their size.
     """
@@ -135,8 +134,6 @@ def training_loader(
 
     Args:
         dataset: data set of (image, label).
-        sampler: order and seeds.
-        batch_size: images in a batch.
         workers: processes that read.
         device: device of the training; batches for a GPU are pinned.
         skip_broken: replace unreadable images by the next readable ones.

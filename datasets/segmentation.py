@@ -90,6 +90,7 @@ class Segmentation(Dataset):
 
     CLASSES: ClassVar[Classes | None] = None
     SPLITS: ClassVar[Sequence[str]] = ("train", "val", "test")
+    LABEL_NAMES: ClassVar[str] = "[!.]*.png"
     # The splits to train on, by the name of the choice; the first is the default.
     TRAIN_ON: ClassVar[Mapping[str, Sequence[str]]] = {
         "train": ["train"],
@@ -128,8 +129,9 @@ class Segmentation(Dataset):
         raise NotImplementedError
 
     def label_files(self) -> list[str]:
-        """Return the paths of all label maps of the split, also of those without an image."""
-        return [label for _, label in self.pairs if label is not None]
+        """Return all label maps in the folders of the labels, also those without an image."""
+        folders = sorted({Path(label).parent for _, label in self.pairs if label is not None})
+        return [str(path) for folder in folders for path in sorted(folder.glob(self.LABEL_NAMES))]
 
     def keep(self, indices: Iterable[int]) -> None:
         """Keep the pairs of these indices only, in this order."""
@@ -199,12 +201,6 @@ def matched_files(images: str, labels: str | None) -> list[tuple[str, str | None
     if labels is None:
         return [(path, None) for path in found.values()]
     return [(path, os.path.join(labels, f"{stem}.png")) for stem, path in found.items()]
-
-
-def png_files(folder: str) -> list[str]:
-    """Return the PNG files of a folder, sorted; none if it does not exist."""
-    found = sorted(Path(folder).glob("[!.]*"))
-    return [str(path) for path in found if path.suffix.lower() == ".png"]
 
 
 def resized_size(height: int, width: int, new_height: int) -> tuple[int, int]:

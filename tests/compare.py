@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import zipfile
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,15 +62,19 @@ def read(path: Path) -> Any:
 def shown(folder: Path) -> dict[str, dict[int, list[Any]]]:
     """Return what TensorBoard shows: for each tag and step, its values or pictures."""
     run = EventAccumulator(str(folder), {"scalars": 0, "images": 0}).Reload()
+    tags = run.Tags()
+    values = [
+        (tag, event.step, event.value) for tag in tags["scalars"] for event in run.Scalars(tag)
+    ]
+    values += [
+        (tag, event.step, event.encoded_image_string)
+        for tag in tags["images"]
+        for event in run.Images(tag)
+    ]
     found: dict[str, dict[int, list[Any]]] = {}
-    for kind, events in (("scalars", run.Scalars), ("images", run.Images)):
-        for tag in run.Tags()[kind]:
-            if not CLOCK & {tag, tag.partition("/")[0]}:
-                steps = found[tag] = defaultdict(list)
-                for event in events(tag):
-                    steps[event.step].append(
-                        event.value if kind == "scalars" else event.encoded_image_string
-                    )
+    for tag, step, value in values:
+        if tag not in CLOCK:
+            found.setdefault(tag, {}).setdefault(step, []).append(value)
     return found
 
 

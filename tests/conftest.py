@@ -190,10 +190,10 @@ class Forked(multiprocessing.get_context("fork").Process):
             for child in multiprocessing.active_children():
                 child.kill()
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
-        """Wait until the process has printed a text."""
-        end = time.monotonic() + seconds
-        while not self.out.exists() or text not in self.out.read_text():
+    def wait_for(self, text: str, path: Path | None = None, seconds: float = 120) -> None:
+        """Wait until the process has printed a text, on stdout or into the file `path`."""
+        path, end = path or self.out, time.monotonic() + seconds
+        while not path.exists() or text not in path.read_text():
             assert self.is_alive() and time.monotonic() < end, self.err.read_text()
             time.sleep(0.01)
 

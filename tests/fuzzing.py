@@ -1,4 +1,4 @@
-"""Damaged image and label files, drawn at random."""
+"""Random damage to image and label files."""
 
 import struct
 import zlib
@@ -21,28 +21,16 @@ Chunks = list[tuple[bytes, bytes]]
 
 @dataclass
 class Fuzzed:
-    """A damaged file.
-
-    Attributes:
-        path: of the file.
-        how: it was made and damaged.
-        size: width and height that it declares, if it still can be read.
-        pixels: that it had, H x W x 3 or H x W of a label; None where others were put in.
-    """
+    """A damaged file."""
 
     path: Path
-    how: str
-    size: tuple[int, int]
-    pixels: np.ndarray | None
+    how: str  # it was made and damaged
+    size: tuple[int, int]  # width and height that it declares
+    pixels: np.ndarray | None  # before the damage; None if the damage gives it valid other ones
 
 
 def fuzzed_file(random: Random, folder: Path, kind: str) -> Fuzzed:
-    """Write a small image and damage it.
-
-    Args:
-        random: decides all.
-        kind: "png", "jpeg" or "label", a PNG of label ids.
-    """
+    """Write a small image, "png", "jpeg" or "label", a PNG of label ids, and damage it."""
     size = random.randint(1, 80), random.randint(1, 80)
     if kind == "jpeg":
         data, how = jpeg_file(random, size)
@@ -66,7 +54,7 @@ def fuzzed_file(random: Random, folder: Path, kind: str) -> Fuzzed:
 
 
 def decoded(data: bytes, kind: str) -> np.ndarray:
-    """The pixels of a sound file, as they are to be read."""
+    """Return the pixels of a sound file, as they should be read."""
     with Image.open(BytesIO(data)) as image:
         if kind == "label":
             return np.array(image)
@@ -80,7 +68,7 @@ def decoded(data: bytes, kind: str) -> np.ndarray:
 
 
 def png_file(random: Random, size: tuple[int, int], label: bool) -> tuple[bytes, str]:
-    """A PNG of random pixels, in several chunks, with texts before and behind, some interlaced."""
+    """Make a PNG of random pixels, in several chunks among others; some are interlaced."""
     mode = "L" if label else random.choice([*PNG_MODES])
     width, height = size
     channels = {"RGB": 3, "RGBA": 4, "LA": 2}.get(mode, 1)
@@ -88,7 +76,7 @@ def png_file(random: Random, size: tuple[int, int], label: bool) -> tuple[bytes,
     if label:
         pixels = noise.choice(LABEL_IDS, (height, width)).astype(np.uint8)
         if random.random() < 0.5:
-            pixels[height // 2 :] = 0  # as the labels of many a floor are
+            pixels[height // 2 :] = 0  # as in real labels, where the floor is 0
     else:
         pixels = noise.integers(0, 256, (height, width, channels)).astype(np.uint8)
     if mode == "I;16":
@@ -110,7 +98,7 @@ def png_file(random: Random, size: tuple[int, int], label: bool) -> tuple[bytes,
 
 
 def jpeg_file(random: Random, size: tuple[int, int]) -> tuple[bytes, str]:
-    """A JPEG of random blocks, in its several ways."""
+    """Make a JPEG of random pixels, of any mode and coding."""
     noise = np.random.default_rng(random.getrandbits(32))
     mode = random.choice(["RGB", "RGB", "L", "CMYK"])
     shape = (size[1], size[0], {"RGB": 3, "L": 1, "CMYK": 4}[mode])
@@ -126,7 +114,7 @@ def jpeg_file(random: Random, size: tuple[int, int]) -> tuple[bytes, str]:
     return file.getvalue(), f"{mode} jpeg{', progressive' * ways['progressive']}"
 
 
-# Damages of any file
+# Damage to any file
 
 
 def nothing(random: Random, data: bytes) -> bytes:
@@ -150,7 +138,7 @@ def zero_tail(random: Random, data: bytes) -> bytes:
 
 
 def random_bytes(random: Random, data: bytes) -> bytes:
-    """After a beginning that is right, or not."""
+    """Random bytes after a valid start, or not."""
     return data[: random.choice([0, 8, 33, 100])] + random.randbytes(random.randint(1, 300))
 
 
@@ -162,7 +150,7 @@ def text(random: Random, data: bytes) -> bytes:
     return b"<html>404 Not Found</html>"
 
 
-# Damages of a PNG whose checksums are right
+# Damage to a PNG, with valid checksums
 
 
 def chunks_of(data: bytes) -> Chunks:
@@ -219,7 +207,7 @@ def change_mode(random: Random, data: bytes) -> bytes:
 
 
 def end_early_png(random: Random, data: bytes) -> bytes:
-    """The compressed pixels come to an orderly end after some rows, or anywhere."""
+    """The compressed pixels end properly after some rows, or anywhere."""
     chunks = chunks_of(data)
     width, height, bits, color = struct.unpack(">IIBB", chunks[0][1][:10])
     row = 1 + width * bits // 8 * {0: 1, 2: 3, 4: 2, 6: 4}[color]
@@ -230,7 +218,7 @@ def end_early_png(random: Random, data: bytes) -> bytes:
 
 
 def add_text(random: Random, data: bytes) -> bytes:
-    """Texts and profiles that take much more room than their file."""
+    """Texts and profiles that are much larger than their file."""
     chunks, large = chunks_of(data), zlib.compress(bytes(3_000_000))
     bomb = random.choice(
         [
@@ -246,7 +234,7 @@ def add_text(random: Random, data: bytes) -> bytes:
 
 
 def change_ids(random: Random, data: bytes) -> bytes:
-    """Ids that are no class."""
+    """Unknown label ids."""
     with Image.open(BytesIO(data)) as label:
         ids = np.array(label)
     ids[random.randrange(len(ids))] = random.randrange(256)
@@ -255,11 +243,11 @@ def change_ids(random: Random, data: bytes) -> bytes:
     return file.getvalue()
 
 
-# Damages of a JPEG
+# Damage to a JPEG
 
 
 def end_early_jpeg(random: Random, data: bytes) -> bytes:
-    """Its data end anywhere after the header, and the mark of the end is set behind."""
+    """The data end anywhere after the header, and an end marker follows."""
     start = data.index(b"\xff\xda") + 10
     return data[: random.randint(start, max(start, len(data) - 3))] + b"\xff\xd9"
 
@@ -272,7 +260,7 @@ def resize_jpeg(random: Random, data: bytes) -> bytes:
 
 
 def frame_of(data: bytes) -> int:
-    """Where a JPEG says its height and width."""
+    """Return the position of a JPEG's height and width."""
     return max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2")) + 5
 
 

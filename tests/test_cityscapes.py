@@ -4,7 +4,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from datasets.check import check_files
+from datasets.check import check_files, labels_without_image
 from datasets.cityscapes import Cityscapes
 from datasets.images import DatasetError
 
@@ -50,7 +50,7 @@ def test_items_are_pairs_in_the_order_of_their_names(cityscapes):
         ("fine+coarse", [("gtFine/train", 6), ("gtCoarse/train_extra", 3)]),
     ],
 )
-def test_what_is_trained_on_by_name(cityscapes, name, expected):
+def test_parts_to_train_on(cityscapes, name, expected):
     parts = [Cityscapes(cityscapes, split) for split in Cityscapes.TRAIN_ON[name]]
     assert [len(part) for part in parts] == [count for _, count in expected]
     for part, (folder, _) in zip(parts, expected, strict=True):
@@ -75,17 +75,20 @@ def test_test_labels_are_not_read(cityscapes_copy):
     assert label.shape == (64, 128) and (label == 255).all()
 
 
-def test_stray_files_are_no_images(cityscapes_copy):
+def test_other_files_are_not_listed(cityscapes_copy):
     folder = next((cityscapes_copy / "leftImg8bit/val").iterdir())
     (folder / "Thumbs.db").write_bytes(b"")
     assert len(Cityscapes(cityscapes_copy, "val")) == 3
 
 
 def test_the_broken_image_is_left_out_with_a_warning(cityscapes_copy):
-    folder = next((cityscapes_copy / "leftImg8bit/train_extra").iterdir())
-    (folder / "troisdorf_000000_000073_leftImg8bit.png").write_bytes(b"broken")
+    images = next((cityscapes_copy / "leftImg8bit/train_extra").iterdir())
+    labels = next((cityscapes_copy / "gtCoarse/train_extra").iterdir())
+    (images / "troisdorf_000000_000073_leftImg8bit.png").write_bytes(b"broken")
+    (labels / "troisdorf_000000_000073_gtCoarse_labelIds.png").write_bytes(b"broken")
     with pytest.warns(UserWarning, match="troisdorf_000000_000073"):
-        assert len(Cityscapes(cityscapes_copy, "train_extra")) == 3
+        train_extra = Cityscapes(cityscapes_copy, "train_extra")
+    assert len(train_extra) == 3 and labels_without_image(train_extra) == []
 
 
 def test_an_image_without_its_label_is_named(cityscapes_copy):
@@ -95,7 +98,7 @@ def test_an_image_without_its_label_is_named(cityscapes_copy):
         Cityscapes(cityscapes_copy, "train")
 
 
-def test_what_is_missing_is_said(tmp_path):
+def test_missing_folders_are_named(tmp_path):
     with pytest.raises(DatasetError, match="nowhere does not exist"):
         Cityscapes(tmp_path / "nowhere")
     with pytest.raises(DatasetError, match="no folder leftImg8bit/train"):

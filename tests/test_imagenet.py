@@ -135,6 +135,19 @@ def test_a_large_photo_is_decoded_small_and_looks_the_same(tmp_path, turned):
     assert turned > 1 or difference.max() < 12
 
 
+def test_turned_photos_are_decoded_as_small_as_can_be(tmp_path):
+    path, exif = str(tmp_path / "photo.jpg"), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo(1600, 400).save(path, exif=exif)
+    torch.manual_seed(0)
+    for _ in range(50):
+        with Image.open(path) as image:
+            box, smaller = CropLoader(64, random=True).choose(image)
+        width, height = box[2] - box[0], box[3] - box[1]
+        assert min(width, height) >= 63 or smaller == 1
+        assert min(width, height) <= 2 * 64 + 1 or smaller == 8
+
+
 def test_val_shows_what_resize_and_center_crop_show(tmp_path):
     for width, height, most in ((256, 256, 0), (400, 300, 2), (300, 417, 2)):
         path = str(tmp_path / f"{width}.png")

@@ -5,107 +5,113 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import QUICK, ROOT
+from compare import differences
+from conftest import PRETRAIN_QUICK, ROOT, Forked, after_step, run_script
 from torch import nn
 
 from datasets.images import DatasetError
-from utils import interrupts as watch_module
-from utils import script as cli
-from utils.checkpoint import load_checkpoint
+from datasets.loading import Batch
+from utils import distributed, interrupts
 from utils.errors import UserError
-from utils.interrupts import Diverged, Watch
+from utils.interrupts import Action, Diverged, Guard, StopSignals
 from utils.script import Interrupted
-from utils.training import Training
+from utils.script import run_script as run_main
+from utils.training import TrainState
 
-sys.path.insert(0, str(ROOT / "tools"))
-
-from fault_compare import differences
+PROGRAM = "lednet_imagenet.py"
+SIGNALS = [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")]
 
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
-    """The seconds that time.monotonic shows; the clock on the wall jumps meanwhile."""
-    now, wall = [1000.0], iter([5e9, 0.0, 9e9, 1.0] * 100)
-    monkeypatch.setattr(watch_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(watch_module.time, "time", lambda: next(wall))
+    """The seconds that time.monotonic shows."""
+    now = [1000.0]
+    monkeypatch.setattr(interrupts.time, "monotonic", lambda: now[0])
     return now
 
 
-def watching(minutes: float = 10.0, epoch: int = 0, step: int = 0) -> tuple[Watch, Training, list]:
-    """A watch over a training that is only said to be done, and the places where it saved."""
+def guarded(
+    minutes: float = 10.0, signals: StopSignals | None = None, **place: int
+) -> tuple[Guard, list[str]]:
+    """Return the guard of a stage that takes no real steps, and the places where it saved."""
     model = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    training = Training(model, model, optimizer, schedule, scaler, 2, 5, epoch=epoch, step=step)
     files = {3: ["3.png", "3_labels.png"], 8: ["8.png"]}
-    watch = Watch(Path("run/last.pth"), minutes, "python main.py", files.get, (DatasetError,))
-    saved: list[str] = []
-    watch.begin(training, lambda: saved.append(watch.place))
-    return watch, training, saved
+    stage = SimpleNamespace(number=0, model=model, scored=model, files=files.get)
+    state, saved = TrainState(stage, **place), []
+
+    def save() -> None:
+        saved.append(state.place())
+
+    last = Path("run/last.pth")
+    return Guard(signals or StopSignals(), state, save, last, minutes, "python main.py"), saved
 
 
-def step(watch: Watch, training: Training, loss: float = 1.0) -> None:
-    training.step += 1
-    watch.note_loss(torch.tensor(loss), [3, 8])
+def step(guard: Guard, loss: float = 1.0) -> None:
+    guard.state.step += 1
+    guard.note_loss(torch.tensor(loss), [3, 8])
 
 
-def test_a_checkpoint_is_saved_every_so_many_minutes_whatever_the_clock_on_the_wall_says(clock):
-    watch, training, saved = watching(minutes=2)
+# Checkpoints from time to time
+
+
+def test_a_checkpoint_is_saved_every_few_minutes(clock):
+    guard, saved = guarded(minutes=2)
     for _ in range(10):
-        step(watch, training)
-        watch.look_up()
+        step(guard)
+        guard.poll()
         clock[0] += 50
-    # After more than 120 s: those of steps 3 and 6 are 150 s apart.
+    # After more than 120 s: there are 150 s between steps 1, 4, 7 and 10.
     assert saved == [f"step {number} of epoch 1" for number in (4, 7, 10)]
 
 
-def test_saving_after_an_epoch_begins_the_minutes_anew(clock):
-    watch, _, saved = watching(minutes=2)
+def test_the_checkpoint_of_an_epoch_starts_the_interval_anew(clock):
+    guard, saved = guarded(minutes=2)
     clock[0] += 119
-    watch.save()
+    guard.save()
     clock[0] += 119
-    watch.look_up()
+    guard.poll()
     assert len(saved) == 1
 
 
-@pytest.mark.parametrize(
-    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")]
-)
-def test_a_signal_is_noted_and_the_step_finished(clock, capfd, number, name):
-    watch, training, saved = watching()
-    before = signal.getsignal(number)
-    with watch:
+# Signals
+
+
+@pytest.mark.parametrize(("number", "name"), SIGNALS)
+def test_a_signal_lets_the_step_finish_and_saves(capfd, number, name):
+    signals, before = StopSignals(), signal.getsignal(number)
+    guard, saved = guarded(signals=signals)
+    with signals:
         os.kill(os.getpid(), number)
-        assert watch.stopping and saved == []
-        step(watch, training)
+        assert guard.stopping and saved == []
+        step(guard)
         with pytest.raises(Interrupted) as raised:
-            watch.look_up()
+            guard.poll()
     assert signal.getsignal(number) == before
-    assert saved == ["step 1 of epoch 1"]
-    expected = f"stopped by {name}, saved after step 1 of epoch 1, to go on: python main.py"
-    assert str(raised.value) == expected and raised.value.status == 128 + number
+    assert saved == ["step 1 of epoch 1"] and raised.value.status == 128 + number
+    how = "saved after step 1 of epoch 1, to go on: python main.py"
+    assert str(raised.value) == f"stopped by {name}, {how}"
     assert capfd.readouterr().err.endswith(": finishing the step to save; again to stop at once\n")
 
 
-def test_a_signal_that_is_ignored_stays_ignored():
-    watch, _, _ = watching()
+def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with watch:
+        with StopSignals() as signals:
             os.kill(os.getpid(), signal.SIGINT)
-            assert not watch.stopping
+            assert signals.received is None
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-class Callback:
-    """Receives a signal where Python drops what its handler raises."""
+class SignalInDestructor:
+    """Receives a signal where Python drops the exception that its handler raises."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -115,56 +121,57 @@ class Callback:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_was_dropped_before_there_was_a_watch_is_not_lost(number, capfd):
-    watch, _, saved = watching()
-    stopping = []
+@pytest.mark.parametrize(("number", "name"), SIGNALS)
+def test_a_signal_whose_exception_python_drops_is_not_lost(number, name, capfd):
+    signals = StopSignals()
+    guard, saved = guarded(signals=signals)
 
     def main() -> None:
-        Callback(number)
-        with watch:
-            stopping.append(watch.stopping)
-            watch.look_up()
+        SignalInDestructor(number)
+        with signals:
+            guard.poll()
 
     with pytest.raises(SystemExit) as end:
-        cli.run(main)
-    assert stopping == [True] and saved == ["epoch 0"] and end.value.code == 128 + number
-    assert "saved after epoch 0, to go on: python main.py" in capfd.readouterr().err
-    with watching()[0] as another:
-        assert not another.stopping
-
-
-TWICE = """
-import os, signal, sys, time
-sys.path[:0] = ["tests", "."]
-import test_watch
-watch, training, saved = test_watch.watching()
-with watch:
-    try:
-        print("ready", flush=True)
-        time.sleep(60)
-    finally:
-        print("never said")
-"""
+        run_main(main)
+    assert saved == ["epoch 0"] and end.value.code == 128 + number
+    assert f"stopped by {name}, saved after epoch 0" in capfd.readouterr().err
+    with StopSignals() as later:
+        assert later.received is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_second_signal_ends_the_process_at_once(number):
-    process = subprocess.Popen(
-        [sys.executable, "-c", TWICE],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    assert "finishing the step" in process.stderr.readline()
-    assert process.poll() is None
-    process.send_signal(number)
-    out, err = process.communicate(timeout=50)
-    assert process.returncode == 128 + number
-    assert err == "-c: stopped at once\n" and out == ""
+def test_the_second_signal_ends_the_process_at_once(tmp_path, number):
+    def program() -> None:
+        with StopSignals():
+            try:
+                print("ready")
+                time.sleep(60)
+            finally:
+                print("cleaned up")
+
+    process = Forked(program, tmp_path)
+    process.wait_for("ready")
+    process.signal(signal.SIGTERM)
+    process.wait_for("finishing the step", process.err)
+    process.signal(number)
+    result = process.finish()
+    assert result.status == 128 + number and result.out == "ready\n"
+    assert result.err.endswith(": stopped at once\n")
+
+
+def test_torchrun_may_deliver_a_signal_twice(clock, monkeypatch):
+    """A cluster sends it to every process, and torchrun forwards it; a later one is another."""
+    monkeypatch.setattr(distributed, "local_rank", lambda: 0)
+    ended = []
+    monkeypatch.setattr(interrupts.os, "_exit", ended.append)
+    with StopSignals() as signals:
+        for seconds, expected in ((0, []), (0.9, []), (0.2, [143])):
+            clock[0] += seconds
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.received == signal.SIGTERM and ended == expected
+
+
+# Training that diverges
 
 
 @pytest.mark.parametrize(
@@ -179,151 +186,212 @@ def test_the_second_signal_ends_the_process_at_once(number):
 def test_a_loss_that_is_not_finite_names_files_and_the_last_good_checkpoint(
     clock, begun, kept, loss
 ):
-    watch, training, saved = watching(minutes=0, **begun)
-    clock[0] += 60  # it would be time to save
-    watch.received = signal.SIGTERM  # and to stop
-    place = f"step {training.step + 1} of epoch {training.epoch + 1}"
-    step(watch, training, loss)
+    """It comes before whatever else there is to do, and nothing is saved."""
+    signals = StopSignals()
+    guard, saved = guarded(minutes=0, signals=signals, **begun)
+    clock[0] += 60
+    signals.received = signal.SIGTERM
+    step(guard, loss)
+    place = guard.state.place()
     with pytest.raises(Diverged) as raised:
-        watch.look_up(DatasetError("another failure"))
+        guard.poll(DatasetError("another failure"))
     assert saved == []
     text = str(raised.value)
-    assert text.startswith(f"the loss is {loss} in {place}, of 3.png, 3_labels.png, 8.png: ")
+    assert text.startswith(f"the loss is {loss} in {place}, with 3.png, 3_labels.png, 8.png: ")
     assert kept in text
 
 
-def test_the_checkpoint_that_was_saved_last_is_the_good_one(clock):
-    watch, training, saved = watching(minutes=1)
-    for loss in (1.0, 1.0, math.nan):
-        step(watch, training, loss)
+def test_a_large_batch_is_named_in_part():
+    guard, _ = guarded()
+    guard.state.stage.files = lambda index: [f"{index}.png", None]
+    guard.note_loss(torch.tensor(math.nan), range(30))
+    with pytest.raises(Diverged, match=r"18\.png, 19\.png and 10 more: "):
+        guard.poll()
+
+
+def test_the_last_good_checkpoint_is_the_one_saved_last(clock):
+    guard, saved = guarded(minutes=1)
+    for _ in range(2):
+        step(guard)
         clock[0] += 50
-        if math.isnan(loss):
-            with pytest.raises(
-                Diverged, match=r"last good checkpoint is .* after step 2 of epoch 1"
-            ):
-                watch.look_up()
-        else:
-            watch.look_up()
+        guard.poll()
+    step(guard, math.nan)
+    with pytest.raises(Diverged, match=r"last good checkpoint is .* after step 2 of epoch 1"):
+        guard.poll()
     assert saved == ["step 2 of epoch 1"]
 
 
 def test_weights_that_are_not_finite_are_never_saved(clock):
-    watch, training, saved = watching(minutes=0)
-    step(watch, training)
-    training.model.weight.data[0, 1] = math.nan
+    guard, saved = guarded(minutes=0)
+    step(guard)
+    guard.state.stage.model.weight.data[0, 1] = math.nan
     clock[0] += 60
-    for end in (watch.look_up, watch.save, lambda: watch.look_up(DatasetError("broken"))):
+    for end in (guard.poll, guard.save, lambda: guard.poll(DatasetError("broken"))):
         with pytest.raises(Diverged, match="a weight is not finite after step 1 of epoch 1"):
             end()
     assert saved == []
 
 
-def test_a_loss_that_nobody_looked_at_yet_is_looked_at_before_saving(clock):
-    watch, training, saved = watching()
-    step(watch, training, math.nan)
-    with pytest.raises(Diverged, match=r"3\.png"):
-        watch.save()
+def test_an_average_that_is_not_finite_is_not_saved():
+    guard, saved = guarded()
+    guard.state.stage.scored = nn.BatchNorm1d(2)
+    guard.state.stage.scored.running_var[0] = math.inf
+    with pytest.raises(Diverged, match="a weight is not finite"):
+        guard.save()
     assert saved == []
 
 
-def test_a_failure_of_reading_saves_first_and_says_how_to_go_on(clock):
-    watch, training, saved = watching()
-    step(watch, training)
-    with pytest.raises(UserError) as raised:
-        watch.look_up(DatasetError("a.png is broken"))
-    expected = (
-        "a.png is broken, or leave it out with --skip-broken; "
-        "saved after step 1 of epoch 1, to go on: python main.py"
-    )
-    assert saved == ["step 1 of epoch 1"] and str(raised.value) == expected
+def test_losses_are_checked_before_anything_is_saved():
+    guard, saved = guarded()
+    step(guard, math.nan)
+    with pytest.raises(Diverged, match=r"3\.png"):
+        guard.save()
+    assert saved == []
 
 
-def test_a_mistake_of_the_program_saves_first_and_is_raised_as_it_is(clock, capsys):
-    watch, training, saved = watching()
-    step(watch, training)
+# Failures
+
+
+def test_a_users_mistake_saves_first_and_says_how_to_go_on():
+    guard, saved = guarded()
+    step(guard)
+    with pytest.raises(UserError, match=r"^a\.png is broken\n") as raised:
+        guard.poll(DatasetError("a.png is broken"))
+    assert saved == ["step 1 of epoch 1"]
+    assert raised.value.__notes__ == ["saved after step 1 of epoch 1, to go on: python main.py"]
+
+
+def test_a_bug_saves_first_and_keeps_its_traceback(capsys):
+    guard, saved = guarded()
+    step(guard)
     with pytest.raises(ZeroDivisionError):
-        watch.look_up(ZeroDivisionError("division by zero"))
+        guard.poll(ZeroDivisionError("division by zero"))
     assert saved == ["step 1 of epoch 1"]
     assert capsys.readouterr().out == "saved after step 1 of epoch 1, to go on: python main.py\n"
 
 
-# The real program
+def test_a_failure_of_another_process_ends_this_one(monkeypatch):
+    others = iter([Action.FAIL])
+    monkeypatch.setattr(distributed, "agree", lambda own: max(own, next(others, own)))
+    guard, saved = guarded()
+    with pytest.raises(SystemExit):
+        guard.poll()
+    assert saved == ["epoch 0"]
 
 
-def argv(datadir: Path, folder: Path, *options: object) -> list[str]:
-    command = (
-        *("main.py", "--datadir", datadir, *QUICK, "--decoder", "--epochs", 2, "--D", 4),
-        *("--savedir", folder, "--device", "cpu", "--steps-loss", 1, *options),
-    )
-    return [sys.executable, *map(str, command)]
+# Batches
 
 
-def started(command: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        command,
+class Loader(list):
+    dataset = range(3)
+
+
+def batch(*indices: int, left_out: Sequence[str] = ()) -> Batch:
+    return Batch([0] * len(indices), [], [], list(indices), list(left_out))
+
+
+LOOPS = pytest.mark.parametrize("loop", [Guard.training_batches, Guard.validation_batches])
+
+
+@LOOPS
+def test_a_signal_ends_the_loading_of_batches(loop):
+    guard, saved = guarded()
+    batches = loop(guard, Loader(map(batch, range(3))), torch.tensor(0))
+    assert next(batches).indices == [0]
+    guard.signals.received = signal.SIGTERM
+    with pytest.raises(Interrupted):
+        next(batches)
+    assert saved == ["epoch 0"]
+
+
+@LOOPS
+def test_an_error_of_the_loader_saves_first(loop):
+    def loader() -> Iterator[Batch]:
+        yield batch(0)
+        raise DatasetError("b.png is broken")
+
+    guard, saved = guarded(step=3)
+    batches = loop(guard, loader(), torch.tensor(0))
+    assert next(batches).indices == [0]
+    with pytest.raises(DatasetError, match=r"b\.png is broken"):
+        next(batches)
+    assert saved == ["step 3 of epoch 1"]
+
+
+@LOOPS
+def test_images_that_are_left_out_are_counted_and_named(loop, capsys):
+    (guard, _), count = guarded(), torch.tensor(0)
+    loader = Loader([batch(0, left_out=["a.png is broken"]), batch(2)])
+    assert [found.indices for found in loop(guard, loader, count)] == [[0], [2]]
+    assert count == 1 and capsys.readouterr().err == "left out: a.png is broken\n"
+
+
+def test_validation_needs_an_image_that_can_be_read():
+    guard, _ = guarded()
+    loader = Loader([batch(left_out=["a.png"]), batch(1), batch(left_out=["c.png"])])
+    found = guard.validation_batches(loader, torch.tensor(0))
+    assert [batch.indices for batch in found] == [[1]]
+    loader = Loader(batch(left_out=[name]) for name in "abc")
+    with pytest.raises(UserError, match="none of the images to validate on can be read"):
+        list(guard.validation_batches(loader, torch.tensor(0)))
+
+
+# The program
+
+
+@pytest.fixture(scope="module")
+def argv(shapes) -> tuple:
+    """The command line of a run of two epochs of three steps, with processes that load data."""
+    options = ("--epochs", 2, "--lr", 0.01, "--workers", 2, "--steps-loss", 1, "--device", "cpu")
+    return (PROGRAM, "--datadir", shapes, *PRETRAIN_QUICK, *options)
+
+
+@pytest.fixture(scope="module")
+def whole(argv, tmp_path_factory) -> Path:
+    """The folder of a run that was never disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert run_script(*argv, "--savedir", folder, "--workers", 0) == 0
+    return folder
+
+
+def test_ctrl_c_in_a_terminal_prints_the_command_that_goes_on(argv, whole, tmp_path):
+    """The terminal sends the signal to the workers of the loader as well."""
+    folder = tmp_path / "a run"
+    process = subprocess.Popen(
+        [sys.executable, *map(str, argv), "--savedir", str(folder)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
-
-
-def wait_for(process: subprocess.Popen, text: str) -> None:
-    for line in process.stdout:
-        if text in line:
-            return
-    raise AssertionError(process.stderr.read())
-
-
-@pytest.fixture(scope="module")
-def whole(cityscapes, tmp_path_factory) -> Path:
-    """The folder of a run with two workers that was never disturbed."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    process = started(argv(cityscapes, folder, "--workers", 2))
-    _, err = process.communicate(timeout=500)
-    assert process.returncode == 0, err
-    return folder
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_program_says_the_command_that_goes_on(cityscapes, whole, tmp_path, number):
-    folder = tmp_path / "a run"
-    process = started(argv(cityscapes, folder, "--workers", 2))
-    wait_for(process, "step 1/3")
-    process.send_signal(number)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 128 + number
-    noted, end = err.splitlines()
-    assert noted == "main.py: finishing the step to save; again to stop at once"
-    name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
-    assert end.startswith(f"main.py: stopped by {name}, saved after ")
-    command = end.split("to go on: python ")[1]
-    assert command == f"main.py --savedir '{folder}' --resume"
-    again = [sys.executable, *shlex.split(command)]
-    done = subprocess.run(again, cwd=ROOT, capture_output=True, timeout=500)
-    assert done.returncode == 0, done.stderr
+    assert any("step 1/3" in line for line in process.stdout)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    first, last = err.splitlines()
+    assert first == f"{PROGRAM}: finishing the step to save; again to stop at once"
+    assert last.startswith(f"{PROGRAM}: stopped by Ctrl-C, saved after ")
+    command = last.split("to go on: python ")[1]
+    assert command == f"{PROGRAM} --savedir '{folder}' --resume"
+    assert run_script(*shlex.split(command), "--workers", 0) == 0
     assert differences(folder, whole) == []
 
 
 @pytest.mark.parametrize("which", ["one", "all"])
-def test_a_worker_that_is_killed_is_told_in_one_line_and_nothing_lost(
-    cityscapes, whole, tmp_path, which
-):
+def test_a_killed_worker_is_reported_in_one_line_and_costs_nothing(argv, whole, tmp_path, which):
     folder = tmp_path / "run"
-    process = started(argv(cityscapes, folder, "--workers", 2))
-    wait_for(process, "step 1/3")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    for child in children.read_text().split()[-1 if which == "one" else 0 :]:
-        os.kill(int(child), signal.SIGKILL)
-    killed = time.monotonic()
-    _, err = process.communicate(timeout=300)
-    assert time.monotonic() - killed < 100
-    assert process.returncode == 2
-    (line,) = err.splitlines()
-    assert line.startswith("main.py: error: a process that loads data died (")
-    assert f"to go on: python main.py --savedir {folder} --resume" in line
-    assert load_checkpoint(folder / "last.pth")["epoch"] <= 1
-    subprocess.run(
-        [sys.executable, "main.py", "--savedir", folder, "--resume"], cwd=ROOT, check=True
-    )
+
+    def kill_workers() -> None:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        for child in children[-1 if which == "one" else 0 :]:
+            os.kill(int(child), signal.SIGKILL)
+
+    with after_step("step 1 of epoch 1", kill_workers):
+        result = Forked(lambda: run_script(*argv, "--savedir", folder), tmp_path).finish(60)
+    assert result.status == 2
+    (line,) = result.err.splitlines()
+    assert line.startswith(f"{PROGRAM}: error: a process that loads data died (")
+    assert "fewer --workers" in line and f"--savedir {folder} --resume" in line
+    assert run_script(PROGRAM, "--savedir", folder, "--resume", "--workers", 0) == 0
     assert differences(folder, whole) == []

@@ -21,7 +21,7 @@ def test_worked_example():
     iou = confusion.class_iou()
     assert iou[:3].tolist() == [1 / 2, 2 / 4, 0]
     assert iou[3].isnan()  # absent from truth and prediction: not in the mean
-    assert mean_score(iou) == pytest.approx(1 / 3)
+    assert mean_score(iou) == confusion.summary()["miou"] == pytest.approx(1 / 3)
     assert confusion.pixel_accuracy() == 3 / 5
     assert confusion.mean_accuracy() == pytest.approx((1 / 2 + 1 + 0) / 3)
     assert confusion.category_iou(["a", "b", "b", "c"]) == pytest.approx(
@@ -32,7 +32,8 @@ def test_worked_example():
 def test_updates_add_up():
     labels, predictions = torch.randint(0, 5, (2, 4, 9, 9))
     together, apart = ConfusionMatrix(5), ConfusionMatrix(5)
-    together.update(predictions, labels)
+    logits = torch.nn.functional.one_hot(predictions, 5).movedim(-1, 1)
+    together.update_from_logits(logits, labels)
     for prediction, label in zip(predictions, labels, strict=True):
         apart.update(prediction, label)
     assert torch.equal(together.counts, apart.counts)
@@ -90,15 +91,15 @@ def test_top_k_worked_example():
     )
     # The label is the 1st, 2nd, 4th, 1st, 3rd and 2nd of each row.
     labels = torch.tensor([0, 2, 3, 3, 2, 2])
-    accuracy.update(logits[:4], labels[:4])
-    assert accuracy.shares() == [2 / 4, 3 / 4, 3 / 4]
-    accuracy.update(logits[4:], labels[4:])
-    assert accuracy.shares() == [2 / 6, 4 / 6, 5 / 6] and accuracy.seen == 6
+    accuracy.update_from_logits(logits[:4], labels[:4])
+    assert accuracy.summary() == {"top1": 2 / 4, "top2": 3 / 4, "top3": 3 / 4}
+    accuracy.update_from_logits(logits[4:], labels[4:])
+    assert accuracy.summary() == {"top1": 2 / 6, "top2": 4 / 6, "top3": 5 / 6}
+    assert accuracy.seen == 6
 
 
-def test_top_5_of_fewer_classes_hits_all():
+def test_top_5_of_fewer_classes_always_hits():
     accuracy = TopKAccuracy()
-    accuracy.update(torch.tensor([[1.0, 2, 3], [3, 2, 1]]), torch.tensor([0, 0]))
-    assert accuracy.shares() == [0.5, 1.0]
-    assert accuracy.figures() == {"top-1": "50.00 %", "top-5": "100.00 %"}
-    assert all(math.isnan(share) for share in TopKAccuracy().shares())
+    assert all(math.isnan(share) for share in accuracy.summary().values())
+    accuracy.update_from_logits(torch.tensor([[1.0, 2, 3], [3, 2, 1]]), torch.tensor([0, 0]))
+    assert accuracy.summary() == {"top1": 0.5, "top5": 1.0}

@@ -33,17 +33,17 @@ def test_globs_and_files_keep_their_names(tmp_path, monkeypatch):
     make(tmp_path, "x/a.png", "x/b.png", "x/odd.data")
     monkeypatch.chdir(tmp_path)
     assert [name for _, name in find_pictures(["x/*.png"])] == ["a", "b"]
-    # A file that is named is tried, whatever its suffix.
+    # A file is tried whatever its suffix.
     assert find_pictures(["x/odd.data"]) == [("x/odd.data", "odd")]
     assert find_pictures(["x/a.png", "x/a.png"]) == [("x/a.png", "a")]
 
 
-def test_a_name_with_the_signs_of_a_glob_is_a_file_first(tmp_path):
+def test_a_file_whose_name_looks_like_a_glob(tmp_path):
     make(tmp_path, "a[1].png")
     assert find_pictures([str(tmp_path / "a[1].png")])[0][1] == "a[1]"
 
 
-def test_twin_names_are_told_apart(tmp_path):
+def test_results_have_unique_names(tmp_path):
     make(tmp_path, "a.png", "a.jpg", "b/a.png")
     inputs = [str(tmp_path / name) for name in ("a.png", "a.jpg", "b/a.png")]
     assert [name for _, name in find_pictures(inputs)] == ["a", "a-2", "a-3"]
@@ -82,30 +82,30 @@ def test_a_picture_comes_at_two_sizes(tmp_path):
     assert np.array_equal(frame.resized.permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
-def test_every_moment_of_an_animation_is_a_picture(tmp_path):
-    moments = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue")]
-    moments[0].save(tmp_path / "a.gif", save_all=True, append_images=moments[1:])
-    frames = list(animation_frames(read(tmp_path / "a.gif"), 64))
-    assert [frame.name for frame in frames] == ["name/000000", "name/000001", "name/000002"]
-    assert [frame.image[:, 0, 0].argmax().item() for frame in frames] == [0, 1, 2]
+def test_every_frame_of_an_animation_is_a_picture(tmp_path):
+    frames = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    read_frames = list(animation_frames(read(tmp_path / "a.gif"), 64))
+    assert [frame.name for frame in read_frames] == ["name/000000", "name/000001", "name/000002"]
+    assert [frame.image[:, 0, 0].argmax().item() for frame in read_frames] == [0, 1, 2]
 
 
-def test_the_preview_behind_a_photo_is_no_picture(tmp_path):
+def test_the_preview_of_a_photo_is_passed_over(tmp_path):
     photo = Image.new("RGB", (40, 30), "red")
     photo.save(tmp_path / "a.mpo", save_all=True, append_images=[Image.new("RGB", (8, 6))])
     frame = read(tmp_path / "a.mpo")
     assert frame.image.shape == (3, 30, 40)
 
 
-def test_a_file_that_is_no_picture_gives_the_reason(tmp_path):
+def test_the_reason_is_given_for_other_files(tmp_path):
     (tmp_path / "a.png").write_text("hello")
     assert f"{tmp_path}/a.png cannot be read as an image" in read(tmp_path / "a.png")
 
 
 def test_an_animation_that_breaks_is_named(tmp_path, monkeypatch):
     """PIL raises an IndexError on some damaged GIFs."""
-    moments = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue")]
-    moments[0].save(tmp_path / "a.gif", save_all=True, append_images=moments[1:])
+    frames = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     animation = read(tmp_path / "a.gif")
 
     def broken(*_):
@@ -125,7 +125,7 @@ def test_without_pyav_a_video_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_a_video_is_turned_upright(tmp_path):
-    """As phones store it: frames as the sensor lay, and by how far to turn them."""
+    """Phones store frames as the sensor lies, and the angle to turn them by."""
     av = pytest.importorskip("av")
     upright = Image.new("RGB", (64, 96), "red")
     upright.paste("blue", (0, 48, 64, 96))

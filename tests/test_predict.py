@@ -9,6 +9,7 @@ from PIL import Image
 from datasets.cityscapes import Cityscapes
 from datasets.images import DatasetError
 from datasets.pictures import video_frames
+from models.deployed import Deployed
 from utils.visualize import write_video
 
 av = pytest.importorskip("av")
@@ -139,15 +140,17 @@ def test_colors_and_overlay_show_the_labels(predict, photo, tmp_path):
     assert (overlay[64:] > 250).mean() > 0.3  # the legend is on white
 
 
-def test_height_changes_the_working_resolution(predict, photo, tmp_path):
-    photo.save(tmp_path / "a.png")
-    assert predict("a.png").status == 0
-    usual = pixels(tmp_path / "out/labels/a.png")
-    shutil.rmtree(tmp_path / "out")
-    result = predict("a.png", argv=("--height", 96))
+def test_batches_have_the_size_asked_for(predict, cityscapes, monkeypatch):
+    shapes, forward = [], Deployed.forward
+    monkeypatch.setattr(
+        Deployed,
+        "forward",
+        lambda self, images: shapes.append(images.shape) or forward(self, images),
+    )
+    folder = cityscapes / "leftImg8bit/val"
+    result = predict(folder, argv=("--height", 96, "--batch-size", 2))
     assert result.status == 0 and "at a height of 96" in result.out
-    labels = pixels(tmp_path / "out/labels/a.png")
-    assert labels.shape == (64, 128) and (labels != usual).any()
+    assert shapes == [(2, 3, 96, 192), (1, 3, 96, 192)]
 
 
 def test_a_large_photo(predict, photo, tmp_path):

@@ -224,6 +224,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path, capsys, ho
         assert run.resumed["epoch"] == 1
         out = capsys.readouterr().out
         assert "last.pth" in out and f"going on from {tmp_path / 'previous.pth'}" in out
+        assert (tmp_path / "damaged-last.pth").exists() == (how != "missing")
         # The damaged file is not copied over the good one.
         run.save(state(2))
     assert load_checkpoint(tmp_path / "previous.pth")["epoch"] == 1

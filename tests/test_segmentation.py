@@ -48,7 +48,7 @@ def test_classes_come_back_from_a_checkpoint(classes, tmp_path):
     assert back.to_checkpoint() == classes.to_checkpoint()
 
 
-def test_a_checkpoint_need_not_say_categories_or_what_is_ignored():
+def test_old_checkpoints_lack_categories_and_ignored_ids():
     stated = CLASSES.to_checkpoint()
     del stated["ignored_ids"], stated["categories"]
     back = Classes.from_checkpoint(stated)
@@ -60,7 +60,7 @@ def test_a_checkpoint_need_not_say_categories_or_what_is_ignored():
 
 @pytest.fixture
 def folders(tmp_path):
-    """Three images and their labels, with a file in each folder that belongs to none."""
+    """Three images and their labels, and other files in each folder."""
     images, labels = tmp_path / "images", tmp_path / "labels"
     for folder in (images, labels):
         folder.mkdir()
@@ -83,14 +83,14 @@ def test_images_and_labels_are_matched_by_their_stems(folders):
     assert [label for _, label in matched_files(images, None)] == [None] * 3
 
 
-def test_twins_are_named(folders):
+def test_an_image_that_exists_twice_is_named(folders):
     images, labels = folders
     Image.new("RGB", (8, 6)).save(images / "b.jpg")
     with pytest.raises(DatasetError, match=f"{images} holds b twice"):
         matched_files(images, labels)
 
 
-def test_folders_that_are_missing_or_empty(folders, tmp_path):
+def test_missing_and_empty_folders_are_named(folders, tmp_path):
     images, labels = folders
     for pair in ((images, tmp_path / "none"), (tmp_path / "none", labels)):
         with pytest.raises(DatasetError, match="none does not exist"):
@@ -144,7 +144,7 @@ def put_ids(path, *values: int) -> None:
     Image.fromarray(label).save(path)
 
 
-def test_values_outside_the_classes_are_named_with_their_file(camvid_copy):
+def test_unknown_label_ids_are_named_with_their_file(camvid_copy):
     train = CamVid(camvid_copy, "train")
     path = train.pairs[3][1]
     put_ids(path, 255, 12, 200)
@@ -162,7 +162,7 @@ def test_a_label_of_another_size_is_named(camvid_copy):
         train[0]
 
 
-def test_what_is_no_split_and_no_folder(camvid, tmp_path):
+def test_unknown_splits_and_missing_folders(camvid, tmp_path):
     with pytest.raises(ValueError, match="split is 'training', not one of train, val"):
         CamVid(camvid, "training")
     with pytest.raises(DatasetError, match="nowhere does not exist"):

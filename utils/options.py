@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DATASETS
-from datasets.cache import CacheError, CacheLost
-from datasets.images import MIN_SIZE, BrokenFiles, FileError
+from datasets.cache import CacheError, CacheLost, CacheTooLarge
+from datasets.drawn import DrawingError
+from datasets.images import MIN_SIZE, BrokenFiles, FileError, NothingReadable
 from utils.arguments import (
     ArgumentParser,
     file_path,
@@ -38,8 +39,11 @@ STREETS, SHAPES = Path("data/synthetic"), Path("data/shapes")
 ADVICE = {
     BrokenFiles: "python tools/check_dataset.py lists them all, --skip-broken leaves them out",
     FileError: "--skip-broken leaves it out",
-    CacheError: "give --cache off, another folder, or a smaller --height",
+    NothingReadable: "python tools/check_dataset.py lists what is broken",
+    CacheError: "give --cache off, or another folder",
+    CacheTooLarge: "give --cache off, another folder, or a smaller --height",
     CacheLost: "--resume makes it again",
+    DrawingError: "run in a folder that can be written, or give --datadir",
     OutOfMemory: "give a smaller --batch-size, which may change on --resume, or smaller images",
     WorkerDied: "if the machine ran out of memory, give fewer --workers",
     Diverged: "start another run with a smaller --lr",

@@ -34,17 +34,11 @@ PLAIN_TEXTURE = (3, 3)
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn image with its ground truth, as Cityscapes stores them.
+    """One drawn image with its ground truth, as Cityscapes stores them."""
 
-    Attributes:
-        image: H x W x 3, uint8, RGB.
-        label_ids: H x W, uint8, the ids of Cityscapes' label table.
-        instance_ids: H x W, uint16: the label id, or label id * 1000 + n for the n-th
-            instance of a class that has instances.
-    """
-
-    image: np.ndarray
-    label_ids: np.ndarray
+    image: np.ndarray  # H x W x 3, uint8, RGB
+    label_ids: np.ndarray  # H x W, uint8, ids of Cityscapes' label table
+    # H x W, uint16: the label id, or label id * 1000 + n for instance n of a class that has some.
     instance_ids: np.ndarray
 
 
@@ -93,6 +87,10 @@ class Street:
         moved = np.asarray(color) + self.rng.uniform(-amount, amount, 3)
         return tuple(int(v) for v in np.clip(moved, 0, 255))
 
+    def pick(self, amount: float, *colors: Color) -> Color:
+        """Pick one of some colours, and jitter it."""
+        return self.jitter(colors[self.rng.integers(len(colors))], amount)
+
     def paint_color(self) -> Color:
         """Pick the colour of a car, a jacket or a sign: anything, greys more often."""
         if self.rng.random() < 0.4:
@@ -111,11 +109,10 @@ class Street:
         self.instance_count[name] = self.instance_count.get(name, -1) + 1
         return LABEL_ID[name] * 1000 + self.instance_count[name]
 
-    def fill(
-        self, points: Sequence[Point], color: Color, z: float, name: str, instance: int
-    ) -> None:
+    def fill(self, points: Sequence[Point], color: Color, z: float, instance: int) -> None:
         """Fill a polygon at distance z, in the picture and in both label maps."""
-        ImageDraw.Draw(self.labels).polygon(points, fill=LABEL_ID[name])
+        label_id = instance // 1000 if instance >= 1000 else instance
+        ImageDraw.Draw(self.labels).polygon(points, fill=label_id)
         ImageDraw.Draw(self.instances).polygon(points, fill=instance)
         self.tint(points, color, z)
 
@@ -135,12 +132,7 @@ class Street:
 
     def panel(self, x: float, z0: float, z1: float, y0: float, y1: float) -> list[Point]:
         """Return an upright rectangle along the street, in pixel coordinates."""
-        return [
-            self.project(x, y1, z0),
-            self.project(x, y1, z1),
-            self.project(x, y0, z1),
-            self.project(x, y0, z0),
-        ]
+        return [self.project(x, y, z) for y, z in ((y1, z0), (y1, z1), (y0, z1), (y0, z0))]
 
     def disc(
         self, x: float, y: float, radius: float, z: float, stretch: float = 1.0
@@ -157,9 +149,7 @@ class Street:
     def draw_backdrop(self) -> None:
         """Draw the sky with clouds, and a skyline on the horizon."""
         rng = self.rng
-        top = np.asarray(
-            self.jitter(((90, 140, 205), (150, 155, 165), (205, 170, 140))[rng.integers(3)], 25)
-        )
+        top = np.asarray(self.pick(25, (90, 140, 205), (150, 155, 165), (205, 170, 140)))
         rows = np.clip(np.arange(self.height) / self.horizon, 0, 1)[:, None, None]
         sky = top * (1 - rows) + np.asarray(self.haze) * rows
         clouds = np.clip(smooth_noise(rng, self.height, self.width, 10), 0, None)
@@ -172,11 +162,11 @@ class Street:
             if rng.random() < 0.5:
                 color = self.jitter((125, 118, 112), 30)
                 shape = self.rectangle(x, x + width, 0, rng.uniform(6, 16), 75)
-                self.fill(shape, color, 75, "building", LABEL_ID["building"])
+                self.fill(shape, color, 75, LABEL_ID["building"])
             else:
                 color = self.jitter((62, 88, 48), 20)
                 shape = self.disc(x + width / 2, 2, width / 2, 75, stretch=0.8)
-                self.fill(shape, color, 75, "vegetation", LABEL_ID["vegetation"])
+                self.fill(shape, color, 75, LABEL_ID["vegetation"])
             x += width * 0.8
 
     def draw_ground(self) -> None:
@@ -188,14 +178,13 @@ class Street:
         x = (columns + 0.5 - self.vanishing_x) * z / self.focal
         left, right = self.road
         on_road = (x > left) & (x < right)
-        sidewalk = ~on_road & (
-            (x > left - self.sidewalk_width[-1]) & (x < right + self.sidewalk_width[1])
-        )
+        sidewalk = (x > left - self.sidewalk_width[-1]) & (x < right + self.sidewalk_width[1])
+        sidewalk &= ~on_road
 
         grey = rng.uniform(70, 130)
         asphalt = self.jitter([grey] * 3, 8)
         paving = self.jitter([grey + rng.uniform(-15, 45)] * 3, 14)
-        grass = self.jitter(((84, 108, 52), (128, 112, 72))[rng.integers(2)], 18)
+        grass = self.pick(18, (84, 108, 52), (128, 112, 72))
         color = np.empty((*x.shape, 3), np.float32)
         color[:] = grass
         color[sidewalk] = paving
@@ -260,33 +249,29 @@ class Street:
 
     def draw_building(self, x: float, side: int, z0: float, z1: float) -> None:
         rng = self.rng
-        color = self.jitter(
-            ((150, 130, 112), (122, 92, 80), (176, 172, 164), (110, 112, 118))[rng.integers(4)], 28
-        )
+        color = self.pick(28, (150, 130, 112), (122, 92, 80), (176, 172, 164), (110, 112, 118))
         dark = tuple(int(c * 0.8) for c in color)
-        name, instance = "building", LABEL_ID["building"]
+        instance = LABEL_ID["building"]
         storeys = rng.integers(2, 6)
         top = storeys * 3.2 + 0.8
-        self.fill(self.rectangle(*sorted((x, x + side * 12)), 0, top, z0), dark, z0, name, instance)
-        self.fill(self.panel(x, z0, z1, 0, top), color, (z0 + z1) / 2, name, instance)
+        self.fill(self.rectangle(*sorted((x, x + side * 12)), 0, top, z0), dark, z0, instance)
+        self.fill(self.panel(x, z0, z1, 0, top), color, (z0 + z1) / 2, instance)
         glass = self.jitter((58, 66, 78), 30)
         step = rng.uniform(2.0, 3.0)
+        sills = [storey * 3.2 + 1.0 for storey in range(storeys)]
         for z in np.arange(z0 + 0.7, z1 - 1.3, step):
-            for storey in range(storeys):
-                y = storey * 3.2 + 1.0
+            for y in sills:
                 self.tint(self.panel(x, z, z + step * 0.5, y, y + 1.6), glass, z)
-        if z0 < 60:
-            for wx in np.arange(1, 11, 2.6):
-                for storey in range(storeys):
-                    y = storey * 3.2 + 1.0
-                    window = sorted((x + side * wx, x + side * (wx + 1.2)))
-                    self.tint(self.rectangle(*window, y, y + 1.6, z0), glass, z0)
+        for wx in np.arange(1, 11, 2.6) if z0 < 60 else ():
+            window = sorted((x + side * wx, x + side * (wx + 1.2)))
+            for y in sills:
+                self.tint(self.rectangle(*window, y, y + 1.6, z0), glass, z0)
 
     def draw_wall(self, x: float, z0: float, z1: float) -> None:
         height = self.rng.uniform(1.8, 2.8)
-        color = self.jitter(((138, 96, 78), (132, 130, 126))[self.rng.integers(2)], 18)
+        color = self.pick(18, (138, 96, 78), (132, 130, 126))
         mortar = tuple(int(c * 0.72) for c in color)
-        self.fill(self.panel(x, z0, z1, 0, height), color, (z0 + z1) / 2, "wall", LABEL_ID["wall"])
+        self.fill(self.panel(x, z0, z1, 0, height), color, (z0 + z1) / 2, LABEL_ID["wall"])
         for y in np.arange(0.25, height, 0.4):
             self.tint(self.panel(x, z0, z1, y, y + 0.08), mortar, z0)
         for z in np.arange(z0, z1, 1.0):
@@ -295,10 +280,10 @@ class Street:
     def draw_fence(self, x: float, z0: float, z1: float) -> None:
         """Draw bars; the gaps between them are labelled fence too, as annotators do."""
         height = self.rng.uniform(1.5, 2.2)
-        color = self.jitter(((70, 72, 74), (168, 160, 150), (96, 76, 58))[self.rng.integers(3)], 20)
-        outline = self.panel(x, z0, z1, 0, height)
-        ImageDraw.Draw(self.labels).polygon(outline, fill=LABEL_ID["fence"])
-        ImageDraw.Draw(self.instances).polygon(outline, fill=LABEL_ID["fence"])
+        color = self.pick(20, (70, 72, 74), (168, 160, 150), (96, 76, 58))
+        for plane in (self.labels, self.instances):
+            outline = self.panel(x, z0, z1, 0, height)
+            ImageDraw.Draw(plane).polygon(outline, fill=LABEL_ID["fence"])
         self.tint(self.panel(x, z0, z1, 0, 0.4), self.jitter((120, 118, 112), 15), z0)  # its base
         for y in (height * 0.55, height - 0.15):
             self.tint(self.panel(x, z0, z1, y, y + 0.15), color, z0)
@@ -307,22 +292,16 @@ class Street:
 
     def draw_tree(self, x: float, z: float) -> None:
         trunk = self.jitter((82, 66, 52), 15)
-        name, instance = "vegetation", LABEL_ID["vegetation"]
-        self.fill(self.rectangle(x - 0.18, x + 0.18, 0, 3, z), trunk, z, name, instance)
+        self.fill(self.rectangle(x - 0.18, x + 0.18, 0, 3, z), trunk, z, LABEL_ID["vegetation"])
         self.draw_foliage(x, self.rng.uniform(3.6, 4.8), self.rng.uniform(1.4, 2.2), z)
 
     def draw_foliage(self, x: float, y: float, radius: float, z: float) -> None:
         rng = self.rng
         base = ((58, 92, 44), (92, 104, 48), (112, 84, 46))[rng.integers(3)]
         for _ in range(6):
-            blob = self.disc(
-                x + rng.uniform(-0.6, 0.6) * radius,
-                y + rng.uniform(-0.4, 0.6) * radius,
-                radius * rng.uniform(0.4, 0.75),
-                z,
-            )
-            color = self.jitter(base, 16)
-            self.fill(blob, color, z, "vegetation", LABEL_ID["vegetation"])
+            bx, by = x + rng.uniform(-0.6, 0.6) * radius, y + rng.uniform(-0.4, 0.6) * radius
+            blob = self.disc(bx, by, radius * rng.uniform(0.4, 0.75), z)
+            self.fill(blob, self.jitter(base, 16), z, LABEL_ID["vegetation"])
 
     # The objects
 
@@ -341,9 +320,8 @@ class Street:
         for lane in lanes:
             z = rng.uniform(6, 14)
             for _ in range(2):
-                name = rng.choice(
-                    ["car", "truck", "bus", "train", "none"], p=[0.34, 0.13, 0.13, 0.1, 0.3]
-                )
+                names = ["car", "truck", "bus", "train", "none"]
+                name = rng.choice(names, p=[0.34, 0.13, 0.13, 0.1, 0.3])
                 if name != "none":
                     placed.append((z, str(name), lane + rng.uniform(-0.3, 0.3)))
                 z += rng.uniform(10, 18)
@@ -367,45 +345,26 @@ class Street:
         for _ in range(2):
             place("person", 0.5, (left, right), (4, 10))
 
-        draw = {
-            "car": self.draw_car,
-            "truck": self.draw_truck,
-            "bus": self.draw_bus,
-            "train": self.draw_train,
-            "bicycle": self.draw_cycle,
-            "motorcycle": self.draw_motorcycle,
-            "person": self.draw_person,
-            "pole": self.draw_pole,
-            "traffic sign": self.draw_sign,
-            "traffic light": self.draw_light,
-            "tree": self.draw_tree,
-        }
         for z, name, x in sorted(placed, reverse=True):
-            draw[name](x, z)
+            draw = getattr(self, f"draw_{name.replace(' ', '_')}")
+            draw(x, z)
 
-    def draw_box(
-        self,
-        name: str,
-        instance: int,
-        spans: tuple[float, float, float, float, float, float],
-        color: Color,
-    ) -> None:
-        """Draw the front, the visible side and the top of a block x0..x1, y0..y1, z0..z1."""
+    def draw_box(self, instance: int, spans: Sequence[float], color: Color) -> None:
+        """Draw the front, visible side and top of a block; spans are x0, x1, y0, y1, z0, z1."""
         x0, x1, y0, y1, z0, z1 = spans
         if x0 > 0 or x1 < 0:
-            side = x0 if x0 > 0 else x1
             dark = tuple(int(c * 0.7) for c in color)
-            self.fill(self.panel(side, z0, z1, y0, y1), dark, z0, name, instance)
+            self.fill(self.panel(x0 if x0 > 0 else x1, z0, z1, y0, y1), dark, z0, instance)
         if y1 < self.camera_height:
             roof = [self.project(x, y1, z) for x, z in ((x0, z0), (x0, z1), (x1, z1), (x1, z0))]
             light = tuple(min(255, int(c * 1.15)) for c in color)
-            self.fill(roof, light, z0, name, instance)
-        self.fill(self.rectangle(x0, x1, y0, y1, z0), color, z0, name, instance)
+            self.fill(roof, light, z0, instance)
+        self.fill(self.rectangle(x0, x1, y0, y1, z0), color, z0, instance)
 
-    def draw_wheels(self, name: str, instance: int, x: float, half: float, z: float) -> None:
+    def draw_wheels(self, instance: int, x: float, half: float, z: float) -> None:
         black = self.jitter((28, 28, 30), 8)
         for wx in (x - half, x + half - 0.3):
-            self.fill(self.rectangle(wx, wx + 0.3, 0, 0.45, z), black, z, name, instance)
+            self.fill(self.rectangle(wx, wx + 0.3, 0, 0.45, z), black, z, instance)
 
     def draw_lamps(self, x: float, half: float, y: float, z: float) -> None:
         """Draw two lamps: red from behind, white from the front."""
@@ -420,44 +379,44 @@ class Street:
 
     def draw_car(self, x: float, z: float) -> None:
         color, glass = self.paint_color(), self.jitter((45, 52, 62), 15)
-        name, instance = "car", self.new_instance("car")
+        instance = self.new_instance("car")
         length, height = self.rng.uniform(3.6, 4.6), self.rng.uniform(1.4, 1.7)
         self.draw_shadow(x, 1.0, z - 0.2, z + length)
-        self.draw_wheels(name, instance, x, 0.9, z + length - 0.5)
+        self.draw_wheels(instance, x, 0.9, z + length - 0.5)
         cabin = (x - 0.72, x + 0.72, 0.85, height, z + 0.5, z + length - 0.8)
-        self.draw_box(name, instance, (x - 0.9, x + 0.9, 0.25, 0.9, z, z + length), color)
-        self.draw_box(name, instance, cabin, color)
+        self.draw_box(instance, (x - 0.9, x + 0.9, 0.25, 0.9, z, z + length), color)
+        self.draw_box(instance, cabin, color)
         self.tint(self.rectangle(x - 0.62, x + 0.62, 0.95, height - 0.1, z + 0.5), glass, z)
         if abs(x) > 0.72:
             side = x - 0.72 if x > 0 else x + 0.72
             self.tint(self.panel(side, z + 0.8, z + length - 1, 0.95, height - 0.1), glass, z)
-        self.draw_wheels(name, instance, x, 0.9, z)
+        self.draw_wheels(instance, x, 0.9, z)
         self.draw_lamps(x, 0.9, 0.6, z)
         self.tint(self.rectangle(x - 0.26, x + 0.26, 0.4, 0.52, z), (225, 225, 215), z)
 
     def draw_truck(self, x: float, z: float) -> None:
         """Draw a plain cargo box without windows, on a dark chassis."""
         color, dark = self.paint_color(), self.jitter((48, 46, 46), 12)
-        name, instance = "truck", self.new_instance("truck")
+        instance = self.new_instance("truck")
         length, height = self.rng.uniform(6, 9), self.rng.uniform(3.0, 3.6)
         self.draw_shadow(x, 1.3, z - 0.2, z + length)
         chassis = (x - 1.1, x + 1.1, 0.4, 1.0, z, z + length)
-        self.draw_box(name, instance, chassis, dark)
-        self.draw_box(name, instance, (x - 1.25, x + 1.25, 1.0, height, z, z + length), color)
+        self.draw_box(instance, chassis, dark)
+        self.draw_box(instance, (x - 1.25, x + 1.25, 1.0, height, z, z + length), color)
         seam = tuple(int(c * 0.6) for c in color)
         self.tint(self.rectangle(x - 0.04, x + 0.04, 1.0, height, z), seam, z)
         for y in (1.1, height - 0.15):
             self.tint(self.rectangle(x - 1.2, x + 1.2, y, y + 0.08, z), seam, z)
-        self.draw_wheels(name, instance, x, 1.15, z)
+        self.draw_wheels(instance, x, 1.15, z)
         self.draw_lamps(x, 1.1, 0.7, z)
 
     def draw_bus(self, x: float, z: float) -> None:
         """Draw a box with windows all round, and a bright line number above them."""
         color, glass = self.paint_color(), self.jitter((52, 62, 74), 15)
-        name, instance = "bus", self.new_instance("bus")
+        instance = self.new_instance("bus")
         length, height = self.rng.uniform(9, 12), self.rng.uniform(2.9, 3.2)
         self.draw_shadow(x, 1.3, z - 0.2, z + length)
-        self.draw_box(name, instance, (x - 1.25, x + 1.25, 0.3, height, z, z + length), color)
+        self.draw_box(instance, (x - 1.25, x + 1.25, 0.3, height, z, z + length), color)
         self.tint(self.rectangle(x - 1.15, x + 1.15, 1.2, height - 0.55, z), glass, z)
         self.tint(
             self.rectangle(x - 0.8, x + 0.8, height - 0.45, height - 0.1, z), (245, 190, 60), z
@@ -466,73 +425,73 @@ class Street:
             side = x - 1.25 if x > 0 else x + 1.25
             for wz in np.arange(z + 0.4, z + length - 1, 1.5):
                 self.tint(self.panel(side, wz, wz + 1.2, 1.3, height - 0.5), glass, z)
-        self.draw_wheels(name, instance, x, 1.15, z)
+        self.draw_wheels(instance, x, 1.15, z)
         self.draw_lamps(x, 1.2, 0.6, z)
 
     def draw_train(self, x: float, z: float) -> None:
         """Draw a tram: a rounded front in two colours, one lamp in the middle, a long side."""
         lower, upper = self.paint_color(), self.jitter((222, 218, 205), 18)
         glass = self.jitter((40, 48, 58), 10)
-        name, instance = "train", self.new_instance("train")
+        instance = self.new_instance("train")
         length, height = self.rng.uniform(14, 22), self.rng.uniform(3.3, 3.7)
         self.draw_shadow(x, 1.3, z - 0.2, z + length)
-        self.draw_box(name, instance, (x - 1.2, x + 1.2, 1.4, height, z, z + length), upper)
-        self.draw_box(name, instance, (x - 1.2, x + 1.2, 0.15, 1.4, z, z + length), lower)
-        self.fill(self.disc(x, height, 1.2, z, stretch=0.35), upper, z, name, instance)
+        self.draw_box(instance, (x - 1.2, x + 1.2, 1.4, height, z, z + length), upper)
+        self.draw_box(instance, (x - 1.2, x + 1.2, 0.15, 1.4, z, z + length), lower)
+        self.fill(self.disc(x, height, 1.2, z, stretch=0.35), upper, z, instance)
         self.tint(self.disc(x, 2.3, 0.95, z, stretch=0.7), glass, z)
         self.tint(self.disc(x, 1.0, 0.25, z), (255, 250, 225), z)
         if abs(x) > 1.2:
             side = x - 1.2 if x > 0 else x + 1.2
             self.tint(self.panel(side, z + 1, z + length, 1.7, height - 0.5), glass, z)
 
-    def draw_cycle(self, x: float, z: float) -> None:
+    def draw_bicycle(self, x: float, z: float) -> None:
         """Draw a bicycle from the side, often with its rider."""
         frame, tyre = self.paint_color(), self.jitter((34, 34, 36), 10)
-        name, instance = "bicycle", self.new_instance("bicycle")
+        instance = self.new_instance("bicycle")
         if self.rng.random() < 0.75:
             self.draw_rider(x, z, seat=0.95)
         for wx in (x - 0.55, x + 0.55):
-            self.fill(self.disc(wx, 0.36, 0.36, z), tyre, z, name, instance)
+            self.fill(self.disc(wx, 0.36, 0.36, z), tyre, z, instance)
             self.tint(self.disc(wx, 0.36, 0.27, z), (150, 150, 150), z)
             self.tint(self.rectangle(wx - 0.27, wx + 0.27, 0.34, 0.38, z), tyre, z)
             self.tint(self.rectangle(wx - 0.02, wx + 0.02, 0.1, 0.62, z), tyre, z)
         triangle = [(x - 0.55, 0.36), (x - 0.2, 0.95), (x + 0.45, 0.95), (x, 0.3)]
         shape = [self.project(px, py, z) for px, py in triangle]
-        self.fill(shape, frame, z, name, instance)
+        self.fill(shape, frame, z, instance)
         fork = [(x + 0.4, 1.1), (x + 0.5, 1.1), (x + 0.62, 0.36), (x + 0.5, 0.36)]
-        self.fill([self.project(px, py, z) for px, py in fork], frame, z, name, instance)
+        self.fill([self.project(px, py, z) for px, py in fork], frame, z, instance)
 
     def draw_motorcycle(self, x: float, z: float) -> None:
         """Draw fat black wheels, a body and a lamp, often with its rider."""
         body, tyre = self.paint_color(), self.jitter((22, 22, 24), 6)
-        name, instance = "motorcycle", self.new_instance("motorcycle")
+        instance = self.new_instance("motorcycle")
         if self.rng.random() < 0.75:
             self.draw_rider(x - 0.1, z, seat=0.9)
         for wx in (x - 0.65, x + 0.65):
-            self.fill(self.disc(wx, 0.36, 0.38, z), tyre, z, name, instance)
+            self.fill(self.disc(wx, 0.36, 0.38, z), tyre, z, instance)
             self.tint(self.disc(wx, 0.36, 0.14, z), (130, 130, 130), z)
         outline = [(-0.85, 0.6), (-0.7, 0.95), (0.1, 0.95), (0.4, 1.2), (0.7, 1.1), (0.55, 0.4)]
         shape = [self.project(x + px, py, z) for px, py in [*outline, (-0.4, 0.25)]]
-        self.fill(shape, body, z, name, instance)
+        self.fill(shape, body, z, instance)
         engine = self.rectangle(x - 0.3, x + 0.3, 0.25, 0.55, z)
         self.tint(engine, (95, 95, 98), z)
         self.tint(self.disc(x + 0.68, 0.98, 0.12, z), (250, 245, 215), z)
 
     def draw_rider(self, x: float, z: float, seat: float) -> None:
         """Draw someone with a helmet who bends forward over a seat."""
-        name, instance = "rider", self.new_instance("rider")
+        instance = self.new_instance("rider")
         shirt, trousers, helmet = self.paint_color(), self.paint_color(), self.paint_color()
         torso = [(x - 0.4, seat), (x - 0.05, seat), (x + 0.4, seat + 0.65), (x + 0.05, seat + 0.8)]
         leg = [(x - 0.4, seat), (x, seat), (x + 0.25, 0.45), (x + 0.1, 0.2), (x - 0.05, 0.3)]
         arm = [(x + 0.2, seat + 0.6), (x + 0.35, seat + 0.6), (x + 0.6, seat + 0.15)]
         for points, color in ((leg, trousers), (torso, shirt), (arm, shirt)):
-            self.fill([self.project(*p, z) for p in points], color, z, name, instance)
-        self.fill(self.disc(x + 0.3, seat + 0.95, 0.2, z, 1.1), helmet, z, name, instance)
+            self.fill([self.project(*p, z) for p in points], color, z, instance)
+        self.fill(self.disc(x + 0.3, seat + 0.95, 0.2, z, 1.1), helmet, z, instance)
 
     def draw_person(self, x: float, z: float) -> None:
         """Draw someone upright: legs, coat, head with hair."""
         rng = self.rng
-        name, instance = "person", self.new_instance("person")
+        instance = self.new_instance("person")
         height = rng.uniform(1.55, 1.95)
         coat, trousers = self.paint_color(), self.paint_color()
         skin = ((226, 186, 160), (176, 130, 98), (110, 78, 58))[rng.integers(3)]
@@ -540,65 +499,55 @@ class Street:
         for direction in (-1, 1):
             foot = x + direction * stride
             leg = [(x - 0.13, hip), (x + 0.13, hip), (foot + 0.11, 0), (foot - 0.11, 0)]
-            self.fill([self.project(*p, z) for p in leg], trousers, z, name, instance)
-        torso = [
-            (x - 0.27, shoulder),
-            (x + 0.27, shoulder),
-            (x + 0.32, hip * 0.95),
-            (x - 0.32, hip * 0.95),
-        ]
-        self.fill([self.project(*p, z) for p in torso], coat, z, name, instance)
-        self.fill(self.disc(x, height - 0.15, 0.15, z, 1.2), skin, z, name, instance)
+            self.fill([self.project(*p, z) for p in leg], trousers, z, instance)
+        torso = [(x - 0.27, shoulder), (x + 0.27, shoulder)]
+        torso += [(x + 0.32, hip * 0.95), (x - 0.32, hip * 0.95)]
+        self.fill([self.project(*p, z) for p in torso], coat, z, instance)
+        self.fill(self.disc(x, height - 0.15, 0.15, z, 1.2), skin, z, instance)
         hair = self.jitter((60, 45, 35), 30)
         self.tint(self.rectangle(x - 0.13, x + 0.13, height - 0.1, height, z), hair, z)
 
     def draw_pole(self, x: float, z: float, top: float | None = None) -> None:
         top = self.rng.uniform(4, 7) if top is None else top
-        color = self.jitter(((118, 118, 116), (82, 84, 80))[self.rng.integers(2)], 18)
+        color = self.pick(18, (118, 118, 116), (82, 84, 80))
         shape = self.rectangle(x - 0.17, x + 0.17, 0, top, z)
-        self.fill(shape, color, z, "pole", LABEL_ID["pole"])
+        self.fill(shape, color, z, LABEL_ID["pole"])
         glint = tuple(min(255, int(c * 1.25)) for c in color)
         self.tint(self.rectangle(x - 0.1, x, 0, top, z), glint, z)
 
-    def draw_sign(self, x: float, z: float) -> None:
+    def draw_traffic_sign(self, x: float, z: float) -> None:
         rng = self.rng
         top, radius = rng.uniform(2.3, 3.2), rng.uniform(0.42, 0.6)
         self.draw_pole(x, z, top)
-        name, instance = "traffic sign", LABEL_ID["traffic sign"]
-        white, red, blue = (
-            (235, 235, 230),
-            self.jitter((190, 30, 38), 20),
-            self.jitter((30, 70, 160), 20),
-        )
+        instance = LABEL_ID["traffic sign"]
+        white, red = (235, 235, 230), self.jitter((190, 30, 38), 20)
+        blue = self.jitter((30, 70, 160), 20)
         kind = rng.integers(3)
         if kind == 0:  # a prohibition
-            self.fill(self.disc(x, top, radius, z), red, z, name, instance)
+            self.fill(self.disc(x, top, radius, z), red, z, instance)
             self.tint(self.disc(x, top, radius * 0.65, z), white, z)
         elif kind == 1:  # a warning
+            corners = ((0, 1), (0.9, -0.6), (-0.9, -0.6))
             outer, inner = (
-                [
-                    self.project(x + size * radius * dx, top + size * radius * dy, z)
-                    for dx, dy in ((0, 1), (0.9, -0.6), (-0.9, -0.6))
-                ]
-                for size in (1.2, 0.65)
+                [self.project(x + size * dx, top + size * dy, z) for dx, dy in corners]
+                for size in (1.2 * radius, 0.65 * radius)
             )
-            self.fill(outer, red, z, name, instance)
+            self.fill(outer, red, z, instance)
             self.tint(inner, white, z)
         else:  # parking, a direction
             plate = self.rectangle(x - radius, x + radius, top - radius, top + radius, z)
-            self.fill(plate, blue, z, name, instance)
-            bar = self.rectangle(
-                x - radius * 0.3, x + radius * 0.3, top - radius * 0.6, top + radius * 0.6, z
-            )
+            self.fill(plate, blue, z, instance)
+            width, height = radius * 0.3, radius * 0.6
+            bar = self.rectangle(x - width, x + width, top - height, top + height, z)
             self.tint(bar, white, z)
 
-    def draw_light(self, x: float, z: float) -> None:
+    def draw_traffic_light(self, x: float, z: float) -> None:
         rng = self.rng
         top = rng.uniform(2.6, 3.6)
         self.draw_pole(x, z, top)
-        name, instance = "traffic light", LABEL_ID["traffic light"]
+        instance = LABEL_ID["traffic light"]
         case = self.jitter((40, 42, 40), 14)
-        self.fill(self.rectangle(x - 0.34, x + 0.34, top, top + 1.5, z), case, z, name, instance)
+        self.fill(self.rectangle(x - 0.34, x + 0.34, top, top + 1.5, z), case, z, instance)
         lit = rng.integers(3)
         for n, color in enumerate(((60, 225, 120), (250, 190, 50), (245, 50, 40))):
             shade = color if n == lit else tuple(c // 4 for c in color)
@@ -614,7 +563,7 @@ class Street:
         points = [(middle - half, self.height), (middle - half * 0.7, top + 3)]
         points += [(middle + half * 0.7, top + 3), (middle + half, self.height)]
         points.insert(2, (middle, top))
-        self.fill(points, self.jitter((70, 72, 78), 25), 1, "ego vehicle", LABEL_ID["ego vehicle"])
+        self.fill(points, self.jitter((70, 72, 78), 25), 1, LABEL_ID["ego vehicle"])
 
     # The picture
 
