@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 
@@ -21,6 +22,7 @@ SCENES = {"train": 14, "val": 3}
 SHAPES = {"train": 5, "val": 1}
 OPTIONS = "--batch-size 4 --workers 2 --checkpoint-minutes 0.002 --steps-loss 1"
 MAIN = f"main.py --height 64 --augment strong --ema --encoder-epochs 2 --epochs 3 {OPTIONS}"
+EPOCHS_BEFORE = {0: 0, 1: 0, 2: 2}  # each stage
 PROGRAMS = {
     "main": MAIN,
     "torchrun": f"-m torch.distributed.run --standalone --nproc-per-node 2 {MAIN}",
@@ -89,38 +91,32 @@ class Trial(Processes):
         self.disturb(program, lambda _: self.kill(), when=lambda _: all(map(Path.exists, both)))
 
     def finish(self, program: Program, command: Sequence[str] = (), left: str = "") -> Result:
-        """Resume the run, from the very step of its checkpoint, to the end of an undisturbed one.
-
-        Only the file `left` may be left behind.
-        """
+        """Resume the run from the step of its checkpoint, and compare its end, save a file `left`."""
         steps = steps_done(self.folder)
         result = self.run([*command] or program.command(self.folder))
         assert result.status == 0, result.err
         first = PROGRESS.search(result.out)
         if steps is not None and first:
             stage, epoch, step, steps_of_epoch = (int(number or 0) for number in first.groups())
-            assert total_steps(stage, epoch - 1, steps_of_epoch, step) == steps + 1, result.out
+            epochs = epoch - 1 + EPOCHS_BEFORE[stage]
+            assert epochs * steps_of_epoch + step == steps + 1, result.out
         assert {*differences(self.folder, program.reference)} <= {f"{left} was left behind"}
         return result
-
-
-def total_steps(stage: int, epochs: int, steps_of_epoch: int, step: int) -> int:
-    return (epochs + 2 * (stage == 2)) * steps_of_epoch + step
 
 
 def steps_done(folder: Path) -> int | None:
     """Return the steps of a run up to its last checkpoint; None if there is no good one."""
     last = read(folder / LAST)
-    names = ("stage", "epoch", "steps", "step")
-    return total_steps(*map(last.get, names)) if isinstance(last, dict) else None
+    if not isinstance(last, dict):
+        return None
+    return (last["epoch"] + EPOCHS_BEFORE[last["stage"]]) * last["steps"] + last["step"]
 
 
 def assert_whole(folder: Path) -> None:
     """Check that all files of a run are whole, but for those that are still being written."""
     for path in folder.glob("[!.]*"):
         if path.suffix in (".pth", ".json", ".csv"):
-            content = read(path)
-            assert not isinstance(content, str), f"{path.name} is {content}"
+            assert not isinstance(read(path), str), f"{path.name} is {read(path)}"
         if path.suffix == ".csv":
             assert path.read_text()[-1:] in ("", "\n"), "the last row is cut short"
 
@@ -132,10 +128,10 @@ def assert_refused(result: Result, *words: str) -> None:
     assert "error: " in line and any(word in line for word in words), line
 
 
-def final_files(folder: Path) -> dict[str, bytes]:
-    """Return the content of all files in a folder, without unfinished ones and locks."""
+def final_files(folder: Path) -> dict[str, str]:
+    """Return the hashes of all files in a folder, without unfinished ones and locks."""
     return {
-        str(path.relative_to(folder)): path.read_bytes()
+        str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and "/." not in f"/{path.relative_to(folder)}" and path.suffix != ".lock"
     }
