@@ -18,8 +18,7 @@ PROGRESS = re.compile(r"(?:stage (\d) )?epoch (\d+)/\d+: step (\d+)/(\d+)")
 
 # 14 scenes or 30 shapes, in batches of 4: the last step of an epoch is smaller. A checkpoint every
 # tenth of a second: much of a run is then the writing of checkpoints.
-SCENES = {"train": 14, "val": 3}
-SHAPES = {"train": 5, "val": 1}
+SCENES, SHAPES = {"train": 14, "val": 3}, {"train": 5, "val": 1}
 OPTIONS = "--batch-size 4 --workers 2 --checkpoint-minutes 0.002 --steps-loss 1"
 MAIN = f"main.py --height 64 --augment strong --ema --encoder-epochs 2 --epochs 3 {OPTIONS}"
 EPOCHS_BEFORE = {0: 0, 1: 0, 2: 2}  # each stage
@@ -91,7 +90,10 @@ class Trial(Processes):
         self.disturb(program, lambda _: self.kill(), when=lambda _: all(map(Path.exists, both)))
 
     def finish(self, program: Program, command: Sequence[str] = (), left: str = "") -> Result:
-        """Resume the run from the step of its checkpoint, and compare its end, save a file `left`."""
+        """Resume the run, from the very step of its checkpoint, to the end of an undisturbed one.
+
+        Only the file `left` may be left behind.
+        """
         steps = steps_done(self.folder)
         result = self.run([*command] or program.command(self.folder))
         assert result.status == 0, result.err
