@@ -1,5 +1,7 @@
 import argparse
+import gc
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -597,3 +599,16 @@ def test_a_compiled_model_ends_with_the_same_weights(opened, monkeypatch):
     fit(stage, opened("compiled", compile=True))
     assert compiled == [(stage.model, {"dynamic": False})]
     assert same_weights(stage.model.state_dict(), plain.model.state_dict())
+
+
+def test_loaders_are_freed_with_their_stage(opened):
+    """Not by the garbage collector, which would not end their workers properly."""
+    stage, run = stage_of(epochs=1), opened()
+    loader = weakref.ref(stage.loader)
+    gc.disable()
+    try:
+        fit(stage, run)
+        del stage
+        assert loader() is None
+    finally:
+        gc.enable()

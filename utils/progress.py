@@ -111,7 +111,7 @@ class Waiting:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.started = device, time.perf_counter()
         self.total = 0.0
         self.gaps: list[tuple] = []  # start and end of those that are not in the total yet
 
@@ -136,6 +136,10 @@ class Waiting:
             self.total += sum(end - start for start, end in self.gaps)
         self.gaps.clear()
         return self.total
+
+    def share(self) -> float:
+        """Return the share of the time since the start that was spent waiting."""
+        return min(1.0, self.seconds() / (time.perf_counter() - self.started))
 
     def _now(self) -> "float | torch.cuda.Event":
         if self.device.type != "cuda":

@@ -364,8 +364,10 @@ def train_one_epoch(
     state.begin_epoch(meter)
     waiting = Waiting(stage.device)
 
+    # Without `progress`, which would make a cycle. The workers of a loader end at once if it is
+    # freed with the last reference to it, but not if the garbage collector frees it.
     def scores() -> dict[str, Any]:
-        return state.scores(meter) | {"data_wait": waiting.seconds() / progress.seconds}
+        return state.scores(meter) | {"data_wait": waiting.share()}
 
     batch_size, images = processes * loader.batch_size, len(loader.dataset)
     progress = Progress(title, images, stage.steps, state.step, batch_size, steps_loss, scores)
@@ -381,8 +383,7 @@ def train_one_epoch(
             guard.note_loss(loss, batch.indices)
             progress.step(processes * len(batch.images))
     guard.check_finite()  # before anything is scored or saved
-    wait = min(1.0, waiting.seconds() / progress.seconds)
-    return {"images_per_second": progress.images_per_second, "data_wait": wait}
+    return {"images_per_second": progress.images_per_second, "data_wait": waiting.share()}
 
 
 def train_step(state: TrainState, forward: nn.Module, meter: Meter | None, batch: Batch) -> Tensor:
