@@ -162,7 +162,7 @@ def open_run(args: argparse.Namespace) -> Iterator[Run]:
     """Lock the folder of a run, and read the checkpoint to resume from.
 
     Raises:
-        FolderInUse: it holds a run that is not to be resumed, or another run is writing into it.
+        FolderInUse: it holds a run that is not to be resumed, or another program has locked it.
         CheckpointError: no checkpoint of the run can be read.
         WriteError: the folder cannot be written to.
     """
@@ -206,15 +206,7 @@ def check_free(folder: Path) -> None:
 
 
 def load_run(folder: Path) -> dict[str, Any] | None:
-    """Read the checkpoint to resume from: last.pth, or previous.pth if the last is damaged.
-
-    Returns:
-        The checkpoint; None if nothing was saved yet.
-
-    Raises:
-        CheckpointError: neither can be read, or both were removed.
-        WriteError: the folder cannot be written to.
-    """
+    """Read last.pth, or previous.pth if that is damaged; return None if nothing was saved yet."""
     last, previous = folder / LAST, folder / PREVIOUS
     if not last.exists() and not previous.exists():
         # A run killed in its first epoch has no checkpoint, and at most one row in its log.
@@ -282,7 +274,7 @@ def resume_command(folder: Path) -> str:
 
 
 def read_args(folder: Path) -> dict[str, Any]:
-    """Return the options that a run was started with; raise NoRun if there is none."""
+    """Return the options of the run in a folder; raise NoRun if there is none."""
     args = read_json(folder / ARGS)
     if args is None:
         raise NoRun(f"{folder} holds no run to resume: {ARGS} is missing or damaged")
