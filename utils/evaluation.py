@@ -107,16 +107,14 @@ def _logits(
 
 
 def label_map(logits: Tensor, size: tuple[int, int], rows: int | None = None) -> Tensor:
-    """Upsample the logits of one image, C x h x w, as `evaluate` does, and take the argmax.
+    """Upsample the logits of one image as `evaluate` does, and take the argmax.
 
-    This is done in bands: the whole logits of a 30-megapixel photo would take gigabytes.
+    This is done in bands of `rows`, by default as many as suit a CPU's caches or a GPU's kernels:
+    the whole upsampled logits of a 30-megapixel photo would take gigabytes.
 
     Args:
-        size: height H and width W of the result.
-        rows: height of a band; the default suits a CPU's caches or a GPU's kernels.
-
-    Returns:
-        H x W, uint8, on the device of the logits.
+        logits: C x h x w.
+        size: height H and width W of the result, which is uint8 on the device of the logits.
     """
     _, height, _ = logits.shape
     if logits.shape[-2:] == size:
@@ -152,12 +150,10 @@ def evaluate_classifier(
     model: nn.Module, batches: Iterable[Batch], normalize: Normalize, title: str, total: int,
     amp_dtype: torch.dtype | None = None, on_batch: Callable[[Batch, Tensor], None] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Score an image classifier; each of several processes scores its own batches.
+    """Score an image classifier; like `evaluate`, but for the following.
 
     Args:
         batches: images, N x 3 x H x W, uint8, and class numbers, N, int64.
-        normalize: turns images into inputs of the model.
-        title, total: title and number of images of the progress bar.
         on_batch: called with each batch and its logits, N x C.
 
     Returns:

@@ -1,6 +1,5 @@
 """Files that are whole or absent, whatever stops the program that writes them."""
 
-import contextlib
 import errno
 import os
 import re
@@ -8,7 +7,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -58,7 +57,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(unfinished, path)
         sync(path.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         # A failed write names no file, or the temporary one, which means nothing to the user.
         if isinstance(error, OSError) and error.errno is not None:
@@ -101,11 +100,9 @@ def make_results_folder(folder: Path) -> None:
 def result_path(folder: Path, name: str) -> Path:
     """Return the path of a result in a folder, and make the subfolder that it needs.
 
-    Args:
-        name: relative path, possibly taken from the name of somebody's file.
-
     Raises:
-        UserError: the path leads out of the folder, by its name or through a symbolic link.
+        UserError: `name`, which may be that of a user's file, leads out of the folder, by ".."
+            or through a symbolic link.
         OSError: the subfolder cannot be made.
     """
     path, relative = folder / name, PurePath(name)

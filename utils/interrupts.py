@@ -48,7 +48,7 @@ class StopSignals:
     """A context that notes SIGTERM and Ctrl-C; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        self.received: int | None = None  # number of the signal
+        self.received: int | None = None  # number of the signal that came
 
     def __enter__(self) -> "StopSignals":
         # An ignored signal stays ignored, such as Ctrl-C under nohup.
@@ -95,7 +95,7 @@ class Guard:
         self.signals, self.state, self._save = signals, state, save
         self.checkpoint, self.minutes, self.command = checkpoint, minutes, command
         self.saved = time.monotonic()
-        # Not checked yet: place, loss, indices of the batch, and when a GPU has computed the loss.
+        # Those to check: place, loss, indices of the batch, and event at which the loss is known.
         self.losses: list[tuple[str, Tensor, Sequence[int], torch.cuda.Event | None]] = []
         self.last_good = "no checkpoint was written yet"
         if state.epoch or state.step:

@@ -95,8 +95,8 @@ class TrainState:
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the next epoch
     lr: float = 0.0  # learning rate at the start of that epoch
-    totals: dict[str, Tensor] = field(default_factory=dict)  # sums over its steps, by process
-    best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0})  # and its scores
+    totals: dict[str, Tensor] = field(default_factory=dict)  # over these steps, in this process
+    best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0})  # epoch, and its scores
 
     def place(self) -> str:
         """Return how far training has come, in words."""
@@ -251,13 +251,13 @@ def fit(stage: Stage, run: Run) -> dict[str, Any]:
         print(f"resuming after {state.place()}")
     for difference in differences:
         print(f"note: {difference}")
-    # Wrappers would rename the weights of the model, so it stays beside them. A smaller last batch
-    # is compiled on its own, since a graph for all sizes would make every step slower.
+    # Apart from the model, since wrappers rename its weights. A smaller last batch is compiled on
+    # its own: one graph for all sizes would make every step slower.
     forward = distributed.parallel(stage.model, stage.device)
     forward = torch.compile(forward, dynamic=False) if run.args.compile else forward
     while state.epoch < stage.epochs:
         train_and_validate(state, run, guard, forward)
-        # Last of all: a run that is killed before this repeats what the epoch wrote.
+        # Last of all: a run that is killed before this writes the epoch's results again.
         guard.save()
     return state.best
 
