@@ -98,6 +98,15 @@ def _shown(value: Any) -> str:
 
 Table = Mapping[str, Sequence[Option]]  # groups of options by title
 
+# Presets: paper as published; the others train in one stage, quick on the drawn scenes.
+PRESETS = ("paper", "cityscapes", "camvid", "quick")
+
+
+def one_stage(value: Any) -> dict[str, Any]:
+    """Return a default that the presets of one stage have in common."""
+    return dict.fromkeys(PRESETS[1:], value)
+
+
 MACHINE = (
     Option("--workers --num-workers", natural_int, min(4, os.cpu_count() or 1),
            "processes that load data", may_change=True),
@@ -121,40 +130,36 @@ OUTPUT = (
     Option("--steps-loss", natural_int, 50, "steps between lines of progress in a log; 0: none",
            may_change=True),
     Option("--val-every", positive_int, 1, "epochs between validations",
-           dict(cityscapes=5, camvid=5, quick=5), may_change=True),
+           one_stage(5), may_change=True),
     Option("--epochs-save", natural_int, 0, "epochs between weights that are kept; 0: only the "
            "last and the best", may_change=True),
 )  # fmt: skip
-
-# Presets: paper as published, cityscapes and camvid stronger, quick for the drawn scenes.
-PRESETS = ("paper", "cityscapes", "camvid", "quick")
 
 SEGMENTATION: Table = {
     "recipe": (
         Option("--preset", str, None, "defaults of the other options: as published, stronger ones, "
                "or a quick run on the drawn scenes; default paper, without --datadir quick",
                shape={"choices": PRESETS}),
-        Option("--encoder-epochs", natural_int, 300, "epochs of stage 1",
-               dict(cityscapes=0, camvid=0, quick=3)),
+        Option("--encoder-epochs", natural_int, 300, "epochs of stage 1", one_stage(0)),
         Option("--epochs", positive_int, 300, "epochs of stage 2",
-               dict(cityscapes=800, camvid=80, quick=13)),
+               dict(cityscapes=800, camvid=80, quick=14)),
         Option("--num-epochs", positive_int, None, "epochs of each stage, in one option"),
         Option("--batch-size", positive_int, 5, "images in a step of each process",
                dict(cityscapes=12, camvid=8, quick=4), may_change=True),
-        Option("--optimizer", str, "adam", "", dict(cityscapes="adamw", camvid="adamw"),
+        Option("--optimizer", str, "adam", "", one_stage("adamw"),
                shape={"choices": ("adam", "adamw")}),
         Option("--lr", positive_float, 5e-4, "highest learning rate",
-               dict(cityscapes=1e-3, camvid=2e-3, quick=2e-3)),
-        Option("--weight-decay", natural_float, 1e-4, "", dict(cityscapes=0.01, camvid=0.01)),
+               dict(cityscapes=1e-3, camvid=2e-3, quick=0.03)),
+        Option("--weight-decay", natural_float, 1e-4, "", one_stage(0.01)),
         Option("--schedule", str, "poly", "schedule of the learning rate, by steps",
-               dict(cityscapes="onecycle", camvid="onecycle"), shape={"choices": tuple(SCHEDULES)}),
+               one_stage("onecycle"), shape={"choices": tuple(SCHEDULES)}),
         Option("--loss", str, "ce", "cross entropy over all pixels (ce) or the hard ones (ohem)",
                dict(cityscapes="ohem"), shape={"choices": tuple(LOSSES)}),
         Option("--weight-c", natural_float, None, "c in the class weights 1 / ln(c + share of "
                "pixels); 0: equal weights; default 1.2 in stage 1 and 1.1 in stage 2",
                shape={"metavar": "C"}),
         Option("--aux-weight", natural_float, 0.0, "loss weight of an auxiliary head on the "
-               "encoder in stage 2; 0: no head", dict(cityscapes=0.4, camvid=0.4)),
+               "encoder in stage 2; 0: no head", one_stage(0.4)),
         Option("--ema", "switch", False, "score and save an exponential average of the weights in "
                "stage 2", dict(cityscapes=True, camvid=True)),
     ),
@@ -169,9 +174,9 @@ SEGMENTATION: Table = {
                + "; ".join(f"{name}: {', '.join(d.TRAIN_ON)}" for name, d in DATASETS.items())
                + "; default: the first", shape={"metavar": "SPLITS"}),
         Option("--height", positive_int, 512, "height that images are resized to, in proportion",
-               dict(cityscapes=1024, camvid=360, quick=160)),
+               dict(cityscapes=1024, camvid=360, quick=112)),
         Option("--cache", file_path, "off", "decode and resize each image once, and keep the "
-               "result in memory (ram) or in a file in a folder", dict(camvid="ram"),
+               "result in memory (ram) or in a file in a folder", dict(camvid="ram", quick="ram"),
                may_change=True, shape={"metavar": "DIR|ram|off"}),
         Option("--augment", str, "paper", "paper: flip and shift; strong: scale, crop, flip, "
                "colour", dict(cityscapes="strong", camvid="strong"),
@@ -188,7 +193,7 @@ SEGMENTATION: Table = {
         Option("--apn-channels --D", positive_int, None, "width D of the decoder; default 20, or "
                "that of --init"),
         Option("--dropout", probability, 0.3, "dropout of the encoder's last stage",
-               dict(camvid=0.1)),
+               dict(camvid=0.1, quick=0.0)),
         Option("--pretrained-encoder --pretrainedEncoder", file_path, None, "file to take the "
                "encoder from, skipping stage 1: a checkpoint of either program, or a state_dict of "
                "the original code; default: none", shape={"metavar": "FILE"}),
