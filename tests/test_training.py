@@ -1,5 +1,7 @@
 import argparse
+import gc
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -563,10 +565,15 @@ def test_tensorboard_gets_about_ten_pictures_of_a_kind_and_the_last(opened, tmp_
     assert list(shown(tmp_path / "run")["val/0"]) == [*range(2, 25, 2), 25]
 
 
-def test_a_loss_that_is_not_finite_leaves_no_trace_of_its_epoch(opened, tmp_path):
-    """There is one step in an epoch: the loss is checked before anything is scored or saved."""
-    stage = stage_of(batch_size=24, loss=lambda logits, labels: logits.sum() * math.nan)
-    with pytest.raises(Diverged, match="no checkpoint was written yet"):
+@pytest.mark.parametrize("what", ["loss", "weight"])
+def test_what_is_not_finite_leaves_no_trace_of_its_epoch(opened, tmp_path, what):
+    """There is one step in an epoch: all is checked before anything is scored or saved."""
+    stage = stage_of(batch_size=24, validate=scoring())
+    if what == "loss":
+        stage.loss = lambda logits, labels: logits.sum() * math.nan
+    else:
+        stage.model[0].weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(Diverged, match=rf"{what} is .* epoch 1.* no checkpoint was written yet"):
         fit(stage, opened())
     assert not list((tmp_path / "run").glob("*.pth"))
     assert not (tmp_path / "run/log.csv").exists()
@@ -612,3 +619,16 @@ def test_a_compiled_model_ends_with_the_same_weights(opened, monkeypatch):
     fit(stage, opened("compiled", compile=True))
     assert compiled == [(stage.model, {"dynamic": False})]
     assert same_weights(stage.model.state_dict(), plain.model.state_dict())
+
+
+def test_loaders_are_freed_with_their_stage(opened):
+    """Not by the garbage collector, which would not end their workers properly."""
+    stage, run = stage_of(epochs=1), opened()
+    loader = weakref.ref(stage.loader)
+    gc.disable()
+    try:
+        fit(stage, run)
+        del stage
+        assert loader() is None
+    finally:
+        gc.enable()
