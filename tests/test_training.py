@@ -380,6 +380,15 @@ def test_the_average_follows_each_step():
     assert stage.scored is stage.average.module
 
 
+def test_the_average_changes_nothing_of_the_training():
+    plain, averaged = stage_of(), stage_of(average=True)
+    for stage in (plain, averaged):
+        torch.manual_seed(1)
+        train_epoch(stage)
+    assert same_weights(plain.model.state_dict(), averaged.model.state_dict())
+    assert not same_weights(averaged.scored.state_dict(), averaged.model.state_dict())
+
+
 def test_the_loss_gets_all_outputs_and_the_meter_the_first():
     class TwoHeads(nn.Linear):
         def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -490,15 +499,19 @@ def scoring(*scores: float) -> Callable[..., Validation]:
 
 
 def test_the_best_epoch_is_kept(opened, tmp_path):
-    stage = stage_of(epochs=3, validate=scoring(0.4, 0.8, 0.6))
+    """In each file that the stage asks for, such as one with the encoder alone."""
+    best_files = {"best.pth": on_cpu, "part.pth": lambda model: {"bias": model[0].bias.detach()}}
+    stage = stage_of(epochs=3, validate=scoring(0.4, 0.8, 0.6), best_files=best_files)
     assert fit(stage, opened(epochs_save=1)) == {"epoch": 2, "score": 0.8}
     files = {path.name: load_checkpoint(path) for path in (tmp_path / "run").glob("*.pth")}
     numbered = {f"stage0-epoch00{number}.pth" for number in (1, 2, 3)}
-    assert files.keys() == {"last.pth", "previous.pth", "best.pth", *numbered}
+    assert files.keys() == {"last.pth", "previous.pth", "best.pth", "part.pth", *numbered}
     best = files["best.pth"]
     assert best["epoch"] == 2 and best["best"] == {"epoch": 2, "score": 0.8}
     assert same_weights(best["model"], files["stage0-epoch002.pth"]["model"])
     assert not same_weights(best["model"], files["last.pth"]["model"])
+    assert files["part.pth"]["epoch"] == 2
+    assert torch.equal(files["part.pth"]["model"]["bias"], best["model"]["0.bias"])
     assert files["last.pth"]["epoch"] == 3 and files["previous.pth"]["epoch"] == 2
     resumable = {"optimizer", "scheduler", "scaler", "processes", "training_model"}
     assert resumable < files["last.pth"].keys() and not resumable & best.keys()
@@ -574,6 +587,13 @@ def test_the_last_good_checkpoint_may_be_that_of_the_stage_before(opened, tmp_pa
     assert "in step 1 of epoch 1 of stage 2" in str(caught.value)
     assert f"the last good checkpoint is {tmp_path / 'run/last.pth'}" in str(caught.value)
     assert load_checkpoint(tmp_path / "run/last.pth")["stage"] == 1
+
+
+def test_a_resumed_run_prints_what_differs(opened, capsys):
+    fit(stage_of(epochs=1), opened())
+    fit(stage_of(epochs=2, batch_size=8), opened(resume=True))
+    out = capsys.readouterr().out
+    assert "resuming after epoch 1\nnote: steps are of 8 images now, not 4, " in out
 
 
 def test_a_finished_stage_is_left_as_it_is(opened, tmp_path):
