@@ -8,10 +8,10 @@ The robot needs this file, the model, Python 3.8 or newer and
 
     pip install onnxruntime numpy 'pillow>=10.1'      for videos and cameras also opencv-python
 
-Upright pictures become overlays/NAME.jpg and labels/NAME.png, the label ids of the data set; a
-video becomes overlays.mp4. A camera is shown in a window until q is pressed; with --output it is
-filmed instead, until Ctrl-C. The model states its classes, colours, working height and
-normalisation. Labels are computed at the working height and enlarged without smoothing.
+Pictures become overlays/NAME.jpg and labels/NAME.png, with the label ids of the data set; a video
+becomes overlays.mp4. A camera is shown in a window until q is pressed; with --output it is filmed
+instead, until Ctrl-C. The model states its classes, colours, working height and normalisation.
+Labels are computed at the working height and enlarged without smoothing.
 """
 
 from __future__ import annotations  # for Python 3.8, which older Jetsons have
@@ -23,20 +23,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-# Of onnxruntime, the fastest first.
-PROVIDERS = {
-    name.lower(): f"{name}ExecutionProvider" for name in "Tensorrt CUDA OpenVINO CPU".split()
+PROVIDERS = {  # of onnxruntime, the fastest first
+    name.lower(): f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "OpenVINO", "CPU")
 }
 METADATA = ("class_names", "colors", "label_ids", "mean", "std", "height")
 MIN_WIDTH = 64  # of the network
-MAX_ASPECT = 8  # wider pictures are squeezed: they would not fit in memory
+MAX_ASPECT = 8  # wider pictures are squeezed, since they would not fit in memory
 
 
 def main() -> None:
@@ -52,29 +51,27 @@ def main() -> None:
     camera = args.input.startswith("camera:")
     if not camera and not os.path.exists(args.input):
         fail(f"--input {args.input} does not exist")
-    session, about = open_model(args.model, args.threads, args.provider)
-
-    times: list[list[float]] = []  # seconds to read, prepare, run and draw each picture
+    network = Network(args.model, args.threads, args.provider)
     try:
         if os.path.isdir(args.input) or Path(args.input).suffix.lower() in PICTURES:
-            results = segment(read_pictures(args.input), session, about, times)
-            save(results, new_folder(args), about["label_ids"])
+            results = network.segment(read_pictures(args.input))
+            save(results, new_folder(args), network.label_ids)
         else:
-            frames, rate = open_video(args.input)
-            results = segment(frames, session, about, times)
+            frames, rate = open_video(args.input, camera)
+            results = network.segment(frames)
             if camera and args.output is None:
-                show(results, times)
+                show(results, network.times)
             else:
                 film(results, new_folder(args) / "overlays.mp4", rate, live=camera)
     except KeyboardInterrupt:
         pass  # the end of filming a camera
-    if not times:
+    if not network.times:
         fail(f"--input {args.input} gave no picture")
     # The first run also plans memory, or builds an engine.
-    read, prepare, run, draw = 1e3 * np.mean(times[1:] or times, 0)
+    read, prepare, run, draw = 1e3 * np.mean(network.times[1:] or network.times, 0)
     print(
-        f"{len(times)} pictures, {session.get_providers()[0]}: preprocessing {prepare:.1f} ms, "
-        f"network {run:.1f} ms, labels and drawing {draw:.1f} ms; "
+        f"{len(network.times)} pictures, {network.session.get_providers()[0]}: preprocessing "
+        f"{prepare:.1f} ms, network {run:.1f} ms, labels and drawing {draw:.1f} ms; "
         f"{1e3 / (read + prepare + run + draw):.1f} FPS with reading and writing"
     )
 
@@ -84,35 +81,80 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def open_model(
-    path: str, threads: int, provider: str | None
-) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
-    """Return a session of the model, and its metadata."""
-    if not os.path.isfile(path):
-        fail(f"--model {path} does not exist: give a model of export.py")
-    available = onnxruntime.get_available_providers()
-    wanted = [PROVIDERS[provider]] if provider else PROVIDERS.values()
-    providers = [name for name in wanted if name in available]
-    if not providers:
-        fail(f"--provider {provider} is not in this onnxruntime, which has {', '.join(available)}")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = max(0, threads)
-    options.log_severity_level = 4  # errors are reported below
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
-    except Exception as error:  # onnxruntime has a class for each kind of failure
-        fail(f"--model {path} cannot be loaded ({' '.join(str(error).split())})")
-    if provider and session.get_providers()[0] not in providers:
-        fail(f"--provider {provider} does not start: its libraries or its device are missing")
-    stored = session.get_modelmeta().custom_metadata_map
-    missing = [name for name in METADATA if name not in stored]
-    if missing:
-        fail(f"--model {path} does not state its {', '.join(missing)}: export it with export.py")
-    return session, {name: json.loads(stored[name]) for name in METADATA}
+class Network:
+    """A model in onnxruntime, what it states, and the seconds that each picture took."""
+
+    def __init__(self, path: str, threads: int, provider: str | None) -> None:
+        if not os.path.isfile(path):
+            fail(f"--model {path} does not exist: give a model of export.py")
+        available = onnxruntime.get_available_providers()
+        wanted = [PROVIDERS[provider]] if provider else PROVIDERS.values()
+        providers = [name for name in wanted if name in available]
+        if not providers:
+            names = ", ".join(available)
+            fail(f"--provider {provider} is not in this onnxruntime, which has {names}")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = max(0, threads)
+        options.log_severity_level = 4  # errors are reported below
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=providers)
+        except Exception as error:  # onnxruntime has a class for each kind of failure
+            fail(f"--model {path} cannot be loaded ({' '.join(str(error).split())})")
+        if provider and self.session.get_providers()[0] not in providers:
+            fail(f"--provider {provider} does not start: its libraries or its device are missing")
+        stored = self.session.get_modelmeta().custom_metadata_map
+        missing = ", ".join(name for name in METADATA if name not in stored)
+        if missing:
+            fail(f"--model {path} does not state its {missing}: export it with export.py")
+        self.names, self.colors, self.label_ids, self.mean, self.std, self.height = (
+            json.loads(stored[name]) for name in METADATA
+        )
+        self.times: list[list[float]] = []  # to read, prepare, run and draw each picture
+
+    def segment(self, frames: Iterator) -> Iterator[tuple[str, Image.Image, np.ndarray]]:
+        """Yield the name, overlay and classes, H x W, uint8, of each picture."""
+        clock = [time.perf_counter()]
+        for name, picture in frames:
+            clock.append(time.perf_counter())
+            images = self.prepare(picture)
+            clock.append(time.perf_counter())
+            labels = self.session.run(None, {"images": images})[0][0]
+            clock.append(time.perf_counter())
+            if labels.ndim == 3:  # logits, C x h x w
+                labels = labels.argmax(0).astype(np.uint8)
+            labels = Image.fromarray(labels).resize(picture.size, Image.Resampling.NEAREST)
+            labels = np.asarray(labels)
+            page = self.overlay(picture, labels)
+            clock.append(time.perf_counter())
+            self.times.append(np.diff(clock).tolist())
+            clock = clock[-1:]
+            yield name, page, labels
+
+    def prepare(self, picture: Image.Image) -> np.ndarray:
+        """Resize a picture to the working height and normalise it: 1 x 3 x h x w, float32."""
+        width = round(picture.width * self.height / picture.height)
+        size = min(max(width, MIN_WIDTH), MAX_ASPECT * self.height), self.height
+        pixels = np.asarray(picture.resize(size, Image.Resampling.BILINEAR), np.float32)
+        mean, std = np.float32(self.mean), np.float32(self.std)
+        return np.ascontiguousarray((pixels / (255 * std) - mean / std).transpose(2, 0, 1)[None])
+
+    def overlay(self, picture: Image.Image, labels: np.ndarray) -> Image.Image:
+        """Blend a picture with the colours of its classes, and write their names onto it."""
+        paint = Image.fromarray(labels)
+        paint.putpalette([value for color in self.colors for value in color])
+        page = Image.blend(picture, paint.convert("RGB"), 0.5)
+        draw, size = ImageDraw.Draw(page), max(11, page.height // 40)
+        font = ImageFont.load_default(size)
+        for row, number in enumerate(np.flatnonzero(np.bincount(labels.ravel()))):
+            top, color = size // 2 + row * (size + size // 2), tuple(self.colors[number])
+            draw.rectangle((size // 2, top, size // 2 + size, top + size), color, "black")
+            text, place = self.names[number], (2 * size, top)
+            draw.text(place, text, "white", font, stroke_width=1, stroke_fill="black")
+        return page
 
 
 def read_pictures(path: str) -> Iterator[tuple[str, Image.Image]]:
-    """Yield the name and the upright picture of a file, or of those in a folder."""
+    """Yield the name and the upright picture of a file, or of each one in a folder."""
     paths = [Path(path)]
     if os.path.isdir(path):
         paths = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in PICTURES)
@@ -125,7 +167,7 @@ def read_pictures(path: str) -> Iterator[tuple[str, Image.Image]]:
         yield path.stem, upright
 
 
-def open_video(source: str) -> tuple[Iterator[tuple[str, Image.Image]], float]:
+def open_video(source: str, camera: bool) -> tuple[Iterator[tuple[str, Image.Image]], float]:
     """Return the frames of a video or camera, without names, and their rate per second."""
     # OpenCV and FFmpeg would print their own errors beside the one below.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
@@ -134,66 +176,18 @@ def open_video(source: str) -> tuple[Iterator[tuple[str, Image.Image]], float]:
         import cv2
     except ImportError:
         fail(f"--input {source} is read with OpenCV: pip install opencv-python")
-    kind, _, number = source.rpartition(":")
-    kind = "camera" if kind == "camera" else "video"
-    capture = cv2.VideoCapture(int(number) if kind == "camera" and number.isdigit() else source)
+    number = source[len("camera:") :]
+    capture = cv2.VideoCapture(int(number) if camera and number.isdigit() else source)
     if not capture.isOpened():
-        fail(f"--input {source} cannot be opened as a {kind}")
+        fail(f"--input {source} cannot be opened as a {'camera' if camera else 'video'}")
 
     def frames() -> Iterator[tuple[str, Image.Image]]:
-        while True:
-            more, pixels = capture.read()
-            if not more:
-                return
+        more, pixels = capture.read()
+        while more:
             yield "", Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+            more, pixels = capture.read()
 
     return frames(), capture.get(cv2.CAP_PROP_FPS) or 25
-
-
-def segment(
-    frames: Iterator, session: onnxruntime.InferenceSession, about: dict, times: list[list[float]]
-) -> Iterator[tuple[str, Image.Image, np.ndarray]]:
-    """Yield name, overlay and classes, H x W, uint8, of each picture, and note the times."""
-    clock = [time.perf_counter()]
-    for name, picture in frames:
-        clock.append(time.perf_counter())
-        images = prepare(picture, about)
-        clock.append(time.perf_counter())
-        labels = session.run(None, {"images": images})[0][0]
-        clock.append(time.perf_counter())
-        if labels.ndim == 3:  # logits, C x h x w
-            labels = labels.argmax(0).astype(np.uint8)
-        labels = np.asarray(Image.fromarray(labels).resize(picture.size, Image.Resampling.NEAREST))
-        page = overlay(picture, labels, about)
-        clock.append(time.perf_counter())
-        times.append(np.diff(clock).tolist())
-        clock = clock[-1:]
-        yield name, page, labels
-
-
-def prepare(picture: Image.Image, about: dict[str, Any]) -> np.ndarray:
-    """Resize a picture to the working height and normalise it: 1 x 3 x h x w, float32."""
-    height = about["height"]
-    width = round(picture.width * height / picture.height)
-    size = min(max(width, MIN_WIDTH), MAX_ASPECT * height), height
-    pixels = np.asarray(picture.resize(size, Image.Resampling.BILINEAR), np.float32)
-    mean, std = np.float32(about["mean"]), np.float32(about["std"])
-    return np.ascontiguousarray((pixels / (255 * std) - mean / std).transpose(2, 0, 1)[None])
-
-
-def overlay(picture: Image.Image, labels: np.ndarray, about: dict[str, Any]) -> Image.Image:
-    """Blend a picture with the colours of its classes, and write their names onto it."""
-    paint = Image.fromarray(labels)
-    paint.putpalette([value for color in about["colors"] for value in color])
-    page = Image.blend(picture, paint.convert("RGB"), 0.5)
-    draw, size = ImageDraw.Draw(page), max(11, page.height // 40)
-    font = ImageFont.load_default(size)
-    for row, number in enumerate(np.flatnonzero(np.bincount(labels.ravel()))):
-        top, color = size // 2 + row * (size + size // 2), tuple(about["colors"][number])
-        draw.rectangle((size // 2, top, size // 2 + size, top + size), color, "black")
-        name = about["class_names"][number]
-        draw.text((2 * size, top), name, "white", font, stroke_width=1, stroke_fill="black")
-    return page
 
 
 def new_folder(args: argparse.Namespace) -> Path:
@@ -212,11 +206,11 @@ def save(results: Iterator, folder: Path, label_ids: list[int]) -> None:
     (folder / "overlays").mkdir()
     (folder / "labels").mkdir()
     for name, page, labels in results:
-        path = folder / "labels" / f"{name}.png"
+        path = folder / f"labels/{name}.png"
         if path.exists():
             fail(f"--input holds two pictures named {name}: rename one of them")
         Image.fromarray(np.uint8(label_ids)[labels]).save(path, "PNG")
-        page.save(folder / "overlays" / f"{name}.jpg", "JPEG", quality=90)
+        page.save(folder / f"overlays/{name}.jpg", "JPEG", quality=90)
 
 
 def film(results: Iterator, path: Path, rate: float, live: bool) -> None:

@@ -22,10 +22,7 @@ Halves = tuple[Tensor, Tensor]  # the left and right half of the channels
 
 
 def deploy(
-    network: LEDNet,
-    labels: bool = False,
-    dtype: torch.dtype = torch.float32,
-    compiled: bool = True,
+    network: LEDNet, labels: bool = False, dtype: torch.dtype = torch.float32, compiled: bool = True
 ) -> nn.Module:
     """Return a copy of a trained network for inference, on the same device.
 
@@ -134,10 +131,7 @@ class Downsample(nn.Module):
     Before its ReLU it is linear: [conv(x), pool(x)] is a convolution of x, padded with zero
     filters, plus a 1x1 convolution of pool(x), and the batch norm goes into both. In the second
     and third stage the right half is pooled only; in the first it has 13 convolved channels too.
-
-    Args:
-        downsampler: trained downsampler.
-        order: order in which its input channels come.
+    Input channels come in the given order.
     """
 
     def __init__(self, downsampler: Downsampler, order: Tensor) -> None:
@@ -241,10 +235,8 @@ def upsample_by_products(x: Tensor, like: Tensor) -> Tensor:
 
 
 def interpolation(old: int, new: int, like: Tensor) -> Tensor:
-    """Return the matrix, new x old, of linear interpolation with align_corners=True.
-
-    Each new position weighs an old one by 1 minus their distance, or 0 beyond that.
-    """
+    """Return the matrix, new x old, of linear interpolation with align_corners=True."""
     positions = torch.arange(new, device=like.device, dtype=like.dtype) * ((old - 1) / (new - 1))
+    # Each new position weighs an old one by 1 minus their distance, if that is positive.
     distance = positions[:, None] - torch.arange(old, device=like.device, dtype=like.dtype)
     return (1 - distance.abs()).clamp(min=0)

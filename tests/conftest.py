@@ -336,6 +336,19 @@ def wait_for_the_next_second() -> None:
     time.sleep(1 - time.time() % 1)
 
 
+def fork_two(function: Callable[[], int | None], folder: Path) -> list[Result]:
+    """Call a function in two processes that find each other as those of torchrun do.
+
+    Args:
+        folder: existing folder for the files that take what the processes print.
+    """
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    env = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_USE_AGENT_STORE": True}
+    env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+    both = [Forked(function, folder, RANK=rank, LOCAL_RANK=rank, **env) for rank in range(2)]
+    return [process.finish() for process in both]
+
+
 @contextmanager
 def after_step(place: str, action: Callable[[], object]) -> Iterator[None]:
     """Call a function when training has taken a step, before it checks whether to save or stop.

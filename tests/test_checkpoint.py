@@ -1,10 +1,11 @@
+import errno
 import math
 import pickle
 import zipfile
 
 import pytest
 import torch
-from conftest import same_weights
+from conftest import full_disk, same_weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -101,6 +102,16 @@ def test_a_failed_save_keeps_the_old_file(path):
         save_checkpoint({"model": lambda: None}, path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["network.pth"]
+
+
+@pytest.mark.parametrize("limit", [1, 100, 5000, 100_000, 399_000, 401_000])
+def test_a_full_disk_is_reported_wherever_in_its_archive_torch_runs_out_of_room(tmp_path, limit):
+    path = tmp_path / "last.pth"
+    path.write_text("old")
+    with full_disk(limit), pytest.raises(OSError) as caught:
+        save_checkpoint({"model": {"weight": torch.zeros(100_000)}}, path)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
+    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
 
 
 def test_a_file_cut_short_is_refused(path):

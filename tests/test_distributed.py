@@ -1,14 +1,12 @@
 """Several processes compute what one does: each case runs in one process and in two."""
 
-import socket
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Forked
+from conftest import fork_two
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -217,28 +215,19 @@ CASES: dict[str, Callable[[], Any]] = STEPS | {
 }
 
 
-def run_cases(rank: int, folder: Path) -> None:
-    """Run every case in one of the two processes."""
-    distributed.start(CPU)
-    print(f"process {rank} prints")
-    for name, case in CASES.items():
-        torch.save(case(), folder / f"{name} {rank}")
-    distributed.stop()
-
-
 @pytest.fixture(scope="module")
 def in_two(tmp_path_factory) -> Callable[[str], list[Any]]:
     """Return what a case came to in each of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    both = [
-        Forked(partial(run_cases, rank, folder), folder, RANK=rank, LOCAL_RANK=rank, **env)
-        for rank in range(2)
-    ]
-    results = [process.finish() for process in both]
+
+    def run_cases() -> None:
+        distributed.start(CPU)
+        print(f"process {distributed.rank()} prints")
+        for name, case in CASES.items():
+            torch.save(case(), folder / f"{name} {distributed.rank()}")
+        distributed.stop()
+
+    results = fork_two(run_cases, folder)
     assert [result.status for result in results] == [0, 0], results
     assert [result.out for result in results] == ["process 0 prints\n", ""]
     return lambda name: [

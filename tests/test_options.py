@@ -346,6 +346,14 @@ def test_what_does_not_decide_the_result_may_change(main, begun):
     assert args["height"] == 64
 
 
+def test_the_recipe_of_a_pretraining_may_not_change(pretrain, tmp_path):
+    options = vars(pretrain("--datadir", "d", "--recipe", "modern", "--savedir", tmp_path))
+    (tmp_path / "args.json").write_text(json.dumps(options))
+    with pytest.raises(UserError, match="has --recipe modern"):
+        pretrain("--savedir", tmp_path, "--resume", "--recipe", "paper")
+    assert pretrain("--savedir", tmp_path, "--resume").lr == 1e-3
+
+
 def test_only_runs_can_be_resumed_and_only_by_their_program(main, pretrain, begun, tmp_path):
     with pytest.raises(UserError, match="--resume needs --savedir"):
         main("--resume")

@@ -248,6 +248,16 @@ def test_a_full_disk_is_reported(refused, photo, tmp_path, size, first):
     assert not [path for path in left if path.name.startswith(".") or str(path).endswith(first)]
 
 
+def test_pictures_that_cannot_be_encoded_are_reported(predict, photo, tmp_path, monkeypatch):
+    def broken(file, prediction, classes):
+        raise OSError("encoder error -2 when writing image file")
+
+    monkeypatch.setattr("datasets.segmentation.write_label", broken)
+    photo.save(tmp_path / "a.png")
+    result = predict("a.png")
+    assert result.status == 1 and "a result cannot be saved (encoder error" in result.err
+
+
 @pytest.mark.parametrize("size", [40, 4000, "the end"])
 def test_a_full_disk_while_a_video_is_written(refused, predict, film, tmp_path, size):
     if size == "the end":
@@ -287,10 +297,14 @@ def test_results_stay_in_their_folder_whatever_files_are_called(predict, photo, 
     assert {*sizes(tmp_path / "out/labels")} == {f"{name}.png" for name in (*stills, *moving)}
 
 
-def test_a_fresh_clone_segments_a_photo_with_the_shipped_weights(script, photo, tmp_path):
-    """A name of dots stays under results/, too."""
-    photo.resize((333, 222)).save(tmp_path / "...png", "PNG")
-    result = script("predict.py", "--input", "...png", "--workers", 0)
-    assert result.status == 0 and "results/__" in result.out
-    labels = pixels(tmp_path / "results/__/labels/__.png")
-    assert labels.shape == (222, 333) and labels.max() <= 10
+@pytest.mark.parametrize(
+    ("name", "given", "folder"),
+    [("...png", "...png", "__"), ("a.png", "*.png", "pictures"), ("b.png", "b.png", "b")],
+)
+def test_results_are_by_default_under_results(script, photo, tmp_path, name, given, folder):
+    """And the shipped weights are used, as in a fresh clone."""
+    photo.resize((333, 222)).save(tmp_path / name, "PNG")
+    result = script("predict.py", "--input", given, "--workers", 0, "--height", 64)
+    assert result.status == 0 and f"results/{folder}" in result.out
+    (path,) = (tmp_path / "results" / folder / "labels").iterdir()
+    assert pixels(path).shape == (222, 333) and pixels(path).max() <= 10

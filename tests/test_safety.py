@@ -1,4 +1,4 @@
-"""Nothing runs that was not meant to: no code out of a file, and no server for strangers."""
+"""Nothing runs that should not: no code that a file contains, and no server for strangers."""
 
 import ast
 import pickle
@@ -14,18 +14,18 @@ import torch
 from conftest import ROOT, tracked_files
 from PIL import Image
 
-from utils.checkpoint import CheckpointError
+from utils.checkpoint import CheckpointError, load_checkpoint
 
-# The source, read
+# The source
 
 UNSAFE_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-# These make a pickle with code in it, to see it refused.
+# These tests write pickles that contain code, and see them refused.
 MAY_IMPORT = {"tests/test_checkpoint.py": {"pickle"}, "tests/test_safety.py": {"pickle"}}
 UNSAFE_CALLS = {
     *("torch.jit.load", "torch.hub.load_state_dict_from_url", "pandas.read_pickle"),
     *("yaml.load", "yaml.unsafe_load", "numpy.lib.format.read_array"),
 }
-# Of code that is text, which tests and tools may run: theirs is written beside them.
+# Tests and tools may run text as code: they contain it themselves.
 UNSAFE_OUTSIDE_TESTS = {
     *("eval", "exec", "os.system", "os.popen", "torch.hub.load", "runpy.run_path"),
     *("subprocess.getoutput", "subprocess.getstatusoutput"),
@@ -34,7 +34,7 @@ PIL_LIMITS = {"MAX_IMAGE_PIXELS", "LOAD_TRUNCATED_IMAGES", "MAX_TEXT_CHUNK", "MA
 
 
 def aliases(tree: ast.AST) -> dict[str, str]:
-    """What the imported names of a file stand for, whole."""
+    """Return what each imported name of a file stands for, in full."""
     meant: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -48,7 +48,7 @@ def aliases(tree: ast.AST) -> dict[str, str]:
 
 
 def whole_name(node: ast.AST, meant: dict[str, str]) -> str:
-    """The dotted name of a function that is called; "" where it has none."""
+    """Return the dotted name of a function that is called; "" if it has none."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
@@ -59,7 +59,7 @@ def whole_name(node: ast.AST, meant: dict[str, str]) -> str:
 
 
 def faults(code: str, file: str) -> Iterator[str]:
-    """What a file of Python does that could run what others wrote."""
+    """Yield what a Python file does that could run what others wrote."""
     tree = ast.parse(code)
     meant = aliases(tree)
     ours = file.startswith(("tests/", "tools/"))
@@ -98,7 +98,7 @@ def faults(code: str, file: str) -> Iterator[str]:
         yield f"{file} loosens weights_only"
 
 
-def test_no_source_runs_what_is_in_files():
+def test_the_source_runs_no_code_from_files():
     paths = tracked_files(".py")
     assert len(paths) > 60 and ROOT / "utils/checkpoint.py" in paths
     found = [
@@ -106,12 +106,12 @@ def test_no_source_runs_what_is_in_files():
         for path in paths
         for fault in faults(path.read_text(), path.relative_to(ROOT).as_posix())
     ]
-    # This file says what is looked for, and sees one pickle go off.
+    # This file names what is forbidden, and loads one pickle.
     assert [fault for fault in found if not fault.startswith("tests/test_safety.py")] == []
 
 
-def test_an_environment_in_the_clone_is_not_ours(monkeypatch, tmp_path):
-    """Installed packages lift limits, and load pickles, in files that are not ours to check."""
+def test_an_environment_in_the_clone_is_not_checked(monkeypatch, tmp_path):
+    """Installed packages may load pickles and lift limits."""
     for name in (".venv/lib/a.py", "venv/b.py", "tools/c.py", "d.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -149,7 +149,7 @@ def test_an_environment_in_the_clone_is_not_ours(monkeypatch, tmp_path):
         "import torch\ntorch.jit.load('a')",
     ],
 )
-def test_what_the_source_must_not_say_is_seen(code):
+def test_forbidden_code_is_found(code):
     assert list(faults(code, "utils/new.py"))
 
 
@@ -163,15 +163,15 @@ def test_what_the_source_must_not_say_is_seen(code):
         "import subprocess\nsubprocess.run(['ls'])",
     ],
 )
-def test_what_it_may_say(code):
+def test_harmless_code_is_allowed(code):
     assert not list(faults(code, "utils/new.py"))
 
 
-# Checkpoints, read
+# Checkpoints
 
 
 class Bomb:
-    """Makes a file where it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -180,23 +180,40 @@ class Bomb:
         return open, (str(self.trace), "w")
 
 
-@pytest.fixture(params=["zip", "old", "pickle"])
-def bomb(request, tmp_path) -> Iterator[Path]:
-    """A checkpoint with code in it, as torch writes files, as it once did, and a plain pickle."""
-    trace, path = tmp_path / "it ran", tmp_path / "bomb.pth"
+def write_bomb(path: Path, trace: Path, form: str = "zip") -> None:
+    """Write a checkpoint that contains code.
+
+    Args:
+        trace: file that the code writes.
+        form: "zip" as torch writes files, "old" as it once did, or a plain "pickle".
+    """
     content = {"model": {"weight": torch.zeros(1)}, "stage": 2, "epoch": 1, "best": Bomb(trace)}
-    if request.param == "pickle":
+    if form == "pickle":
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
-        torch.save(content, path, _use_new_zipfile_serialization=request.param == "zip")
-    yield path
-    assert not trace.exists()
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
 
 
-def test_the_bomb_would_go_off(tmp_path):
-    torch.save({"best": Bomb(tmp_path / "it ran")}, tmp_path / "bomb.pth")
+@pytest.fixture
+def bomb(tmp_path) -> Iterator[Path]:
+    """A checkpoint that contains code, which must not have run when the test ends."""
+    write_bomb(tmp_path / "bomb.pth", tmp_path / "it ran")
+    yield tmp_path / "bomb.pth"
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_the_bomb_goes_off_if_it_is_unpickled(tmp_path):
+    write_bomb(tmp_path / "bomb.pth", tmp_path / "it ran")
     torch.load(tmp_path / "bomb.pth", weights_only=False)
     assert (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "pickle"])
+def test_code_in_a_checkpoint_is_not_run(tmp_path, form):
+    write_bomb(tmp_path / "bomb.pth", tmp_path / "it ran", form)
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        load_checkpoint(tmp_path / "bomb.pth")
+    assert not (tmp_path / "it ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -210,11 +227,12 @@ def test_the_bomb_would_go_off(tmp_path):
         "predict.py --input a.png --checkpoint {bomb}",
         "export.py --output a.onnx --checkpoint {bomb}",
         "tools/ship_weights.py --output b.pth --checkpoint {bomb}",
-        "tools/draw_strips.py --datadir {cityscapes} --output b.png --checkpoint {bomb}",
         "tools/quantize.py --datadir {cityscapes} --output b.onnx --checkpoint {bomb}",
     ],
 )
-def test_code_in_a_checkpoint_is_refused(fails, bomb, cityscapes, shapes, tmp_path, command):
+def test_every_script_refuses_code_in_a_checkpoint(
+    fails, bomb, cityscapes, shapes, tmp_path, command
+):
     Image.new("RGB", (80, 64)).save(tmp_path / "a.png")
     places = {"bomb": bomb, "cityscapes": cityscapes, "shapes": shapes}
     line = fails(*(word.format(**places) for word in command.split()))
@@ -228,11 +246,9 @@ def test_code_in_the_checkpoint_of_a_run_is_refused(request, fails, bomb, tmp_pa
     for path in folder.glob("*.pth"):
         shutil.copy(bomb, path)
     assert "is not a checkpoint" in fails(program, "--savedir", folder, "--resume")
-    if program == "lednet_imagenet.py":
-        assert "is not a checkpoint" in fails(program, "--savedir", folder, "--evaluate")
 
 
-def test_code_in_the_weights_of_the_hub_is_refused(bomb, tmp_path):
+def test_code_in_the_weights_of_torch_hub_is_refused(bomb, tmp_path):
     repository = tmp_path / "repository"
     (repository / "weights").mkdir(parents=True)
     shutil.copy(ROOT / "hubconf.py", repository)
@@ -241,18 +257,18 @@ def test_code_in_the_weights_of_the_hub_is_refused(bomb, tmp_path):
         torch.hub.load(str(repository), "lednet", source="local", pretrained=True)
 
 
-# TensorBoard, shown
+# TensorBoard
 
 COMMAND = re.compile(r"(?<![\w.])(?:%|python3? -m )?tensorboard(?:\.main)?\s+(-[^`\n]*)")
 
 
 def commands(text: str) -> list[str]:
-    """What follows the name in the command lines that start tensorboard."""
+    """Return the options in all command lines that start tensorboard."""
     return COMMAND.findall(text.replace("\\\n", " "))
 
 
-def test_tensorboard_listens_to_this_machine_alone():
-    """Its port shows a run to everyone in the network otherwise, where it is told to."""
+def test_tensorboard_listens_to_this_machine_only():
+    """Its port would show a run to everyone in the network."""
     found = {
         path.relative_to(ROOT).as_posix(): options
         for path in tracked_files(".py", ".md", ".sh", ".toml", ".yml", ".yaml", ".txt")
@@ -277,6 +293,6 @@ def local(options: str) -> bool:
         ("print(f'tensorboard --logdir {folder}')", False),
     ],
 )
-def test_commands_are_found(text, good):
+def test_commands_that_start_tensorboard_are_found(text, good):
     (options,) = commands(text)
     assert local(options) == good

@@ -1,5 +1,7 @@
 import argparse
+import gc
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -378,6 +380,15 @@ def test_the_average_follows_each_step():
     assert stage.scored is stage.average.module
 
 
+def test_the_average_changes_nothing_of_the_training():
+    plain, averaged = stage_of(), stage_of(average=True)
+    for stage in (plain, averaged):
+        torch.manual_seed(1)
+        train_epoch(stage)
+    assert same_weights(plain.model.state_dict(), averaged.model.state_dict())
+    assert not same_weights(averaged.scored.state_dict(), averaged.model.state_dict())
+
+
 def test_the_loss_gets_all_outputs_and_the_meter_the_first():
     class TwoHeads(nn.Linear):
         def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -488,15 +499,19 @@ def scoring(*scores: float) -> Callable[..., Validation]:
 
 
 def test_the_best_epoch_is_kept(opened, tmp_path):
-    stage = stage_of(epochs=3, validate=scoring(0.4, 0.8, 0.6))
+    """In each file that the stage asks for, such as one with the encoder alone."""
+    best_files = {"best.pth": on_cpu, "part.pth": lambda model: {"bias": model[0].bias.detach()}}
+    stage = stage_of(epochs=3, validate=scoring(0.4, 0.8, 0.6), best_files=best_files)
     assert fit(stage, opened(epochs_save=1)) == {"epoch": 2, "score": 0.8}
     files = {path.name: load_checkpoint(path) for path in (tmp_path / "run").glob("*.pth")}
     numbered = {f"stage0-epoch00{number}.pth" for number in (1, 2, 3)}
-    assert files.keys() == {"last.pth", "previous.pth", "best.pth", *numbered}
+    assert files.keys() == {"last.pth", "previous.pth", "best.pth", "part.pth", *numbered}
     best = files["best.pth"]
     assert best["epoch"] == 2 and best["best"] == {"epoch": 2, "score": 0.8}
     assert same_weights(best["model"], files["stage0-epoch002.pth"]["model"])
     assert not same_weights(best["model"], files["last.pth"]["model"])
+    assert files["part.pth"]["epoch"] == 2
+    assert torch.equal(files["part.pth"]["model"]["bias"], best["model"]["0.bias"])
     assert files["last.pth"]["epoch"] == 3 and files["previous.pth"]["epoch"] == 2
     resumable = {"optimizer", "scheduler", "scaler", "processes", "training_model"}
     assert resumable < files["last.pth"].keys() and not resumable & best.keys()
@@ -550,10 +565,15 @@ def test_tensorboard_gets_about_ten_pictures_of_a_kind_and_the_last(opened, tmp_
     assert list(shown(tmp_path / "run")["val/0"]) == [*range(2, 25, 2), 25]
 
 
-def test_a_loss_that_is_not_finite_leaves_no_trace_of_its_epoch(opened, tmp_path):
-    """There is one step in an epoch: the loss is checked before anything is scored or saved."""
-    stage = stage_of(batch_size=24, loss=lambda logits, labels: logits.sum() * math.nan)
-    with pytest.raises(Diverged, match="no checkpoint was written yet"):
+@pytest.mark.parametrize("what", ["loss", "weight"])
+def test_what_is_not_finite_leaves_no_trace_of_its_epoch(opened, tmp_path, what):
+    """There is one step in an epoch: all is checked before anything is scored or saved."""
+    stage = stage_of(batch_size=24, validate=scoring())
+    if what == "loss":
+        stage.loss = lambda logits, labels: logits.sum() * math.nan
+    else:
+        stage.model[0].weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(Diverged, match=rf"{what} is .* epoch 1.* no checkpoint was written yet"):
         fit(stage, opened())
     assert not list((tmp_path / "run").glob("*.pth"))
     assert not (tmp_path / "run/log.csv").exists()
@@ -567,6 +587,13 @@ def test_the_last_good_checkpoint_may_be_that_of_the_stage_before(opened, tmp_pa
     assert "in step 1 of epoch 1 of stage 2" in str(caught.value)
     assert f"the last good checkpoint is {tmp_path / 'run/last.pth'}" in str(caught.value)
     assert load_checkpoint(tmp_path / "run/last.pth")["stage"] == 1
+
+
+def test_a_resumed_run_prints_what_differs(opened, capsys):
+    fit(stage_of(epochs=1), opened())
+    fit(stage_of(epochs=2, batch_size=8), opened(resume=True))
+    out = capsys.readouterr().out
+    assert "resuming after epoch 1\nnote: steps are of 8 images now, not 4, " in out
 
 
 def test_a_finished_stage_is_left_as_it_is(opened, tmp_path):
@@ -592,3 +619,16 @@ def test_a_compiled_model_ends_with_the_same_weights(opened, monkeypatch):
     fit(stage, opened("compiled", compile=True))
     assert compiled == [(stage.model, {"dynamic": False})]
     assert same_weights(stage.model.state_dict(), plain.model.state_dict())
+
+
+def test_loaders_are_freed_with_their_stage(opened):
+    """Not by the garbage collector, which would not end their workers properly."""
+    stage, run = stage_of(epochs=1), opened()
+    loader = weakref.ref(stage.loader)
+    gc.disable()
+    try:
+        fit(stage, run)
+        del stage
+        assert loader() is None
+    finally:
+        gc.enable()

@@ -24,7 +24,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def _number(kind: type, expected: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """Return a type of argparse for numbers that are accepted, and called `expected` if not."""
+    """Return an argparse type for accepted numbers; `expected` describes them in its error."""
 
     def convert(text: str) -> Any:
         try:
@@ -54,11 +54,7 @@ def file_path(text: str) -> str:
 
 
 def new_file(text: str) -> str:
-    """Check the path of a file to be written at the end of long work.
-
-    Raises:
-        UserError: the file exists, or its folder cannot be written to.
-    """
+    """Refuse a file that could not be written later: it exists, or its folder is read-only."""
     path = Path(file_path(text))
     if path.exists():
         raise UserError(f"{path} exists: name a new file")

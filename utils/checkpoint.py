@@ -1,4 +1,4 @@
-"""Checkpoints: one file that explains itself, written whole and read with care.
+"""Checkpoints: files that describe themselves, written whole and verified when they are read.
 
 A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts:
 
@@ -7,7 +7,7 @@ A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts:
     epoch, best     finished epochs of the stage; its best epoch so far and the scores of that
     dataset, num_classes, class_names, ...          see `Description`
 
-`last.pth` also holds what `utils.training` needs to go on from any step.
+`last.pth` also holds what `utils.training` needs to resume from any step.
 """
 
 import math
@@ -43,48 +43,27 @@ class WrongWidth(CheckpointError):
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint says about its network: how to rebuild it and how to prepare its inputs.
+    """What a checkpoint says about its network: how to rebuild it and how to prepare its inputs."""
 
-    Attributes:
-        dataset: name of the data set it was trained on, a key of `datasets.DATASETS`.
-        classes: names of the classes; for segmentation also colours, label ids and categories.
-        mean, std: normalisation of inputs in [0, 1], by RGB channel.
-        height: height of the images it was trained on.
-        train_images: number of training images.
-        apn_channels: width D of the decoder; None without a decoder.
-        args: options of the training run.
-    """
-
-    dataset: str
-    classes: Classes
-    mean: list[float]
+    dataset: str  # a key of `datasets.DATASETS`
+    classes: Classes  # for segmentation with colours, label ids and categories
+    mean: list[float]  # with std, the normalisation of images in [0, 1], by RGB channel
     std: list[float]
-    height: int
-    train_images: int
-    apn_channels: int | None = None
-    args: dict[str, Any] = field(default_factory=dict)
+    height: int  # of the training images
+    train_images: int  # number of them
+    apn_channels: int | None = None  # width D of the decoder; None without a decoder
+    args: dict[str, Any] = field(default_factory=dict)  # options of the training run
 
     def to_checkpoint(self) -> dict[str, Any]:
-        return {
-            "dataset": self.dataset,
-            **self.classes.to_checkpoint(),
-            "train_images": self.train_images,
-            "apn_channels": self.apn_channels,
-            "mean": self.mean,
-            "std": self.std,
-            "height": self.height,
-            "args": self.args,
-        }
+        """Return the entries of a checkpoint: the classes' own, and one for each other field."""
+        entries = dict(vars(self))
+        return entries.pop("classes").to_checkpoint() | entries
 
     @classmethod
     def from_checkpoint(
         cls, checkpoint: Mapping[str, Any], path: str | os.PathLike
     ) -> "Description":
-        """Read the description of a trained network.
-
-        Raises:
-            CheckpointError: a part of it is missing or of another type.
-        """
+        """Read a description; raise a CheckpointError if a part is missing or of another type."""
         types = dict(dataset=str, class_names=list, colors=list, label_ids=list, height=int)
         for key, expected in types.items():
             if not isinstance(checkpoint.get(key), expected):
@@ -93,33 +72,25 @@ class Description:
                     "be used to start training"
                 )
         mean, std = normalisation(checkpoint, path) or ([0.0] * 3, [1.0] * 3)
+        width = apn_channels_of(checkpoint.get("model", {})) or checkpoint.get("apn_channels")
         return cls(
-            checkpoint["dataset"],
-            Classes.from_checkpoint(checkpoint),
-            mean,
-            std,
-            checkpoint["height"],
-            checkpoint.get("train_images", 0),
-            apn_channels_of(checkpoint.get("model", {})) or checkpoint.get("apn_channels"),
+            checkpoint["dataset"], Classes.from_checkpoint(checkpoint), mean, std,
+            checkpoint["height"], checkpoint.get("train_images", 0), width,
             checkpoint.get("args", {}),
-        )
+        )  # fmt: skip
 
     def normalize(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """Return what turns uint8 images, N x 3 x H x W, into inputs of the network."""
+        """Return a function that turns images, N x 3 x H x W, uint8, into inputs."""
         return normalizer(self.mean, self.std, device)
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write a checkpoint whole or not at all.
-
-    Raises:
-        OSError: it cannot be written; the old file stays.
-    """
+    """Write a checkpoint whole or not at all; an OSError leaves the old file as it is."""
     with atomic_write(path) as unfinished, unfinished.open("wb") as file:
         try:
             torch.save(dict(checkpoint), file)
         except RuntimeError as error:
-            # When a write fails, torch fails again as it closes the archive, and hides the cause.
+            # After a failed write, torch fails again as it closes the archive, and hides the cause.
             if error.__context__ is not None:
                 raise error.__context__ from None
             raise
@@ -135,20 +106,20 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{path} does not exist: give the path of a checkpoint file")
+    damaged = content = None
     try:
-        # torch itself loads a flipped bit in silence; the checksums of the archive do not.
+        # torch does not compare the checksums of its archives, and would load a flipped bit.
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
-            if damaged is not None:
-                raise CheckpointError(f"{path} is damaged (checksum of {damaged}): use a copy")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
+        if not damaged:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises on other files is not documented
         raise CheckpointError(
             f"{path} is not a checkpoint, or was cut short: use another file or a copy"
         ) from error
+    if damaged:
+        raise CheckpointError(f"{path} is damaged (checksum of {damaged}): use a copy")
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no weights but a {type(content).__name__}")
     if "model" not in content:
@@ -165,10 +136,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_network(path: str | os.PathLike) -> tuple[LEDNet, Description]:
-    """Rebuild a trained network from its checkpoint.
-
-    Returns:
-        The network, in evaluation mode on the CPU, and its description.
+    """Rebuild a trained network, in evaluation mode on the CPU, and read its description.
 
     Raises:
         CheckpointError: the file is not a checkpoint of a whole network by main.py.
@@ -185,10 +153,7 @@ def load_network(path: str | os.PathLike) -> tuple[LEDNet, Description]:
 
 
 def load_classifier(path: str | os.PathLike) -> tuple[ImageClassifier, Description]:
-    """Rebuild an image classifier from its checkpoint.
-
-    Returns:
-        The classifier, in evaluation mode on the CPU, and its description.
+    """Rebuild an image classifier, in evaluation mode on the CPU, and read its description.
 
     Raises:
         CheckpointError: the file is not a checkpoint of a classifier by lednet_imagenet.py.
@@ -208,8 +173,8 @@ def load_classifier(path: str | os.PathLike) -> tuple[ImageClassifier, Descripti
 def load_encoder(encoder: Encoder, path: str | os.PathLike) -> tuple[dict[str, Any], int]:
     """Copy the weights of an encoder from any file that holds them all.
 
-    The file is a checkpoint of either program, whole or the encoder alone, or a plain state_dict
-    with our names or those of the original code.
+    It may be a checkpoint of either program, of the encoder alone or with more around it, or a
+    plain state_dict, with our names or those of the original code.
 
     Returns:
         The checkpoint without its weights, and the number of tensors copied.
@@ -222,24 +187,22 @@ def load_encoder(encoder: Encoder, path: str | os.PathLike) -> tuple[dict[str, A
     own = {name: name for name in encoder.state_dict()}
     found = [(*_prefix(weights, names.values()), names) for names in (own, original_names(encoder))]
     prefix, _, names = max(found, key=lambda candidate: candidate[1])
-    matched = {
-        ours: weights[prefix + theirs]
-        for ours, theirs in names.items()
-        if prefix + theirs in weights
-    }
+    stored = {ours: prefix + theirs for ours, theirs in names.items()}
+    matched = {ours: weights[theirs] for ours, theirs in stored.items() if theirs in weights}
     # PyTorch before 0.4.1 did not count batches, and nothing reads the counts.
-    counters = {
-        name: torch.zeros_like(count)
-        for name, count in encoder.state_dict().items()
-        if name.endswith(".num_batches_tracked") and name not in matched
+    zeros = {
+        name: torch.zeros_like(weight)
+        for name, weight in encoder.state_dict().items()
+        if name.endswith(".num_batches_tracked")
     }
-    missing = [prefix + theirs for ours, theirs in names.items() if ours not in matched | counters]
+    filled = zeros | matched
+    missing = [theirs for ours, theirs in stored.items() if ours not in filled]
     if missing:
         raise CheckpointError(
             f"{path} does not fill the encoder, tensors are missing: {_few(missing)}; give a file "
             "that holds the whole encoder"
         )
-    fill(encoder, matched | counters, path)
+    fill(encoder, filled, path)
     return checkpoint, len(matched)
 
 
@@ -257,11 +220,7 @@ def _prefix(weights: Mapping[str, Tensor], names: Iterable[str]) -> tuple[str, i
 def normalisation(
     checkpoint: Mapping[str, Any], path: str | os.PathLike
 ) -> tuple[list[float], list[float]] | None:
-    """Return the mean and std of a checkpoint's inputs, by RGB channel; None if it states none.
-
-    Raises:
-        CheckpointError: they are not three numbers each, with a std above 0.
-    """
+    """Return the mean and std of a checkpoint's inputs, by RGB channel; None if it states none."""
     if "mean" not in checkpoint and "std" not in checkpoint:
         return None
     try:
@@ -294,15 +253,15 @@ def init_network(
     if checkpoint.get("stage") in (0, 1):
         raise EncoderOnly(f"{path} holds the encoder alone, not a whole network")
     weights, own = checkpoint["model"], network.state_dict()
-    classifier = [name for name in own if name.startswith("decoder.classifier.")]
     same_classes = checkpoint.get("class_names", class_names) == class_names
-    fresh = [
-        name
-        for name in classifier
-        if name in weights and not (same_classes and weights[name].shape == own[name].shape)
-    ]
-    fill(network, {**weights, **{name: own[name] for name in fresh}}, path)
-    return fresh
+    fresh = {
+        name: weight
+        for name, weight in own.items()
+        if name.startswith("decoder.classifier.") and name in weights
+        and not (same_classes and weights[name].shape == weight.shape)
+    }  # fmt: skip
+    fill(network, weights | fresh, path)
+    return list(fresh)
 
 
 def apn_channels_of(weights: Mapping[str, Tensor]) -> int | None:
@@ -312,11 +271,7 @@ def apn_channels_of(weights: Mapping[str, Tensor]) -> int | None:
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Copy weights into a module after comparing every name and shape.
-
-    Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape; nothing is copied.
-    """
+    """Copy weights into a module, or raise a CheckpointError if any name or shape differs."""
     own = module.state_dict()
     width, stored_width = apn_channels_of(own), apn_channels_of(weights)
     if width and stored_width and width != stored_width:
@@ -342,5 +297,5 @@ def _few(items: list[str]) -> str:
 
 
 def on_cpu(module: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of a module, loadable on any machine."""
+    """Return the weights of a module on the CPU, so that they load on any machine."""
     return {name: weight.cpu() for name, weight in module.state_dict().items()}

@@ -1,7 +1,7 @@
-"""The processes of one run, as torchrun starts them; without torchrun there is one.
+"""The processes of one run, as torchrun starts them; without torchrun there is only one.
 
-Only the first process writes and prints. Between two steps all processes agree on what comes next,
-above all whether to stop, so that none waits for one that has ended.
+The first process alone writes and prints. Between two steps all of them agree on what comes next,
+so that none waits for one that has ended.
 """
 
 import os
@@ -19,11 +19,11 @@ from torch.utils.data import Dataset, Subset
 
 T = TypeVar("T")
 
-FAILURE = "failure"  # key of the store under which a process says why it ends
+FAILURE = "failure"  # key in the store under which a process says why it ends
 
 _store: dist.Store | None = None
-# Objects and decisions travel by gloo, on the CPU, without waiting for a GPU. Its timeout is long:
-# the first process may check a data set for hours.
+# For objects and decisions: gloo, which does not wait for a GPU. Its timeout is long, since the
+# first process may check a data set for hours.
 _control: dist.ProcessGroup | None = None
 
 
@@ -45,16 +45,15 @@ def start(device: torch.device) -> None:
         return
     _store, number, count = next(dist.rendezvous("env://"))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("run", _store), rank=number, world_size=count
-    )
+    store = dist.PrefixStore("run", _store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
     _control = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if number > 0:
         sys.stdout = open(os.devnull, "w")
 
 
 def stop() -> None:
-    """Leave the other processes, at the end of the program."""
+    """Leave the other processes at the end of the program."""
     global _store, _control
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -76,25 +75,23 @@ def is_first() -> bool:
 def first(function: Callable[[], T]) -> T:
     """Call a function in the first process only, and return its result in all of them.
 
-    Raises:
-        SystemExit: in the other processes, if the function fails in the first.
+    If the function fails, the other processes end by SystemExit.
     """
     if processes() == 1:
         return function()
-    outcome: list[Any] = [None, False]
+    outcome: list[Any] = [None, False]  # the result, and whether there is one
     try:
         if is_first():
             outcome = [function(), True]
     finally:
         dist.broadcast_object_list(outcome, group=_control)
-    result, done = outcome
-    if not done:
+    if not outcome[1]:
         sys.exit(2)
-    return result
+    return outcome[0]
 
 
 def agree(number: int) -> int:
-    """Return the largest of the processes' numbers."""
+    """Return the largest number that a process has."""
     if processes() == 1:
         return number
     largest = torch.tensor(number)
@@ -103,7 +100,7 @@ def agree(number: int) -> int:
 
 
 def gather(item: Any) -> list[Any]:
-    """Return the items of all processes, in their order."""
+    """Return the items of all processes, in the order of their ranks."""
     items = [item] * processes()
     if processes() > 1:
         dist.all_gather_object(items, item, group=_control)
@@ -129,21 +126,21 @@ def joined(tensor: Tensor) -> Tensor:
 
 
 def share(dataset: Dataset) -> Dataset:
-    """Return this process's share of a data set: together the processes have every item once."""
+    """Return this process's share of a data set; together, they hold every item once."""
     if processes() == 1:
         return dataset
     return Subset(dataset, range(rank(), len(dataset), processes()))
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return what to call in training so that gradients are averaged over the processes."""
+    """Return a module to call in training, which averages gradients over the processes."""
     if processes() == 1:
         return model
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Copy the running statistics of the first process to all: each has those of its own images."""
+    """Copy the first process's running statistics to all; each has those of its own images."""
     if processes() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)

@@ -27,11 +27,7 @@ class OutOfMemory(UserError):
 
 @contextmanager
 def memory_errors(images: Sequence[Tensor]) -> Iterator[None]:
-    """Turn the errors of a GPU without memory into OutOfMemory, which tells the batch's size.
-
-    Args:
-        images: images of the batch as they were loaded, each 3 x H x W.
-    """
+    """Turn the errors of a GPU without memory into one that states the size of these images."""
     try:
         yield
     except RuntimeError as error:
@@ -45,25 +41,19 @@ def memory_errors(images: Sequence[Tensor]) -> Iterator[None]:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    normalize: Normalize,
-    num_classes: int,
-    title: str,
-    total: int,
-    class_weights: Tensor | None = None,
-    amp_dtype: torch.dtype | None = None,
+    model: nn.Module, batches: Iterable[Batch], normalize: Normalize, num_classes: int, title: str,
+    total: int, class_weights: Tensor | None = None, amp_dtype: torch.dtype | None = None,
     on_image: Callable[[Tensor, Tensor, Tensor], None] | None = None,
-) -> tuple[float, ConfusionMatrix]:
+) -> tuple[float, ConfusionMatrix]:  # fmt: skip
     """Score a network at the labels' own resolution: upsample its logits, then take the argmax.
 
-    Each of several processes scores the images of its own batches, and gets the scores of all.
+    Each of several processes scores its own batches, and returns the scores of all.
 
     Args:
         batches: images, 3 x h x w, and labels, H x W; each of any size.
         normalize: turns images of one size, N x 3 x h x w, uint8, into inputs of the model.
         title, total: title and number of images of the progress bar.
-        class_weights: weights of the cross entropy, one a class; None skips the loss.
+        class_weights: weight of each class in the cross entropy; None skips the loss.
         on_image: called with each image, its prediction and its label, both H x W, uint8.
 
     Returns:
@@ -77,11 +67,9 @@ def evaluate(
     with progress_bar(title, total) as bar:
         for batch in batches:
             with memory_errors(batch.images):
-                logits_of_each = _logits(model, batch.images, normalize, device, amp_dtype)
-                # One at a time: C planes at full resolution need not fit for a whole batch.
-                for image, logits, label in zip(
-                    batch.images, logits_of_each, batch.labels, strict=True
-                ):
+                outputs = _logits(model, batch.images, normalize, device, amp_dtype)
+                # One at a time: the upsampled logits of a whole batch need not fit in memory.
+                for image, logits, label in zip(batch.images, outputs, batch.labels, strict=True):
                     label = label.to(device, non_blocking=True)
                     truth = label.long()
                     if class_weights is None:
@@ -106,15 +94,12 @@ def evaluate(
 
 
 def _logits(
-    model: nn.Module,
-    images: Sequence[Tensor],
-    normalize: Normalize,
-    device: torch.device,
+    model: nn.Module, images: Sequence[Tensor], normalize: Normalize, device: torch.device,
     amp_dtype: torch.dtype | None,
-) -> Iterator[Tensor]:
-    """Yield the logits of each image, 1 x C x h x w, float32; equal sizes run together."""
+) -> Iterator[Tensor]:  # fmt: skip
+    """Yield logits, 1 x C x h x w, float32; images of one size in a row run together."""
     for _, same_size in groupby(images, lambda image: image.shape):
-        # Moved one by one, each out of pinned memory.
+        # Stacked on the device, since each image lies in pinned memory of its own.
         batch = normalize(torch.stack([image.to(device, non_blocking=True) for image in same_size]))
         with torch.autocast(batch.device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(batch)
@@ -122,17 +107,14 @@ def _logits(
 
 
 def label_map(logits: Tensor, size: tuple[int, int], rows: int | None = None) -> Tensor:
-    """Upsample the logits of one image as `evaluate` does and take the argmax, in bands of rows.
+    """Upsample the logits of one image as `evaluate` does, and take the argmax.
 
-    All planes of a 30-megapixel photo at once would take gigabytes.
+    This is done in bands of `rows`, by default as many as suit a CPU's caches or a GPU's kernels:
+    the whole upsampled logits of a 30-megapixel photo would take gigabytes.
 
     Args:
         logits: C x h x w.
-        size: height H and width W of the result.
-        rows: rows of a band; by default as many as suit a CPU's caches or a GPU's kernels.
-
-    Returns:
-        H x W, uint8, on the device of the logits.
+        size: height H and width W of the result, which is uint8 on the device of the logits.
     """
     _, height, _ = logits.shape
     if logits.shape[-2:] == size:
@@ -155,7 +137,7 @@ def argmax_classes(logits: Tensor) -> Tensor:
     """Return the class of the largest logit of each pixel: C x H x W to H x W, uint8."""
     if logits.device.type != "cpu" or logits.stride(0) == 1:
         return logits.argmax(0).to(torch.uint8)
-    # Plane by plane: argmax over a dimension of large stride is several times slower on a CPU.
+    # On a CPU, argmax over a dimension of large stride is several times slower than this.
     most, labels = logits[0].clone(), torch.zeros(logits.shape[1:], dtype=torch.uint8)
     for number, plane in enumerate(logits[1:], 1):
         labels.masked_fill_(plane > most, number)
@@ -165,20 +147,13 @@ def argmax_classes(logits: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate_classifier(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    normalize: Normalize,
-    title: str,
-    total: int,
-    amp_dtype: torch.dtype | None = None,
-    on_batch: Callable[[Batch, Tensor], None] | None = None,
-) -> dict[str, float]:
-    """Score an image classifier; each of several processes scores its own batches.
+    model: nn.Module, batches: Iterable[Batch], normalize: Normalize, title: str, total: int,
+    amp_dtype: torch.dtype | None = None, on_batch: Callable[[Batch, Tensor], None] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Score an image classifier; like `evaluate`, but for the following.
 
     Args:
         batches: images, N x 3 x H x W, uint8, and class numbers, N, int64.
-        normalize: turns images into inputs of the model.
-        title, total: title and number of images of the progress bar.
         on_batch: called with each batch and its logits, N x C.
 
     Returns:

@@ -1,6 +1,5 @@
 """Files that are whole or absent, whatever stops the program that writes them."""
 
-import contextlib
 import errno
 import os
 import re
@@ -8,7 +7,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -41,17 +40,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file beside `path`, then sync and rename it when the block ends.
 
     The old file stays until then, and for good if the block fails. A symbolic link at `path` is
-    replaced, not followed.
+    replaced, not followed. If the file cannot be written, an OSError names `path`.
 
     Yields:
         Path of an empty file in the same folder, with the same suffix, to write and close.
-
-    Raises:
-        OSError: the file cannot be written; its `filename` is `path`.
     """
     path = Path(path)
-    # File names are limited to 255 bytes; the first hundred are enough to recognise one.
-    name = os.fsencode(path.name)[:100].decode(errors="ignore")
+    name = os.fsencode(path.name)[:100].decode(errors="ignore")  # names have at most 255 bytes
     unfinished = path.with_name(f".{name}-{secrets.token_hex(4)}.unfinished{path.suffix}")
     try:
         # With the permissions of any new file; tempfile would make it private.
@@ -62,7 +57,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(unfinished, path)
         sync(path.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         # A failed write names no file, or the temporary one, which means nothing to the user.
         if isinstance(error, OSError) and error.errno is not None:
@@ -87,10 +82,7 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def remove_unfinished(folder: str | os.PathLike) -> None:
-    """Remove what `atomic_write` left in a folder when its process was killed.
-
-    No other process may be writing into the folder.
-    """
+    """Remove what killed processes left in a folder that nobody else is writing into now."""
     for path in Path(folder).iterdir():
         if UNFINISHED.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -108,12 +100,9 @@ def make_results_folder(folder: Path) -> None:
 def result_path(folder: Path, name: str) -> Path:
     """Return the path of a result in a folder, and make the subfolder that it needs.
 
-    Args:
-        folder: folder of the results.
-        name: relative path, possibly taken from the name of somebody's file.
-
     Raises:
-        UserError: the path leads out of the folder, by its name or through a symbolic link.
+        UserError: `name`, which may be that of a user's file, leads out of the folder, by ".."
+            or through a symbolic link.
         OSError: the subfolder cannot be made.
     """
     path, relative = folder / name, PurePath(name)
@@ -126,35 +115,22 @@ def result_path(folder: Path, name: str) -> Path:
 
 
 def save_result(folder: Path, name: str, encode: Callable[[BinaryIO], None]) -> None:
-    """Write what `encode` writes into a file, whole or not at all.
-
-    Args:
-        folder, name: folder of the results, and relative path in it; see `result_path`.
-        encode: writes into an open file.
-
-    Raises:
-        UserError: the path leads out of the folder.
-        OSError: the file cannot be written.
-    """
+    """Let `encode` write the file at `result_path(folder, name)`, whole or not at all."""
     with atomic_write(result_path(folder, name)) as unfinished:
-        # In memory first: PIL and its codecs hide why a file could not be written.
+        # In memory first, since PIL hides why a file could not be written.
         content = BytesIO()
         encode(content)
         unfinished.write_bytes(content.getbuffer())
 
 
 class ResultWriter:
-    """Threads that write results while the network goes on; a full queue blocks.
-
-    Attributes:
-        failures: results that could not be encoded, one sentence each.
-    """
+    """Threads that write results while the network goes on; a full queue blocks."""
 
     def __init__(self, threads: int) -> None:
         self.pool = ThreadPoolExecutor(max(1, threads))
         self.limit = WAITING * max(1, threads)
         self.waiting: deque[Future] = deque()
-        self.failures: list[str] = []
+        self.failures: list[str] = []  # why results could not be encoded, a sentence each
 
     def __enter__(self) -> "ResultWriter":
         return self
@@ -168,7 +144,7 @@ class ResultWriter:
         self.finish(self.limit)
 
     def finish(self, limit: int = 0) -> None:
-        """Wait until at most `limit` results are left; raise a WriteError of theirs."""
+        """Wait until at most `limit` results are left; raise a WriteError if one failed."""
         while len(self.waiting) > limit:
             try:
                 with write_errors("a result"):

@@ -31,7 +31,7 @@ class Diverged(UserError):
 
 
 class Action(IntEnum):
-    """What a process needs now; the largest value among the processes holds for all of them."""
+    """What a process needs; all do what the largest value among them says."""
 
     CONTINUE = 0
     SAVE = 1
@@ -45,20 +45,16 @@ SIGNALS = {Action.STOP_ON_SIGINT: signal.SIGINT, Action.STOP_ON_SIGTERM: signal.
 
 
 class StopSignals:
-    """A context that notes SIGTERM and Ctrl-C; a second one ends the process at once.
-
-    Attributes:
-        received: number of the signal that came, or None.
-    """
+    """A context that notes SIGTERM and Ctrl-C; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received: int | None = None  # number of the signal that came
 
     def __enter__(self) -> "StopSignals":
-        # An ignored signal stays ignored: Ctrl-C under nohup or in the background of a script.
+        # An ignored signal stays ignored, such as Ctrl-C under nohup.
         handled = [n for n in SIGNALS.values() if signal.getsignal(n) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self._note) for number in handled}
-        if script.received is not None:  # it came earlier, and Python dropped its exception
+        if script.received is not None:  # earlier, and Python dropped its exception
             self._note(script.received, None)
         return self
 
@@ -69,11 +65,11 @@ class StopSignals:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         name = os.path.basename(sys.argv[0])
         if self.received == number and distributed.local_rank() is not None:
-            # torchrun forwards a signal that a cluster may have sent to its processes as well.
+            # torchrun forwards signals, and a cluster may send them to each process as well.
             if time.monotonic() - self.noted < SAME_SIGNAL:
                 return
         if self.received is not None:
-            # os.write, since print may be interrupted halfway by this very handler.
+            # Not print, which this handler may have interrupted.
             os.write(2, f"{name}: stopped at once\n".encode())
             os._exit(128 + number)
         self.received, self.noted = number, time.monotonic()
@@ -82,10 +78,9 @@ class StopSignals:
 
 
 class Guard:
-    """Saves a stage from time to time, and ends it in good order, always between two steps.
+    """Saves a stage from time to time, and ends it cleanly, always between two steps.
 
     Args:
-        signals: noted signals.
         state: `utils.training.TrainState` of the stage.
         save: writes the checkpoint.
         checkpoint: path of the file that `save` writes.
@@ -94,43 +89,35 @@ class Guard:
     """
 
     def __init__(
-        self,
-        signals: StopSignals,
-        state: Any,
-        save: Callable[[], None],
-        checkpoint: Path,
-        minutes: float,
-        command: str,
-    ) -> None:
+        self, signals: StopSignals, state: Any, save: Callable[[], None], checkpoint: Path,
+        minutes: float, command: str,
+    ) -> None:  # fmt: skip
         self.signals, self.state, self._save = signals, state, save
         self.checkpoint, self.minutes, self.command = checkpoint, minutes, command
         self.saved = time.monotonic()
+        # Those to check: place, loss, indices of the batch, and event at which the loss is known.
         self.losses: list[tuple[str, Tensor, Sequence[int], torch.cuda.Event | None]] = []
         self.last_good = "no checkpoint was written yet"
         if state.epoch or state.step:
             self._note_saved()
-        elif checkpoint.exists():  # by the stage before
+        elif checkpoint.exists():  # from the stage before
             self.last_good = f"the last good checkpoint is {checkpoint}"
 
     @property
     def stopping(self) -> bool:
-        """Whether a signal has come, so that long work should be broken off."""
+        """Whether a signal has come."""
         return self.signals.received is not None
 
     def training_batches(self, loader: Iterable[Any], left_out: Tensor) -> Iterator[Any]:
-        """Yield batches, and poll before each one and at the end.
-
-        Args:
-            left_out: counts the images that could not be read.
-        """
+        """Yield batches, poll before each one and at the end, and count images left out."""
         batches = iter(loader)
         while True:
-            batch, failure = None, None
-            if not self.stopping:
-                try:
+            batch = failure = None
+            try:
+                if not self.stopping:
                     batch = next(batches, None)
-                except Exception as error:
-                    failure = error
+            except Exception as error:
+                failure = error
             self.poll(failure)
             if batch is None:
                 return
@@ -138,9 +125,9 @@ class Guard:
             yield batch
 
     def validation_batches(self, loader: Any, left_out: Tensor) -> Iterator[Any]:
-        """Yield batches until a signal comes, and poll at the end alone.
+        """Yield batches until a signal comes, and poll only at the end.
 
-        Processes may have different numbers of batches, so they cannot agree in between.
+        Processes may have different numbers of batches, and so cannot agree in between.
         """
         failure, missing = None, 0
         try:
@@ -170,28 +157,19 @@ class Guard:
 
     def _note_saved(self) -> None:
         self.saved = time.monotonic()
-        self.last_good = (
-            f"the last good checkpoint is {self.checkpoint}, after {self.state.place()}"
-        )
+        place = self.state.place()
+        self.last_good = f"the last good checkpoint is {self.checkpoint}, after {place}"
 
     def check_finite(self) -> None:
-        """Check all losses so far and all weights; this waits for a GPU.
-
-        Raises:
-            Diverged: one is not finite.
-        """
+        """Raise Diverged if a loss so far, or a weight, is not finite; this waits for a GPU."""
         diverged = self._first_bad_loss(all_losses=True) or self._bad_weights()
         self._act(Action.FAIL_UNSAVED if diverged else Action.CONTINUE, diverged)
 
     def note_loss(self, loss: Tensor, indices: Sequence[int]) -> None:
-        """Note the loss of a step, to check it once a GPU has computed it.
-
-        Args:
-            indices: indices of the items of its batch.
-        """
+        """Note the loss of a step on the items of these indices, to be checked later."""
         event = None
         if loss.is_cuda:
-            # The copy is made when the GPU gets there, and read one step later.
+            # Nothing waits for this copy, which is read one step later.
             host = torch.empty((), dtype=loss.dtype, pin_memory=True)
             loss, event = host.copy_(loss.detach(), non_blocking=True), torch.cuda.Event()
             event.record()
@@ -222,7 +200,7 @@ class Guard:
         self._act(action, diverged or failure)
 
     def _act(self, action: Action, failure: Exception | None) -> None:
-        """Do what the process with the strongest need asks for."""
+        """Agree with the other processes on an action, and take it."""
         action = Action(distributed.agree(action))
         if action == Action.CONTINUE:
             return
@@ -245,17 +223,16 @@ class Guard:
         raise failure
 
     def _first_bad_loss(self, all_losses: bool = False) -> Diverged | None:
-        """Return the error for the first loss that is not finite, of those known by now."""
-        # On a GPU the newest loss is still being computed.
+        """Return the error for the first loss that is not finite, or None."""
+        # A GPU is still computing the newest one.
         while self.losses and (all_losses or len(self.losses) > 1 or self.losses[0][3] is None):
             place, loss, indices, event = self.losses.pop(0)
             if event is not None:
                 event.synchronize()
             if not math.isfinite(loss.item()):
                 self.losses.clear()
-                paths = [
-                    path for index in indices for path in self.state.stage.files(int(index)) if path
-                ]
+                files = (self.state.stage.files(int(index)) for index in indices)
+                paths = [path for paths_of_item in files for path in paths_of_item if path]
                 more = f" and {len(paths) - FILES_NAMED} more" if len(paths) > FILES_NAMED else ""
                 return Diverged(
                     f"the loss is {loss.item()} in {place}, with "
@@ -270,7 +247,7 @@ class Guard:
         weights = [w for state in states for w in state.values() if w.is_floating_point()]
         if torch.nn.utils.get_total_norm(weights).isfinite():
             return None
-        place = self.state.place()
         return Diverged(
-            f"a weight is not finite after {place}: training has diverged; {self.last_good}"
+            f"a weight is not finite after {self.state.place()}: training has diverged; "
+            f"{self.last_good}"
         )

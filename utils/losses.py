@@ -1,7 +1,7 @@
 """Class weights and the losses of training.
 
 Each of several processes has a part of the batch. The mean of their losses is the loss of the whole
-batch, and DistributedDataParallel takes the mean of their gradients.
+batch, as DistributedDataParallel takes the mean of their gradients.
 """
 
 import math
@@ -19,24 +19,18 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # logits, labels -> scalar
 
 
 def class_weights(counts: Tensor, c: float) -> Tensor:
-    """Return weights that grow with rarity: w = 1 / ln(c + p), p the share of pixels (ENet).
+    """Return w = 1 / ln(c + p) of each class, float32; p is its share of the pixels (ENet).
 
     Args:
         counts: pixels of each class, then the ignored pixels, which count in the total.
-        c: 1.20 in LEDNet's stage 1 and 1.10 in its stage 2; smaller values weigh rare classes
-            more.
-
-    Returns:
-        float32, one weight a class.
+        c: 1.20 in LEDNet's stage 1 and 1.10 in its stage 2; smaller values favour rare classes.
     """
     shares = counts[:-1].double() / counts.sum()
     return (1 / torch.log(c + shares)).float()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """Return the weighted mean cross entropy over the labelled pixels of the whole batch.
-
-    It is 0 without labelled pixels.
+    """Return the weighted mean cross entropy over the labelled pixels of the whole batch, or 0.
 
     Args:
         logits: N x C x H x W, in any precision; the loss is float32.
@@ -50,11 +44,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
 
 
 def ohem_cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    threshold: float = 0.7,
-    min_kept: float = 1 / 16,
+    logits: Tensor, labels: Tensor, weight: Tensor, threshold: float = 0.7, min_kept: float = 1 / 16
 ) -> Tensor:
     """Return the cross entropy over hard pixels (online hard example mining).
 
@@ -66,7 +56,7 @@ def ohem_cross_entropy(
         logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none"
     ).flatten()
     # Only the GPU knows how many pixels are labelled, and asking it would wait for all its work.
-    # So as many losses are sorted as could be needed, and the GPU finds the last of them itself.
+    # So sort as many losses as could be needed, and let the GPU find the last of them itself.
     most = max(1, int(losses.numel() * distributed.processes() * min_kept))
     hardest = losses.detach().topk(min(most, losses.numel())).values
     if distributed.processes() > 1:  # all of the hardest may be in one process
@@ -87,11 +77,7 @@ def build_loss(name: str, weight: Tensor) -> Loss:
 
 
 def with_auxiliary(loss: Loss, share: float) -> Callable[[tuple[Tensor, Tensor], Tensor], Tensor]:
-    """Add `share` times the loss of a second head whose logits have a lower resolution.
-
-    Returns:
-        A function of the logits of both heads and the labels.
-    """
+    """Return a loss of two heads, of which the second has fewer pixels and the weight `share`."""
 
     def total(outputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         logits, auxiliary = outputs
@@ -104,7 +90,7 @@ def with_auxiliary(loss: Loss, share: float) -> Callable[[tuple[Tensor, Tensor],
 
 
 def _mean(total: Tensor, weights: Tensor) -> Tensor:
-    """Divide this process's sum of weighted losses by the sum of all weights of the batch.
+    """Divide the weighted losses of this process by the weights of the whole batch.
 
     The mean of the results over the processes is the mean over the batch.
     """

@@ -9,14 +9,11 @@ from datasets.images import IGNORE_INDEX
 
 
 class ConfusionMatrix:
-    """Counts of (true class, predicted class) over pixels, on one device.
-
-    Attributes:
-        counts: num_classes x num_classes, int64; rows are the truth, columns the prediction.
-    """
+    """Counts of (true class, predicted class) over pixels, on one device."""
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
+        # Rows are the truth, columns the prediction.
         self.counts = torch.zeros((num_classes, num_classes), dtype=torch.int64, device=device)
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
@@ -35,20 +32,13 @@ class ConfusionMatrix:
         return {"miou": mean_score(self.class_iou())}
 
     def class_iou(self) -> Tensor:
-        """Return the intersection over union of each class in [0, 1], float64.
-
-        NaN for a class that is absent from both truth and prediction.
-        """
+        """Return the intersection over union of each class in [0, 1], float64; NaN if absent."""
         return _iou(self.counts.double())
 
     def category_iou(self, categories: Sequence[str]) -> dict[str, float]:
-        """Return the IoU of groups of classes; confusion within a group is no error.
+        """Return the IoU of each category in [0, 1], in order of appearance; NaN if absent.
 
-        Args:
-            categories: group of each class.
-
-        Returns:
-            IoU of each group in [0, 1], in order of appearance; NaN for an absent group.
+        Confusion between classes of one category is no error. `categories` has that of each class.
         """
         names = list(dict.fromkeys(categories))
         member = torch.tensor([[c == name for c in categories] for name in names])
@@ -57,7 +47,7 @@ class ConfusionMatrix:
         return dict(zip(names, iou.tolist(), strict=True))
 
     def pixel_accuracy(self) -> float:
-        """Return the share of labelled pixels that are classified correctly; NaN without any."""
+        """Return the share of labelled pixels that are classified correctly; NaN without labels."""
         return (self.counts.diagonal().sum().double() / self.counts.sum()).item()
 
     def mean_accuracy(self) -> float:
@@ -67,14 +57,11 @@ class ConfusionMatrix:
 
 
 class TopKAccuracy:
-    """How often the label of an image is among the k classes of the largest logits.
-
-    Attributes:
-        counts: hits for each k, then the number of images, int64, on one device.
-    """
+    """How often the label of an image is among the k classes with the largest logits."""
 
     def __init__(self, ks: Sequence[int] = (1, 5), device: torch.device | str = "cpu") -> None:
         self.ks = tuple(ks)
+        # Hits for each k, then the number of images.
         self.counts = torch.zeros(len(self.ks) + 1, dtype=torch.int64, device=device)
 
     @property
@@ -82,7 +69,7 @@ class TopKAccuracy:
         return int(self.counts[-1])
 
     def update_from_logits(self, logits: Tensor, labels: Tensor) -> None:
-        """Count logits, N x C, against labels, N; with at most k classes every image is a hit."""
+        """Count logits, N x C, against labels, N; with k classes or fewer, every image is a hit."""
         classes = logits.topk(min(max(self.ks), logits.shape[1])).indices  # N x k, best first
         hit = classes == labels[:, None]
         for place, k in enumerate(self.ks):

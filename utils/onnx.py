@@ -29,9 +29,7 @@ def export_onnx(
     """Write a trained network as an ONNX model, whole or not at all.
 
     Args:
-        network: trained network.
-        about: content of the metadata; None: no metadata.
-        path: file to write.
+        about: content of the metadata; None for no metadata.
         labels: output "labels", N x H x W, uint8, trainIds, instead of "logits", N x C x H x W.
 
     Raises:
@@ -40,15 +38,12 @@ def export_onnx(
     """
     free = {0: Dim("batch"), 2: Dim("height", min=MIN_SIZE), 3: Dim("width", min=MIN_SIZE)}
     try:
+        images = torch.rand(2, 3, 2 * MIN_SIZE, 4 * MIN_SIZE)
         program = torch.onnx.export(
-            Deployed(network, labels),
-            (torch.rand(2, 3, 2 * MIN_SIZE, 4 * MIN_SIZE),),
-            dynamo=True,
-            verbose=False,
-            input_names=["images"],
-            output_names=["labels" if labels else "logits"],
+            Deployed(network, labels), (images,), dynamo=True, verbose=False,
+            input_names=["images"], output_names=["labels" if labels else "logits"],
             dynamic_shapes=(free,),
-        )
+        )  # fmt: skip
     except ImportError as error:
         raise MissingExtra(f"{error}: pip install onnx onnxscript onnxruntime") from error
     if about is not None:
@@ -59,14 +54,7 @@ def export_onnx(
 
 
 class OnnxNetwork(nn.Module):
-    """An exported network in ONNX Runtime, on the CPU.
-
-    Args:
-        path: ONNX model.
-
-    Raises:
-        MissingExtra: onnxruntime is not installed.
-    """
+    """An exported network in ONNX Runtime, on the CPU; raises MissingExtra without that package."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         super().__init__()

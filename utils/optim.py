@@ -16,24 +16,17 @@ def poly(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
 def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
     """Raise the learning rate over the first twentieth of the steps; then lower it to 0."""
     total = steps + 1  # the schedule steps once more after the last batch
+    rates = [group["lr"] for group in optimizer.param_groups]
     return OneCycleLR(
-        optimizer,
-        max_lr=[group["lr"] for group in optimizer.param_groups],
-        total_steps=total,
-        pct_start=max(0.05, 2 / total),
-        div_factor=100,
+        optimizer, rates, total, pct_start=max(0.05, 2 / total), div_factor=100,
         cycle_momentum=False,
-    )
+    )  # fmt: skip
 
 
 class PretrainingSchedule(LambdaLR):
-    """Learning rate and weight decay of the published pretraining.
+    """Learning rate and weight decay of the published pretraining, with `steps` per epoch.
 
-    Both are constant for 15 epochs. Then the rate falls by 5 % with each epoch, and the decay is
-    off.
-
-    Args:
-        steps: steps of an epoch.
+    Both are constant for 15 epochs. Then the rate falls by 5 % per epoch, and the decay is off.
     """
 
     CONSTANT_EPOCHS = 15
@@ -69,8 +62,7 @@ def build_optimizer(
 class Average(AveragedModel):
     """AveragedModel without its copy of the step count to the GPU, which waits in every step.
 
-    Tensors that are not floating point, the batch counts that nothing reads, keep their first
-    values.
+    Integer tensors keep their first values: they are batch counts, which nothing reads.
     """
 
     def update_parameters(self, model: nn.Module) -> None:
@@ -92,7 +84,7 @@ def average_of(model: nn.Module, steps: int) -> Average:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the state of an optimizer; whether kernels are fused depends on this machine alone."""
+    """Load the state of an optimizer, but leave its kernels fused or not as they are here."""
     groups = [
         saved | {"fused": group["fused"]}
         for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,26 +57,15 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Option:
-    """A row of a table of options.
+    """A row of a table of options."""
 
-    Attributes:
-        flags: names on the command line, the first of which names the value.
-        type: converts and checks a value; "flag" for an option without a value, "switch" for one
-            with a --no- form.
-        default: value if neither the command line nor the preset says another.
-        help: help text, to which the defaults are added.
-        by_preset: default for each preset that has one of its own.
-        may_change: whether a resumed run may have another value.
-        shape: further arguments of argparse, such as nargs and choices.
-    """
-
-    flags: str
-    type: Callable[[str], Any] | str
+    flags: str  # on the command line; the first one names the value
+    type: Callable[[str], Any] | str  # or "flag": no value; "switch": a flag with a --no- form
     default: Any
-    help: str
-    by_preset: Mapping[str, Any] = field(default_factory=dict)
-    may_change: bool = False
-    shape: Mapping[str, Any] = field(default_factory=dict)
+    help: str  # to which the defaults are added
+    by_preset: Mapping[str, Any] = field(default_factory=dict)  # defaults that differ
+    may_change: bool = False  # when a run is resumed
+    shape: Mapping[str, Any] = field(default_factory=dict)  # more arguments of argparse
 
     @property
     def name(self) -> str:
@@ -109,63 +98,68 @@ def _shown(value: Any) -> str:
 
 Table = Mapping[str, Sequence[Option]]  # groups of options by title
 
+# Presets: paper as published; the others train in one stage, quick on the drawn scenes.
+PRESETS = ("paper", "cityscapes", "camvid", "quick")
+
+
+def one_stage(value: Any) -> dict[str, Any]:
+    """Return a default that the presets of one stage have in common."""
+    return dict.fromkeys(PRESETS[1:], value)
+
+
 MACHINE = (
     Option("--workers --num-workers", natural_int, min(4, os.cpu_count() or 1),
            "processes that load data", may_change=True),
     Option("--device", str, "auto", "auto, cpu, cuda or cuda:1", may_change=True),
     Option("--amp", str, "auto", "mixed precision; auto: on a GPU only", may_change=True,
            shape={"choices": ("auto", "off", "bf16", "fp16")}),
-    Option("--compile", "flag", False, "train through torch.compile, which takes minutes to start; "
-           "for long runs on a GPU", may_change=True),
+    Option("--compile", "flag", False, "train through torch.compile, which takes minutes to start "
+           "and pays on a GPU", may_change=True),
     Option("--seed", seed_int, 0, "seed of everything random"),
     Option("--sync-bn", "flag", False, "batch norm over the images of all processes; GPUs only"),
     Option("--skip-broken", "flag", False, "leave out images and labels that cannot be read, and "
-           "count them; without it, the first one ends the run", may_change=True),
+           "count them, instead of ending the run", may_change=True),
 )  # fmt: skip
 
 OUTPUT = (
     Option("--savedir", file_path, None, "name of a folder under save/, or a path; default: data "
            "set and time", may_change=True),
-    Option("--resume", "flag", False, "go on with the run in --savedir", may_change=True),
+    Option("--resume", "flag", False, "continue the run in --savedir", may_change=True),
     Option("--checkpoint-minutes", natural_float, 10.0, "minutes between checkpoints within an "
            "epoch; one more follows each epoch", may_change=True),
     Option("--steps-loss", natural_int, 50, "steps between lines of progress in a log; 0: none",
            may_change=True),
     Option("--val-every", positive_int, 1, "epochs between validations",
-           dict(cityscapes=5, camvid=5, quick=5), may_change=True),
-    Option("--epochs-save", natural_int, 0, "keep the weights of every so many epochs; 0: only the "
+           one_stage(5), may_change=True),
+    Option("--epochs-save", natural_int, 0, "epochs between weights that are kept; 0: only the "
            "last and the best", may_change=True),
 )  # fmt: skip
-
-# Presets: paper as published, cityscapes and camvid stronger, quick for the drawn scenes.
-PRESETS = ("paper", "cityscapes", "camvid", "quick")
 
 SEGMENTATION: Table = {
     "recipe": (
         Option("--preset", str, None, "defaults of the other options: as published, stronger ones, "
                "or a quick run on the drawn scenes; default paper, without --datadir quick",
                shape={"choices": PRESETS}),
-        Option("--encoder-epochs", natural_int, 300, "epochs of stage 1",
-               dict(cityscapes=0, camvid=0, quick=3)),
+        Option("--encoder-epochs", natural_int, 300, "epochs of stage 1", one_stage(0)),
         Option("--epochs", positive_int, 300, "epochs of stage 2",
-               dict(cityscapes=800, camvid=80, quick=13)),
+               dict(cityscapes=800, camvid=80, quick=14)),
         Option("--num-epochs", positive_int, None, "epochs of each stage, in one option"),
         Option("--batch-size", positive_int, 5, "images in a step of each process",
                dict(cityscapes=12, camvid=8, quick=4), may_change=True),
-        Option("--optimizer", str, "adam", "", dict(cityscapes="adamw", camvid="adamw"),
+        Option("--optimizer", str, "adam", "", one_stage("adamw"),
                shape={"choices": ("adam", "adamw")}),
         Option("--lr", positive_float, 5e-4, "highest learning rate",
-               dict(cityscapes=1e-3, camvid=2e-3, quick=2e-3)),
-        Option("--weight-decay", natural_float, 1e-4, "", dict(cityscapes=0.01, camvid=0.01)),
+               dict(cityscapes=1e-3, camvid=2e-3, quick=0.03)),
+        Option("--weight-decay", natural_float, 1e-4, "", one_stage(0.01)),
         Option("--schedule", str, "poly", "schedule of the learning rate, by steps",
-               dict(cityscapes="onecycle", camvid="onecycle"), shape={"choices": tuple(SCHEDULES)}),
+               one_stage("onecycle"), shape={"choices": tuple(SCHEDULES)}),
         Option("--loss", str, "ce", "cross entropy over all pixels (ce) or the hard ones (ohem)",
                dict(cityscapes="ohem"), shape={"choices": tuple(LOSSES)}),
         Option("--weight-c", natural_float, None, "c in the class weights 1 / ln(c + share of "
                "pixels); 0: equal weights; default 1.2 in stage 1 and 1.1 in stage 2",
                shape={"metavar": "C"}),
-        Option("--aux-weight", natural_float, 0.0, "weight of the loss of a second head on the "
-               "encoder in stage 2; 0: no such head", dict(cityscapes=0.4, camvid=0.4)),
+        Option("--aux-weight", natural_float, 0.0, "loss weight of an auxiliary head on the "
+               "encoder in stage 2; 0: no head", one_stage(0.4)),
         Option("--ema", "switch", False, "score and save an exponential average of the weights in "
                "stage 2", dict(cityscapes=True, camvid=True)),
     ),
@@ -180,9 +174,9 @@ SEGMENTATION: Table = {
                + "; ".join(f"{name}: {', '.join(d.TRAIN_ON)}" for name, d in DATASETS.items())
                + "; default: the first", shape={"metavar": "SPLITS"}),
         Option("--height", positive_int, 512, "height that images are resized to, in proportion",
-               dict(cityscapes=1024, camvid=360, quick=160)),
+               dict(cityscapes=1024, camvid=360, quick=112)),
         Option("--cache", file_path, "off", "decode and resize each image once, and keep the "
-               "result in memory (ram) or in a file in a folder", dict(camvid="ram"),
+               "result in memory (ram) or in a file in a folder", dict(camvid="ram", quick="ram"),
                may_change=True, shape={"metavar": "DIR|ram|off"}),
         Option("--augment", str, "paper", "paper: flip and shift; strong: scale, crop, flip, "
                "colour", dict(cityscapes="strong", camvid="strong"),
@@ -199,7 +193,7 @@ SEGMENTATION: Table = {
         Option("--apn-channels --D", positive_int, None, "width D of the decoder; default 20, or "
                "that of --init"),
         Option("--dropout", probability, 0.3, "dropout of the encoder's last stage",
-               dict(camvid=0.1)),
+               dict(camvid=0.1, quick=0.0)),
         Option("--pretrained-encoder --pretrainedEncoder", file_path, None, "file to take the "
                "encoder from, skipping stage 1: a checkpoint of either program, or a state_dict of "
                "the original code; default: none", shape={"metavar": "FILE"}),
@@ -262,15 +256,14 @@ def parse_options(
         group = parser.add_argument_group(title)
         for row in rows:
             row.add_to(group)
-    parser.set_defaults(dataset=parser.get_default("dataset"))
-    options = {row.name: row for rows in table.values() for row in rows}
-    stored = _stored_options(options)
-    own_folder = ("savedir", "resume")
-    parser.set_defaults(**{k: v for k, v in stored.items() if k not in own_folder})
+    parser.set_defaults(dataset=None)  # without an option in pretraining, which settles it alone
+    may_change = {row.name: row.may_change for rows in table.values() for row in rows}
+    stored = _stored_options(may_change.keys())
+    parser.set_defaults(**stored)
     args = parser.parse_args()
     settle(args)
     for name, value in stored.items():
-        if not (name in options and options[name].may_change) and getattr(args, name) != value:
+        if not may_change.get(name) and getattr(args, name) != value:
             raise UserError(
                 f"the run in {args.savedir} has --{name.replace('_', '-')} {_shown(value)}: leave "
                 "the option out to resume, or start another run"
@@ -278,7 +271,7 @@ def parse_options(
     return args
 
 
-def _stored_options(options: Mapping[str, Option]) -> dict[str, Any]:
+def _stored_options(names: Collection[str]) -> dict[str, Any]:
     """Return the options of the run that the command line resumes; none for a new run."""
     parser = ArgumentParser(add_help=False)
     parser.add_argument("--resume", action="store_true")
@@ -287,16 +280,16 @@ def _stored_options(options: Mapping[str, Option]) -> dict[str, Any]:
     if not first.resume:
         return {}
     if not first.savedir:
-        raise UserError("--resume needs --savedir, the folder of the run to go on with")
+        raise UserError("--resume needs --savedir, the folder of the run to continue")
     folder = run_path(first.savedir, "")
     stored = read_args(folder)
-    if not stored.keys() <= {*options, "dataset"}:
+    if not stored.keys() <= {*names, "dataset"}:
         raise UserError(f"{folder} holds a run of another program: resume it with that")
-    return stored
+    return {name: stored[name] for name in stored if name not in ("savedir", "resume")}
 
 
 def fill_defaults(args: argparse.Namespace, table: Table, presets: Sequence[str]) -> None:
-    """Give every option that the command line leaves open the default of its preset."""
+    """Give the options that the command line leaves open the defaults of the presets."""
     for row in (row for rows in table.values() for row in rows):
         if getattr(args, row.name) is None:
             setattr(args, row.name, row.default_for(presets))
@@ -307,10 +300,9 @@ def settle_segmentation(args: argparse.Namespace) -> None:
     embedded = args.datadir is None or Path(args.datadir).resolve() == STREETS.resolve()
     if args.datadir is None and args.dataset not in (None, "synthetic"):
         raise UserError(f"--dataset {args.dataset} needs --datadir, the folder of the data set")
-    if args.num_epochs:
-        for name in ("encoder_epochs", "epochs"):
-            if getattr(args, name) is None:
-                setattr(args, name, args.num_epochs)
+    for name in ("encoder_epochs", "epochs"):
+        if getattr(args, name) is None:
+            setattr(args, name, args.num_epochs)
     needs_strong = [n for n in ("crop", "scale", "jitter") if getattr(args, n) is not None]
     args.preset = args.preset or ("quick" if args.datadir is None else "paper")
     fill_defaults(args, SEGMENTATION, [args.preset])
@@ -328,8 +320,8 @@ def settle_segmentation(args: argparse.Namespace) -> None:
         raise UserError(f"--{needs_strong[0]} belongs to --augment strong: give that as well")
     if args.train_on not in train_on:
         raise UserError(f"--train-on {args.train_on}: {args.dataset} has {' and '.join(train_on)}")
-    for flag, size in (("--height", [args.height]), ("--crop", args.crop or [])):
-        if size and min(size) < MIN_SIZE:
+    for flag, size in (("--height", [args.height]), ("--crop", args.crop or [MIN_SIZE])):
+        if min(size) < MIN_SIZE:
             raise UserError(
                 f"{flag} {_shown(size)} is too small: LEDNet needs {MIN_SIZE}x{MIN_SIZE} pixels"
             )
@@ -338,9 +330,7 @@ def settle_segmentation(args: argparse.Namespace) -> None:
     if args.weight_c is not None and 0 < args.weight_c <= 1:
         raise UserError(f"--weight-c {args.weight_c}: give a number above 1, or 0")
     if args.batch_size == 1:
-        raise UserError(
-            "--batch-size 1 cannot train: batch norm on the pooled 1x1 plane needs 2 images"
-        )
+        raise UserError("--batch-size 1 cannot train: batch norm on a 1x1 plane needs 2 images")
     if (args.mean is None) != (args.std is None):
         raise UserError("--mean and --std belong together: give both or none")
     if args.init and args.pretrained_encoder:
@@ -357,9 +347,9 @@ def settle_pretraining(args: argparse.Namespace) -> None:
         if args.evaluate is True:
             args.evaluate = str(run_path(args.savedir, "") / BEST)
         args.batch_size = args.batch_size or 64
-        open_options = {name: getattr(args, name) for name in ("size", "datadir")}
+        size, datadir = args.size, args.datadir
         fill_defaults(args, PRETRAINING, [])
-        vars(args).update(open_options)  # the checkpoint says the rest
+        args.size, args.datadir = size, datadir  # if not given, the checkpoint states them
     else:
         embedded = args.datadir is None or Path(args.datadir).resolve() == SHAPES.resolve()
         presets = [args.recipe or "paper", *(["shapes"] if args.datadir is None else [])]

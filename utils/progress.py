@@ -51,25 +51,18 @@ class Progress:
     Args:
         title: title of the bar and of each line.
         total: images of the epoch.
-        steps, done: steps of the epoch, and those done before.
-        batch_size: images of a step, of all processes.
+        steps, done: steps of the epoch, and how many of them were done before.
+        batch_size: images of a step, over all processes.
         interval: steps between lines in a log; 0 for none.
-        scores: returns what to show; called now and then, since it waits for a GPU.
+        scores: returns the scores to show; called now and then only, as it waits for a GPU.
     """
 
     def __init__(
-        self,
-        title: str,
-        total: int,
-        steps: int,
-        done: int,
-        batch_size: int,
-        interval: int,
+        self, title: str, total: int, steps: int, done: int, batch_size: int, interval: int,
         scores: Callable[[], dict[str, Any]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.title, self.steps, self.done, self.interval = title, steps, done, interval
-        self.scores = scores
-        self.images, self.before = 0, done
+        self.scores, self.images, self.before = scores, 0, done
         self.started = self.updated = time.perf_counter()
         self.bar = progress_bar(title, total)
         self.bar.update(done * batch_size)
@@ -106,21 +99,21 @@ class Progress:
 class Waiting:
     """The time that a device is idle because the loader has no batch ready.
 
-    A program runs ahead of its GPU, and waiting costs nothing while the GPU still works. So the
-    GPU's own clock measures, from the end of its last work to the next batch.
+    A program runs ahead of its GPU, and may wait while the GPU still works. So the GPU's own clock
+    measures, from the end of its last work to the next batch.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.started = device, time.perf_counter()
         self.total = 0.0
-        self.gaps: list[tuple] = []  # start and end of those that are not in the total yet
+        self.gaps: list[tuple] = []  # start and end of each one that is not in the total yet
 
     def measured(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield the same batches, and measure the time until each one."""
         start, end = self._now(), object()
         iterator = iter(batches)  # may start workers
-        # The loader would raise the error of a dead worker at any moment, even within a step. It
-        # also notices when it waits for that worker's next batch, which is soon enough.
+        # The loader's handler would raise the error of a dead worker at any moment, even within a
+        # step. Waiting for a batch of that worker raises it too, which is soon enough.
         if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         while (batch := next(iterator, end)) is not end:
@@ -136,6 +129,10 @@ class Waiting:
             self.total += sum(end - start for start, end in self.gaps)
         self.gaps.clear()
         return self.total
+
+    def share(self) -> float:
+        """Return the share of the time since the start that was spent waiting."""
+        return min(1.0, self.seconds() / (time.perf_counter() - self.started))
 
     def _now(self) -> "float | torch.cuda.Event":
         if self.device.type != "cuda":

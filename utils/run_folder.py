@@ -45,64 +45,59 @@ class NoRun(UserError):
 
 
 class Run:
-    """A training run in its folder. Only the first process of several writes.
-
-    Attributes:
-        resumed: checkpoint to go on from; None for a new run.
-        signals: SIGTERM and Ctrl-C since `begin`.
-        command: command line that resumes the run.
-    """
+    """A training run in its folder. Only the first process of several writes."""
 
     def __init__(
         self, args: argparse.Namespace, folder: Path, resumed: dict[str, Any] | None
     ) -> None:
-        self.args, self.folder, self.resumed = args, folder, resumed
-        self.signals = StopSignals()
+        self.args, self.folder = args, folder
+        self.resumed = resumed  # checkpoint to go on from; None for a new run
+        self.signals = StopSignals()  # handled from `begin` on
         self.command = resume_command(folder)
         self.writer: SummaryWriter | None = None
         self.opened = ExitStack()
 
     def past_stage(self, number: int) -> bool:
-        """Whether the run to resume has finished this stage."""
+        """Return whether the resumed run has finished this stage."""
         return self.resumed is not None and self.resumed["stage"] > number
 
     def epochs_done(self) -> int:
-        """Return the finished epochs of the run to resume, over all stages."""
+        """Return the finished epochs of the resumed run, over all stages."""
         if not self.resumed:
             return 0
         before = self.args.encoder_epochs if self.resumed["stage"] == 2 else 0
         return before + self.resumed["epoch"]
 
     def stored(self, name: str, option: str) -> dict[str, Any] | None:
-        """Return the JSON that a run to resume has stored, if an option is what it was."""
+        """Return the JSON object that the resumed run has stored, if an option is unchanged."""
         if self.args.resume and read_args(self.folder)[option] == getattr(self.args, option):
             return read_json(self.folder / name)
         return None
 
     def begin(self) -> None:
-        """Start writing; what the log has beyond the last checkpoint is dropped.
+        """Start writing, and drop what the log has beyond the last checkpoint.
 
-        Mistakes found before this leave no folder behind.
+        A run that ends before this leaves no folder behind.
         """
         self.opened.enter_context(self.signals)
         if not distributed.is_first():
             return
-        options = vars(self.args)
-        if self.args.resume:  # what was changed holds from now on
+        options = dict(vars(self.args))
+        if self.args.resume:  # changed options hold from now on
             begun = read_args(self.folder)
-            options = options | {name: begun[name] for name in ("resume", "savedir")}
+            options |= {name: begun[name] for name in ("resume", "savedir")}
         self.write_json(ARGS, options)
         rows, epochs = read_log(self.folder / LOG), self.epochs_done()
         if len(rows) > epochs:
             self._write_log(rows[:epochs])
         threading.excepthook = _without_event_writer
         with self.write_errors(self.folder / EVENTS):
-            # TensorBoard forgets what earlier files have from this step on.
+            # TensorBoard drops what earlier event files have from this step on.
             purge = {"purge_step": epochs + 1} if self.args.resume else {}
             self.writer = SummaryWriter(os.fspath(self.folder), **purge)
 
     def close(self) -> None:
-        """Finish the events, and handle signals as before."""
+        """Finish the event file, and restore the signal handlers."""
         if self.writer:
             with self.write_errors(self.folder / EVENTS):
                 self.writer.close()
@@ -110,7 +105,7 @@ class Run:
 
     @contextmanager
     def write_errors(self, path: Path) -> Iterator[None]:
-        """Turn an OSError into a WriteError that says how to resume."""
+        """Turn an OSError into a WriteError that ends with the command to resume."""
         try:
             with write_errors(path):
                 yield
@@ -119,7 +114,7 @@ class Run:
             raise
 
     def save(self, checkpoint: Mapping[str, Any]) -> None:
-        """Write last.pth, and keep the one before as previous.pth."""
+        """Write last.pth, and keep the one before it as previous.pth."""
         last = self.folder / LAST
         with self.write_errors(last):
             if last.exists():
@@ -132,14 +127,13 @@ class Run:
             save_checkpoint(checkpoint, self.folder / name)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        path = self.folder / name
         text = json.dumps(dict(content), indent=2)
+        path = self.folder / name
         if not path.exists() or path.read_text() != text:
-            with self.write_errors(path), atomic_write(path) as unfinished:
-                unfinished.write_text(text)
+            self._write_text(name, text)
 
     def record(self, row: Mapping[str, Any], step: int, pictures: Sequence[Tensor]) -> None:
-        """Add an epoch to the log and to TensorBoard, where `step` counts over all stages."""
+        """Add an epoch to the log and to TensorBoard; `step` counts epochs over all stages."""
         self._write_log([*read_log(self.folder / LOG), dict(row)])
         with self.write_errors(self.folder / EVENTS):
             for name, value in row.items():
@@ -155,9 +149,12 @@ class Run:
         writer = csv.DictWriter(text, list(columns), restval=math.nan)
         writer.writeheader()
         writer.writerows(rows)
-        path = self.folder / LOG
+        self._write_text(LOG, text.getvalue() if rows else "")
+
+    def _write_text(self, name: str, text: str) -> None:
+        path = self.folder / name
         with self.write_errors(path), atomic_write(path) as unfinished:
-            unfinished.write_text(text.getvalue() if rows else "", newline="")
+            unfinished.write_text(text, newline="")
 
 
 @contextmanager
@@ -165,12 +162,11 @@ def open_run(args: argparse.Namespace) -> Iterator[Run]:
     """Lock the folder of a run, and read the checkpoint to resume from.
 
     Raises:
-        FolderInUse: it holds a run and --resume is not given, or another run is writing into it.
-        NoRun: there is nothing to resume.
+        FolderInUse: it holds a run that is not to be resumed, or another program has locked it.
         CheckpointError: no checkpoint of the run can be read.
-        WriteError: the folder cannot be written.
+        WriteError: the folder cannot be written to.
     """
-    folder = Path(distributed.first(lambda: args.savedir))  # its name may hold the time
+    folder = Path(distributed.first(lambda: args.savedir))  # processes may disagree on the time
     with locked_folder(folder) if distributed.is_first() else nullcontext():
         resumed = distributed.first(lambda: load_run(folder) if args.resume else check_free(folder))
         run = Run(args, folder, resumed)
@@ -181,7 +177,7 @@ def open_run(args: argparse.Namespace) -> Iterator[Run]:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder against other runs; remove it at the end if nothing was written into it."""
+    """Lock a folder against other runs; remove it at the end if nothing was written to it."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / LOCK)
     with write_errors(folder):
@@ -194,7 +190,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # the folder may be shared or gone by now
+        with suppress(OSError):  # the folder may be gone, or its parents in use by now
             if made and [path.name for path in folder.iterdir()] == [LOCK]:
                 (folder / LOCK).unlink()
                 for path in made:
@@ -204,25 +200,16 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 def check_free(folder: Path) -> None:
     """Raise FolderInUse if a folder holds a run."""
-    for found in (
-        path for name in (ARGS, LOG, COUNTS, "*.pth", EVENTS) for path in folder.glob(name)
-    ):
-        raise FolderInUse(f"{folder} holds a run already ({found.name})")
+    for pattern in (ARGS, LOG, COUNTS, "*.pth", EVENTS):
+        for found in folder.glob(pattern):
+            raise FolderInUse(f"{folder} holds a run already ({found.name})")
 
 
 def load_run(folder: Path) -> dict[str, Any] | None:
-    """Read the checkpoint to resume from: last.pth, or previous.pth if the last is damaged.
-
-    Returns:
-        None if nothing was saved yet.
-
-    Raises:
-        CheckpointError: neither can be read, or both were removed.
-        WriteError: the folder cannot be written.
-    """
+    """Read last.pth, or previous.pth if that is damaged; return None if nothing was saved yet."""
     last, previous = folder / LAST, folder / PREVIOUS
     if not last.exists() and not previous.exists():
-        # A run that is killed in its first epoch has no checkpoint, and at most one row of log.
+        # A run killed in its first epoch has no checkpoint, and at most one row in its log.
         if (folder / f"damaged-{LAST}").exists() or len(read_log(folder / LOG)) > 1:
             raise CheckpointError(
                 f"{last} and {previous} are missing, but the run had saved them: put one back, or "
@@ -236,7 +223,7 @@ def load_run(folder: Path) -> dict[str, Any] | None:
             raise
         checkpoint = _load_state(previous)
         print(f"{error}; going on from {previous}")
-        # Moved away, or the next save would copy the damaged file over the good one.
+        # Otherwise the next save would copy the damaged file over the good one.
         with write_errors(last):
             if last.exists():
                 os.replace(last, folder / f"damaged-{LAST}")
@@ -255,18 +242,19 @@ def _load_state(path: Path) -> dict[str, Any]:
 
 
 def tensorboard_tag(column: str) -> str:
-    """Return the tag of a column of the log: loss/train of train_loss, iou/road of "iou road"."""
+    """Return the tag of a column of the log: loss/train for train_loss, iou/road for "iou road"."""
     split, _, score = column.partition("_")
     return f"{score}/{split}" if split in ("train", "val") else column.replace(" ", "/", 1)
 
 
 def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file whole or not at all."""
     with atomic_write(target) as unfinished:
         shutil.copyfile(source, unfinished)
 
 
 def run_path(savedir: str | None, dataset: str) -> Path:
-    """Return where a run writes: under save/ for a name, else the path itself."""
+    """Return the folder of a run: a name lies under save/, a path is taken as it is."""
     if savedir is None:
         return Path("save") / f"{dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     return Path(savedir) if os.sep in savedir or savedir in (".", "..") else Path("save") / savedir
@@ -280,13 +268,13 @@ def resume_command(folder: Path) -> str:
         more = " ..." if distributed.processes() > local else ""  # as on the other machines
         start = f"torchrun --nproc-per-node {local}{more}"
     name = str(folder.relative_to("save")) if folder.parent == Path("save") else str(folder)
-    if folder.parent == Path():  # a bare name would mean a folder under save/
+    if folder.parent == Path():  # as a bare name, it would lie under save/
         name = os.path.join(".", folder)
     return f"{start} {shlex.quote(sys.argv[0])} --savedir {shlex.quote(name)} --resume"
 
 
 def read_args(folder: Path) -> dict[str, Any]:
-    """Return the options that a run was started with; raise NoRun if there is none."""
+    """Return the options of the run in a folder; raise NoRun if there is none."""
     args = read_json(folder / ARGS)
     if args is None:
         raise NoRun(f"{folder} holds no run to resume: {ARGS} is missing or damaged")
@@ -311,6 +299,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _without_event_writer(failed: threading.ExceptHookArgs) -> None:
-    """Print the error of a thread, except of TensorBoard's, which its next call raises again."""
+    """Print the error of a thread, unless it is TensorBoard's, whose next call raises it again."""
     if not type(failed.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(failed)

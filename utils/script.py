@@ -19,11 +19,7 @@ Advice = Mapping[type[Exception], str]
 
 
 class Interrupted(Exception):
-    """A signal ended the program in good order; the message says how to go on.
-
-    Args:
-        number: number of the signal.
-    """
+    """A signal ended the program cleanly; the message says how to go on."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -34,19 +30,18 @@ class WorkerDied(UserError):
     """A process that loads data was killed."""
 
 
-# The signal that ends the program. Python drops an exception that a handler raises within certain
-# callbacks, such as those of a fork; then training sees the signal here and ends at its next step.
+# The signal that ends the program, for when Python drops the exception that its handler raised, as
+# in a destructor: training then ends at its next step.
 received: int | None = None
 
 
 def run_script(main: Callable[[], None], advice: Advice | None = None) -> None:
-    """Run a script; a UserError ends it in one line on stderr and status 2.
+    """Run a script; a UserError ends it with one line on stderr and status 2.
 
     When one of several processes fails, the others print its message.
 
     Args:
-        advice: text that follows the message of an error of each class, such as the options that
-            mend it; the most specific class counts.
+        advice: text to add to the message of each class of errors, such as the option that helps.
     """
     global received
     name = os.path.basename(sys.argv[0])
@@ -59,7 +54,7 @@ def run_script(main: Callable[[], None], advice: Advice | None = None) -> None:
         main()
         distributed.stop()
     except Interrupted as end:
-        # torchrun sends SIGTERM to the processes that end last; they still print their message.
+        # torchrun sends SIGTERM to the processes that end last, which must not lose this line.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if distributed.is_first():
             print(f"{name}: {end}", file=sys.stderr)
@@ -89,13 +84,13 @@ def run_script(main: Callable[[], None], advice: Advice | None = None) -> None:
 
 
 def with_advice(error: Exception, advice: Advice) -> str:
-    """Return the message of an error with the advice for its class and its notes."""
+    """Return the message of an error, the advice for its most specific class, and its notes."""
     found = [advice[kind] for kind in type(error).__mro__ if kind in advice]
     return "; ".join([one_line(error), *found[:1], *getattr(error, "__notes__", [])])
 
 
 def _end(number: int, _frame: FrameType | None) -> NoReturn:
-    """End by an exception, so that whatever is under way cleans up."""
+    """Raise an exception, so that whatever is under way cleans up."""
     global received
     received = number
     if number == signal.SIGINT:
@@ -104,13 +99,13 @@ def _end(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def lost_output(error: Exception) -> str | None:
-    """Return what to say if standard output caused the error: a full disk or a closed pipe."""
+    """Return the message if standard output caused the error: a full disk or a closed pipe."""
     if not isinstance(error, OSError):
         return None
     try:
-        print(flush=True)  # unbuffered output has nothing left to flush
+        print(flush=True)  # something, since unbuffered output has nothing left to flush
     except OSError:
-        # Python would try to flush the rest at exit, and complain.
+        # Or Python would try to flush the rest at exit, and complain.
         sys.stdout = open(os.devnull, "w")
         return f"standard output cannot be written ({error.strerror})"
     return None
@@ -118,7 +113,7 @@ def lost_output(error: Exception) -> str | None:
 
 def worker_death(error: Exception) -> WorkerDied | None:
     """Return the error to report if a process that loads data has died."""
-    # A worker that dies while it hands over a batch breaks the connection first.
+    # A worker that dies while handing over a batch breaks the connection first.
     broken = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
     if broken or str(error).startswith("DataLoader worker"):
         return WorkerDied(f"a process that loads data died ({one_line(error)})")
@@ -126,7 +121,7 @@ def worker_death(error: Exception) -> WorkerDied | None:
 
 
 def start_device(args: argparse.Namespace) -> torch.device:
-    """Return the device that the options ask for, and join the processes of torchrun."""
+    """Return the device that the options ask for, checked, and join the processes of torchrun."""
     device = pick_device(args.device)
     if args.sync_bn and device.type == "cpu":
         raise UserError("--sync-bn needs GPUs: leave it out")
@@ -137,12 +132,9 @@ def start_device(args: argparse.Namespace) -> torch.device:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is a CUDA GPU where there is one.
+    """Return the device of that name, or raise a UserError; "auto" is a GPU where there is one.
 
     Each process that torchrun starts on a machine gets a GPU of its own.
-
-    Raises:
-        UserError: there is no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,7 +169,7 @@ def pick_amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
     on_gpu = device.type == "cuda"
     if name == "fp16" and not on_gpu:
         raise UserError("--amp fp16 needs a CUDA GPU: give --amp bf16 or off")
-    # Older GPUs emulate bf16, slower than float32.
+    # Older GPUs emulate bf16, which is slower than float32.
     bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "bf16" and not bf16:
         raise UserError("--amp bf16 is not supported by this GPU: give --amp fp16 or off")
@@ -187,7 +179,7 @@ def pick_amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of a GPU, or the kind and threads of the CPU."""
+    """Return the name of a GPU, or the architecture and threads of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -57,14 +57,12 @@ def count_multiply_adds(model: nn.Module, size: tuple[int, int]) -> int:
 def measure_latency(
     model: nn.Module, size: tuple[int, int], passes: int = 50, warmup: int = 10, seconds: float = 10
 ) -> Latency:
-    """Time forward passes of one image, each until the device has finished it.
+    """Time forward passes of one image of `size` (height, width) until the device is done.
 
     Args:
         model: network, or a runtime with the same interface.
-        size: height and width of the image.
-        passes: number of timed passes; fewer, but at least 5, if they would exceed `seconds`.
-        warmup: number of passes before them, limited in the same way.
-        seconds: limit for the timed passes.
+        passes: timed passes; fewer, but at least 5, if they would take more than `seconds`.
+        warmup: passes before these, limited likewise to a fifth of `seconds`.
     """
     model.eval()
     device = device_of(model)

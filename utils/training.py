@@ -33,63 +33,39 @@ class Meter(Protocol):
 
 
 class Validation(NamedTuple):
-    """What validation found.
+    """What validation found."""
 
-    Attributes:
-        columns: columns of the log.
-        best: scores to remember if this epoch is the best one.
-        pictures: pictures for TensorBoard, 3 x H x W, uint8.
-    """
-
-    columns: dict[str, float]
-    best: dict[str, Any]
-    pictures: list[Tensor]
+    columns: dict[str, float]  # of the log
+    best: dict[str, Any]  # scores to remember if this epoch is the best one
+    pictures: list[Tensor]  # for TensorBoard, 3 x H x W, uint8
 
 
 @dataclass
 class Stage:
-    """One stage of training: what is trained, on what, how, and how it is scored.
+    """One stage of training: what is trained, on what, how, and how it is scored."""
 
-    Attributes:
-        number: number of the stage in checkpoints; 0 for pretraining.
-        about: description of the network for its checkpoints.
-        model: what is trained, training heads included.
-        network: the part of `model`, or all of it, that is scored and saved.
-        loader: training batches, drawn by a ShuffledSeeds.
-        prepare: turns a batch into images and labels on the device.
-        loss: scalar loss of the model's outputs and the labels.
-        validate: scores a network on the batches that it is given; the string titles its bar.
-        val_loader: validation batches.
-        score: name in `Validation.best` of the score that makes an epoch the best one.
-        best_files: files to save the best epoch to, and what returns the weights for each.
-        files: returns the files of the training item of an index.
-        average: average of the network's weights, scored and saved in its place.
-        meter: makes a fresh meter for the predictions in training.
-        amp_dtype: dtype of mixed precision; None for full precision.
-        epochs_before: epochs of earlier stages of the run.
-    """
-
-    number: int
+    number: int  # in checkpoints; 0 for pretraining
     epochs: int
-    about: Description
-    model: nn.Module
-    network: nn.Module
-    loader: DataLoader
-    prepare: Callable[[Batch], tuple[Tensor, Tensor]]
-    loss: Callable[[Any, Tensor], Tensor]
+    about: Description  # for the checkpoints
+    model: nn.Module  # what is trained, training heads included
+    network: nn.Module  # the part of the model, or all of it, that is scored and saved
+    loader: DataLoader  # its sampler is a ShuffledSeeds
+    prepare: Callable[[Batch], tuple[Tensor, Tensor]]  # returns images and labels on the device
+    loss: Callable[[Any, Tensor], Tensor]  # of the model's outputs and the labels
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     val_loader: DataLoader
-    validate: Callable[[nn.Module, Iterable[Batch], str], Validation]
-    score: str
-    files: Callable[[int], Sequence[str]]
+    validate: Callable[[nn.Module, Iterable[Batch], str], Validation]  # given a title for its bar
+    score: str  # name in `Validation.best` of the score that decides which epoch is the best
+    files: Callable[[int], Sequence[str]]  # returns the paths of a training item, for messages
+    # What the best epoch is saved to, and what returns the weights for each file.
     best_files: Mapping[str, Callable[[nn.Module], dict[str, Tensor]]] = field(
         default_factory=lambda: {BEST: on_cpu}
     )
-    average: Average | None = None
-    meter: Callable[[], Meter] | None = None
-    amp_dtype: torch.dtype | None = None
-    epochs_before: int = 0
+    average: Average | None = None  # of the network's weights, scored and saved in its place
+    meter: Callable[[], Meter] | None = None  # makes the meter of an epoch's training predictions
+    amp_dtype: torch.dtype | None = None  # of mixed precision; None for full precision
+    epochs_before: int = 0  # of earlier stages of the run
 
     def __post_init__(self) -> None:
         self.steps = len(self.loader)  # of a whole epoch; the loader shrinks on resume
@@ -113,46 +89,37 @@ class Stage:
 
 @dataclass
 class TrainState:
-    """How far a stage has come.
-
-    Attributes:
-        epoch: finished epochs.
-        step: finished steps of the epoch after them.
-        lr: learning rate at the start of that epoch.
-        totals: sums over these steps in this process, from which the scores of the epoch come.
-        best: best epoch so far, and its scores.
-    """
+    """How far a stage has come."""
 
     stage: Stage
-    epoch: int = 0
-    step: int = 0
-    lr: float = 0.0
-    totals: dict[str, Tensor] = field(default_factory=dict)
-    best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0})
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the next epoch
+    lr: float = 0.0  # learning rate at the start of that epoch
+    totals: dict[str, Tensor] = field(default_factory=dict)  # over these steps, in this process
+    best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0})  # epoch, and its scores
 
     def place(self) -> str:
-        """Say how far training has come."""
+        """Return how far training has come, in words."""
         suffix = f" of stage {self.stage.number}" if self.stage.number else ""
         if self.step:
             return f"step {self.step} of epoch {self.epoch + 1}{suffix}"
         return f"epoch {self.epoch}{suffix}"
 
     def begin_epoch(self, meter: Meter | None) -> None:
-        """Start the sums of an epoch; within one, go on with those that were restored."""
-        kept = self.totals if self.step else {}
+        """Start the sums of an epoch, or go on with those that were restored within one."""
         if not self.step:
-            self.lr = self.stage.scheduler.get_last_lr()[0]
+            self.totals, self.lr = {}, self.stage.scheduler.get_last_lr()[0]
         start = {"loss": torch.zeros((), dtype=torch.float64)}
         start |= {name: torch.tensor(0) for name in ("images", "skipped_steps", "left_out")}
         if meter is not None:
             start["meter"] = meter.counts
-        device = self.stage.device
-        self.totals = {name: kept.get(name, value).to(device) for name, value in start.items()}
+        sums = start | self.totals
+        self.totals = {name: value.to(self.stage.device) for name, value in sums.items()}
         if meter is not None:
             meter.counts = self.totals["meter"]
 
     def scores(self, meter: Meter | None) -> dict[str, Any]:
-        """Return the columns of the log that follow from the sums; this waits for a GPU."""
+        """Return the log's columns that come from the sums; this waits for a GPU."""
         totals = self.totals
         scores = {"train_loss": (totals["loss"] / totals["images"]).item()}
         if meter is not None:
@@ -168,7 +135,7 @@ class TrainState:
         return scores
 
     def checkpoint(self) -> dict[str, Any]:
-        """Return what describes the network that is scored."""
+        """Return the checkpoint of the network that is scored."""
         return self.stage.about.to_checkpoint() | {
             "model": on_cpu(self.stage.scored),
             "stage": self.stage.number,
@@ -179,10 +146,10 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Return all that resuming needs; every process must call this after the same step."""
         stage = self.stage
-        process = {
-            "rng": rng_state(stage.device),
-            "totals": {name: value.cpu() for name, value in self.totals.items()},
-        }
+        rng = {"torch": torch.get_rng_state()}
+        if stage.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(stage.device)
+        totals = {name: value.cpu() for name, value in self.totals.items()}
         return self.checkpoint() | {
             "training_model": on_cpu(stage.model),
             "ema_updates": stage.average.n_averaged.item() if stage.average else 0,
@@ -194,14 +161,11 @@ class TrainState:
             "lr": self.lr,
             "batch_size": stage.loader.batch_size,
             "computed_by": computed_by(stage.device, stage.amp_dtype),
-            "processes": distributed.gather(process),
+            "processes": distributed.gather({"rng": rng, "totals": totals}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], path: Path) -> list[str]:
-        """Restore what `state_dict` returned.
-
-        Args:
-            path: path of the checkpoint, for messages.
+        """Restore what `state_dict` returned, read from `path`.
 
         Returns:
             What cannot be as in a run that was never stopped, one sentence each.
@@ -210,11 +174,11 @@ class TrainState:
             CheckpointError: the weights do not fit, or the data set has changed.
         """
         stage = self.stage
-        if state.get("train_images") != stage.about.train_images:
+        images, images_before = stage.about.train_images, state.get("train_images")
+        if images != images_before:
             raise CheckpointError(
-                f"the data set has {stage.about.train_images} training images now, and "
-                f"{state.get('train_images')} when the run began: resume with the same data, or "
-                "start another run"
+                f"the data set has {images} training images now, and {images_before} when the run "
+                "began: resume with the same data, or start another run"
             )
         fill(stage.model, state["training_model"], path)
         if stage.average:
@@ -223,18 +187,17 @@ class TrainState:
         load_optimizer(stage.optimizer, state["optimizer"])
         if state["scaler"]:  # empty if the precision needed none
             stage.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.lr = state["epoch"], state["lr"]
-        self.best = state["best"]
+        self.epoch, self.lr, self.best = state["epoch"], state["lr"], state["best"]
         now, before = computed_by(stage.device, stage.amp_dtype), state["computed_by"]
         differences = [] if now == before else [f"this is {now}, it was {before}: rounding differs"]
         return differences + self._restore_place(state) + self._restore_process(state["processes"])
 
     def _restore_place(self, state: Mapping[str, Any]) -> list[str]:
-        """Restore the step and the schedule, also if steps are of another size now."""
+        """Restore the step and the schedule, even if the batch size has changed."""
         stage = self.stage
         batch = distributed.processes() * stage.loader.batch_size
         batch_before = len(state["processes"]) * state["batch_size"]
-        # Rounded down: a few images of the epoch may be used again.
+        # Rounded down: a few images may be used twice in this epoch.
         self.step = min(stage.steps, state["step"] * batch_before // batch)
         if state["step"] == state["steps"]:
             self.step = stage.steps
@@ -254,10 +217,12 @@ class TrainState:
 
     def _restore_process(self, processes: list[dict[str, Any]]) -> list[str]:
         """Restore the random states and sums of this process."""
+        device = self.stage.device
         if len(processes) == distributed.processes():
-            own = processes[distributed.rank()]
-            self.totals = own["totals"]
-            restore_rng(own["rng"], self.stage.device)
+            self.totals, rng = (processes[distributed.rank()][key] for key in ("totals", "rng"))
+            torch.set_rng_state(rng["torch"])
+            if device.type == "cuda" and "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"], device)
             return []
         self.totals = {}
         if distributed.is_first():
@@ -271,7 +236,7 @@ class TrainState:
 
 
 def fit(stage: Stage, run: Run) -> dict[str, Any]:
-    """Train a stage to its end, from where it stopped; return its best epoch and the scores."""
+    """Train a stage to its end, from where it stopped; return its best epoch and its scores."""
     state = TrainState(stage)
     resumed = run.resumed if run.resumed and run.resumed["stage"] == stage.number else None
     differences = state.load_state_dict(resumed, run.folder / LAST) if resumed else []
@@ -286,13 +251,13 @@ def fit(stage: Stage, run: Run) -> dict[str, Any]:
         print(f"resuming after {state.place()}")
     for difference in differences:
         print(f"note: {difference}")
-    # Beside the model, whose weights keep their names. A smaller last batch gets a graph of its
-    # own: one graph for all sizes would make every step slower.
+    # Apart from the model, since wrappers rename its weights. A smaller last batch is compiled on
+    # its own: one graph for all sizes would make every step slower.
     forward = distributed.parallel(stage.model, stage.device)
     forward = torch.compile(forward, dynamic=False) if run.args.compile else forward
     while state.epoch < stage.epochs:
         train_and_validate(state, run, guard, forward)
-        # Last of all: what the epoch wrote is written again if the run is killed before this.
+        # Last of all: a run that is killed before this writes the epoch's results again.
         guard.save()
     return state.best
 
@@ -304,68 +269,64 @@ def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Mo
     title = f"{stage.name}epoch {epoch}/{stage.epochs}"
     meter = stage.meter() if stage.meter else None
     rates = train_one_epoch(state, guard, forward, meter, title, args.steps_loss)
-    due = epoch % args.val_every == 0 or epoch == stage.epochs
     found = None
-    if due:
+    if epoch % args.val_every == 0 or epoch == stage.epochs:
         distributed.share_buffers(stage.scored)
         batches = guard.validation_batches(stage.val_loader, state.totals["left_out"])
         found = stage.validate(stage.scored, batches, f"{title}, validation")
     row = {"stage": stage.number} if stage.number else {}
     row |= {"epoch": epoch, "lr": state.lr} | state.end_epoch(meter) | rates
-    row |= found.columns if found else {}
-    improved = found is not None and (
-        state.best["epoch"] == 0 or found.best[stage.score] > state.best[stage.score]
-    )
-    if improved:
-        state.best = {"epoch": epoch} | found.best
+    files, pictures = {}, []
+    if found:
+        row |= found.columns
+        if state.best["epoch"] == 0 or found.best[stage.score] > state.best[stage.score]:
+            state.best = {"epoch": epoch} | found.best
+            files |= stage.best_files
+        # About ten times in a stage: TensorBoard shows no more, and they would fill the disk.
+        every = max(1, stage.epochs // args.val_every // 10)
+        if epoch == stage.epochs or epoch // args.val_every % every == 0:
+            pictures = found.pictures
     row["seconds"] = time.perf_counter() - started
-
-    files = dict(stage.best_files) if improved else {}
     if args.epochs_save and epoch % args.epochs_save == 0:
         files[f"stage{stage.number}-epoch{epoch:03d}.pth"] = on_cpu
-    # TensorBoard shows ten pictures of a kind; more would only fill the disk.
-    every = max(1, stage.epochs // args.val_every // 10)
-    shown = due and (epoch == stage.epochs or epoch // args.val_every % every == 0)
 
     def record() -> None:
         for name, weights in files.items():
             run.save_network(state.checkpoint() | {"model": weights(stage.scored)}, name)
-        run.record(row, stage.epochs_before + epoch, found.pictures if shown else [])
+        run.record(row, stage.epochs_before + epoch, pictures)
 
     distributed.first(record)
     print(f"{title}: {describe(row)}", flush=True)
 
 
 def train_one_epoch(
-    state: TrainState,
-    guard: Guard,
-    forward: nn.Module,
-    meter: Meter | None,
-    title: str,
+    state: TrainState, guard: Guard, forward: nn.Module, meter: Meter | None, title: str,
     steps_loss: int,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Train on every batch once, from the step that `state` has reached.
 
     Args:
-        forward: runs the model: itself, compiled, or in parallel.
-        meter: scores the predictions in training.
+        forward: the model itself, compiled, or in parallel.
+        meter: scores the training predictions.
         title: title of the progress bar.
         steps_loss: steps between lines of progress in a log; 0 for none.
 
     Returns:
-        "images_per_second" of all processes, and "data_wait", the share of the time in which the
-        device had to wait for data.
+        "images_per_second" over all processes, and "data_wait", the share of the time in which the
+        device waited for data.
     """
     stage, loader, processes = state.stage, state.stage.loader, distributed.processes()
     stage.model.train()
-    # Epochs are counted over all stages: no two of them have the same order of images.
+    # Counted over all stages, so that no two epochs have the same order of images.
     epoch = stage.epochs_before + state.epoch + 1
     loader.sampler.begin(epoch, state.step * loader.batch_size)
     state.begin_epoch(meter)
     waiting = Waiting(stage.device)
 
+    # Without `progress`, which would make a cycle. The workers of a loader end at once if it is
+    # freed with the last reference to it, but not if the garbage collector frees it.
     def scores() -> dict[str, Any]:
-        return state.scores(meter) | {"data_wait": waiting.seconds() / progress.seconds}
+        return state.scores(meter) | {"data_wait": waiting.share()}
 
     batch_size, images = processes * loader.batch_size, len(loader.dataset)
     progress = Progress(title, images, stage.steps, state.step, batch_size, steps_loss, scores)
@@ -381,8 +342,7 @@ def train_one_epoch(
             guard.note_loss(loss, batch.indices)
             progress.step(processes * len(batch.images))
     guard.check_finite()  # before anything is scored or saved
-    wait = min(1.0, waiting.seconds() / progress.seconds)
-    return {"images_per_second": progress.images_per_second, "data_wait": wait}
+    return {"images_per_second": progress.images_per_second, "data_wait": waiting.share()}
 
 
 def train_step(state: TrainState, forward: nn.Module, meter: Meter | None, batch: Batch) -> Tensor:
@@ -395,17 +355,17 @@ def train_step(state: TrainState, forward: nn.Module, meter: Meter | None, batch
     loss = stage.loss(outputs, labels)
     stage.optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
-    scale = scaler.scale(torch.ones((), device=device))  # a tensor, so that nothing waits for it
+    scale = scaler.scale(torch.ones((), device=device))  # unlike get_scale(), this does not wait
     scaler.step(stage.optimizer)
     scaler.update()
     if scaler.is_enabled() and distributed.is_first():
-        # The scale falls when gradients were not finite and all processes skipped the step.
+        # The scale falls if gradients were not finite, and then all processes skip the step.
         totals["skipped_steps"] += scaler.scale(torch.ones((), device=device)) < scale
     stage.scheduler.step()
     if stage.average:
         stage.average.update_parameters(stage.network)
     state.step += 1
-    # The loss of a process is its share of the batch's; their mean is that of the whole batch.
+    # The mean over the processes is the loss of the whole batch: see utils/losses.py.
     totals["loss"] += loss.detach() * len(images)
     totals["images"] += len(images)
     if meter is not None:
@@ -415,7 +375,7 @@ def train_step(state: TrainState, forward: nn.Module, meter: Meter | None, batch
 
 
 def computed_by(device: torch.device, amp_dtype: torch.dtype | None) -> str:
-    """Return what rounding depends on: results are the same bit for bit only if this is equal."""
+    """Return what rounding depends on: results repeat bit for bit only where this is equal."""
     what = f"torch {torch.__version__} in {amp_dtype or 'full precision'} on "
     if device.type == "cuda":
         return what + torch.cuda.get_device_name(device)
@@ -426,18 +386,3 @@ def computed_by(device: torch.device, amp_dtype: torch.dtype | None) -> str:
 def seed_process(seed: int) -> None:
     """Give each process random numbers of its own; the first has those of a single process."""
     torch.manual_seed(seed + 1_000_003 * distributed.rank())
-
-
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """Return every random state that training on a device draws from."""
-    state = {"torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_rng(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Restore what `rng_state` returned, as far as it applies to the device."""
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

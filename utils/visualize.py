@@ -20,7 +20,7 @@ Colors = Sequence[Sequence[int]]  # RGB, 0 to 255, of each class
 def strip(
     image: Tensor, prediction: Tensor, label: Tensor, colors: Colors, height: int = 256
 ) -> Tensor:
-    """Show image, 3 x h x w, prediction and label, both H x W of any size, side by side.
+    """Put an image, 3 x h x w, beside its prediction and its label, both H x W of any size.
 
     Returns:
         3 x height x 3 width, uint8, on the CPU; `height` is limited by that of the image.
@@ -34,11 +34,7 @@ def strip(
 
 
 def captioned(image: Tensor, caption: str, right: bool) -> Tensor:
-    """Add a line of text below an image, 3 x H x W, uint8; green if it is right, else red.
-
-    Returns:
-        3 x (H + 16) x W, uint8.
-    """
+    """Add a line below an image, 3 x H x W to 3 x (H + 16) x W, uint8; green if right, else red."""
     picture = to_pil_image(image.cpu())
     page = Image.new("RGB", (picture.width, picture.height + 16), "white")
     page.paste(picture)
@@ -48,7 +44,7 @@ def captioned(image: Tensor, caption: str, right: bool) -> Tensor:
 
 
 def paint(labels: Tensor, colors: Colors) -> Image.Image:
-    """Return classes, H x W, uint8, on the CPU, as a picture with a palette; others are black."""
+    """Return labels, H x W, uint8, on the CPU, as a picture with a palette; others are black."""
     picture = Image.fromarray(labels.numpy())
     picture.putpalette([value for color in colors for value in color])
     return picture
@@ -85,18 +81,14 @@ def legend(names: Sequence[str], colors: Colors, width: int) -> Image.Image:
 def write_video(
     path: str | os.PathLike, rate: Fraction | int, pictures: Iterable[Image.Image]
 ) -> int:
-    """Write an MP4 file with PyAV, whole or not at all; without pictures there is no file.
+    """Write pictures as an MP4 file with PyAV, whole or not at all; if there are none, no file.
 
     Args:
-        path: file to write.
         rate: pictures per second.
-        pictures: pictures; all get the size of the first.
+        pictures: pictures; all are padded or cropped to the size of the first.
 
     Returns:
         The number of pictures.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     import av
 
@@ -108,7 +100,7 @@ def write_video(
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         # MPEG-4 counts time in at most 65,535 parts of a second.
         stream = container.add_stream(codec, Fraction(rate).limit_denominator(65_535))
-        stream.pix_fmt = "yuv420p"  # which stores one colour for 2x2 pixels
+        stream.pix_fmt = "yuv420p"  # which needs an even size
         stream.width, stream.height = (length // 2 * 2 for length in first.size)
         count = 0
         for picture in chain([first], pictures):
