@@ -246,10 +246,10 @@ def test_a_full_disk_keeps_the_old_picture_and_says_why(tmp_path, codec):
     path, picture = tmp_path / "a.img", Image.effect_noise((64, 64), 50)
     path.write_text("old")
     with full_disk(500), pytest.raises(OSError) as caught:
-        save_result(path, lambda file: picture.save(file, codec))
+        save_result(tmp_path, path.name, lambda file: picture.save(file, codec))
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
     assert path.read_text() == "old" and names(tmp_path) == ["a.img"]
-    save_result(path, lambda file: picture.save(file, codec))
+    save_result(tmp_path, path.name, lambda file: picture.save(file, codec))
     assert Image.open(path).format == codec
 
 
