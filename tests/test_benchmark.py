@@ -61,5 +61,3 @@ def test_the_tool_prints_tables(script):
     forms = [row[-6] for row in rows if len(row) >= 7]
     assert {"eager", "eager half", "compiled", "onnx", "deployed"} <= set(forms)
     assert "failed" not in result.out
-    rates = re.findall(r"^\| `(\S+\.py.*)` \| ([\d.]+) \|", result.out, re.MULTILINE)
-    assert len(rates) == 6 and all(float(rate) > 0 for _, rate in rates)

@@ -1,31 +1,22 @@
-"""Measure LEDNet beside its peers, and the programs, on this machine; print markdown tables.
+"""Measure LEDNet beside its peers on this machine; print markdown tables.
 
     pip install -r requirements-dev.txt
     python tools/benchmark.py | tee benchmarks.md           on the CPU
     python tools/benchmark.py --device cuda                 on a GPU
     python tools/benchmark.py --networks "LEDNet D = 20"    one network
-    python tools/benchmark.py --only programs               training and evaluation
 
-Networks: each runs in several forms, beside pytorchcv's LEDNet in eager PyTorch, the reference. All
+Each network runs in several forms, beside pytorchcv's LEDNet in eager PyTorch, the reference. All
 take turns, two passes each, of which the second is timed, so that every ratio is of medians over
 the same stretch of time. Within a table all forms return the same output. Peers come from the
-package pytorchcv, with random weights, which do not change their speed.
-
-Programs: main.py, lednet_imagenet.py and eval_cityscapes_server.py run on drawn images of the size
-of Cityscapes' and ImageNet's, and report their own rates.
-
-Rows are printed as they are measured.
+package pytorchcv, with random weights, which do not change their speed. Rows are printed as they
+are measured. The programs report their own rates of training and scoring.
 """
 
 import argparse
-import csv
 import ctypes
 import gc
-import json
-import os
 import platform
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,12 +32,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from datasets.drawn.shapes import make_shapes
-from datasets.drawn.streets import make_synthetic
 from models.deployed import compiled_for, deploy
 from models.lednet import LEDNet
 from utils.arguments import ArgumentParser, positive_float
-from utils.errors import UserError, one_line
+from utils.errors import one_line
 from utils.onnx import MissingExtra, OnnxNetwork, export_onnx
 from utils.script import pick_device, run_script
 from utils.speed import InPrecision, count_multiply_adds, count_parameters
@@ -118,7 +107,6 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--device", default="cpu", help="cpu, cuda, cuda:1; default %(default)s")
-    add("--only", choices=("networks", "programs"), help="default: both")
     add("--networks", nargs="+", choices=[*OURS, *PEERS], metavar="NAME",
         help="networks to measure; default: all")
     add("--seconds", type=positive_float, default=10,
@@ -134,11 +122,8 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
     print(f"{device_title(device)}; torch {torch.__version__}; {date.today()}; `{command}`")
-    if args.only != "programs":
-        for case in CASES["quick" if args.quick else device.type]:
-            print_networks(args.networks or [*OURS, *PEERS], case, device, args.seconds)
-    if args.only != "networks":
-        print_programs(device, args.quick)
+    for case in CASES["quick" if args.quick else device.type]:
+        print_networks(args.networks or [*OURS, *PEERS], case, device, args.seconds)
 
 
 def device_title(device: torch.device) -> str:
@@ -150,9 +135,6 @@ def device_title(device: torch.device) -> str:
         if line.startswith("model name")
     ]
     return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-# Networks
 
 
 def print_networks(names: list[str], case: Case, device: torch.device, seconds: float) -> None:
@@ -322,76 +304,6 @@ def process_memory(field: str) -> int:
     """Return a field of /proc/self/status in bytes: VmRSS, memory held, or VmHWM, its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-# Programs
-
-
-def print_programs(device: torch.device, quick: bool) -> None:
-    """Run the programs on drawn images, and print a table of the rates that they report."""
-    on_gpu, cores = device.type == "cuda", os.cpu_count() or 1
-    scenes, jpegs = (96, 1500) if on_gpu and not quick else (10, 16)
-    titles, options = program_options(on_gpu, quick)
-    with tempfile.TemporaryDirectory() as name:
-        folder, height, size = Path(name), 64 if quick else 1024, (40, 48) if quick else (375, 500)
-        make_synthetic(folder / "scenes", {"train": scenes, "val": 2}, height, workers=cores)
-        make_shapes(folder / "jpegs", {"train": jpegs, "val": 2}, size, workers=cores)
-        print("\n### Programs\n")
-        for script, common in options.items():
-            print(f"- `{script}` ran with `{common}`")
-        print("\n| command | images/s | waiting for data |\n| --- | --- | --- |", flush=True)
-        for number, title in enumerate(titles):
-            script = title.split()[0]
-            output = f"--json {number}.json --save-results results{number}"
-            output = output if script.startswith("eval") else f"--savedir {number}"
-            run_program(f"{title} {options[script]} --device {device} {output}", folder)
-            rate, waiting = rates_of(folder, number)
-            print(f"| `{title}` | {rate:.2f} | {waiting} |", flush=True)
-
-
-def program_options(on_gpu: bool, quick: bool) -> tuple[list[str], dict[str, str]]:
-    """Return the commands to compare, and for each script the options of all its commands."""
-    titles = [f"main.py --cache {cache}" for cache in ("off", "ram", "cache")]
-    titles += ["lednet_imagenet.py", "eval_cityscapes_server.py"]
-    if on_gpu:
-        titles += ["main.py --cache ram --compile", "main.py --cache ram --preset cityscapes"]
-        titles += ["eval_cityscapes_server.py --runtime compiled --precision float16"]
-    else:
-        titles += ["eval_cityscapes_server.py --runtime onnx"]
-    scene_batch, jpeg_batch, workers = (16, 256, os.cpu_count()) if on_gpu else (5, 16, 0)
-    scene_batch, jpeg_batch = (2, 4) if quick else (scene_batch, jpeg_batch)
-    training = f"--epochs 3 --val-every 3 --workers {workers}"
-    height, size = (" --height 64", " --size 32") if quick else ("", "")
-    return titles, {
-        "main.py": f"--dataset cityscapes --datadir scenes --decoder --batch-size {scene_batch} "
-        f"{training}{height}",
-        "lednet_imagenet.py": f"--datadir jpegs --lr 0.001 --batch-size {jpeg_batch} "
-        f"--epochs 3 --workers {workers}{size}",
-        "eval_cityscapes_server.py": "--checkpoint save/0/best.pth --datadir scenes --subset train",
-    }
-
-
-def run_program(command: str, folder: Path) -> None:
-    """
-    Raises:
-        UserError: the program fails.
-    """
-    script, *options = shlex.split(command)
-    result = subprocess.run(
-        [sys.executable, ROOT / script, *options], cwd=folder, capture_output=True, text=True
-    )
-    if result.returncode != 0:
-        raise UserError(f"{command} fails: {(result.stderr.strip().splitlines() or [''])[-1]}")
-
-
-def rates_of(folder: Path, number: int) -> tuple[float, str]:
-    """Return the images per second of a program, and the share of time spent waiting for data."""
-    figures = folder / f"{number}.json"
-    if figures.exists():
-        return json.loads(figures.read_text())["scored_images_per_second"], ""
-    with (folder / "save" / str(number) / "log.csv").open(newline="") as file:
-        *_, last = csv.DictReader(file)  # earlier epochs start workers
-    return float(last["images_per_second"]), f"{float(last['data_wait']):.0%}"
 
 
 if __name__ == "__main__":
