@@ -59,7 +59,7 @@ def parse_args() -> Namespace:
     add("--datadir", type=file_path, metavar="DIR",
         help="data set it was trained on; default: none, only size and speed are measured")
     add("--subset", default="val", help="train, val, test or another split; default %(default)s")
-    add("--height", type=positive_int, help="height of the input; default: as in training, or 512")
+    add("--height", type=positive_int, help="of the input; default: as in training, or 512")
     add("--apn-channels", "--D", type=positive_int,
         help="width D of the decoder, without a checkpoint; default 20")
     add("--save-results", type=file_path, metavar="DIR",
@@ -68,7 +68,8 @@ def parse_args() -> Namespace:
     add("--runtime", choices=("torch", "compiled", "onnx"), default="torch",
         help="torch: as trained; compiled: fused, through torch.compile; onnx: in ONNX Runtime "
         "on the CPU; default %(default)s")
-    add("--precision", choices=PRECISIONS, default="float32", help="default %(default)s")
+    add("--precision", choices=PRECISIONS, default="float32",
+        help="of the computation; default %(default)s")
     add("--batch-size", type=positive_int, help="images scored at once; default 1, on a GPU 8")
     add("--workers", "--num-workers", type=natural_int,
         help="processes that load images, and threads that write results; default 0 on a CPU, "

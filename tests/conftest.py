@@ -1,7 +1,7 @@
 """What the tests share: small drawn data sets, short runs, and ways to run programs."""
 
 import csv
-import io
+import fcntl
 import itertools
 import multiprocessing
 import os
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx_ir
 import pytest
 from PIL import Image
 
@@ -288,34 +289,24 @@ def street_network(tmp_path_factory) -> Path:
     return path
 
 
-@dataclass
-class Exported:
-    """The shipped network as logits.onnx and labels.onnx in a folder; not to be changed.
-
-    Attributes:
-        programs: what torch.onnx.export returned, by the name of the output.
-        printed: what export.py printed.
-    """
-
-    folder: Path
-    programs: dict
-    printed: str
-
-
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory) -> Exported:
-    folder, programs, printed = tmp_path_factory.mktemp("onnx"), {}, io.StringIO()
-    export = torch.onnx.export
+def exported(tmp_path_factory) -> Path:
+    """A folder of the shipped network as logits.onnx and labels.onnx, and of what export.py printed
+    as logits.txt and labels.txt; not to be changed.
 
-    def recording(*args, output_names, **options):
-        programs[output_names[0]] = export(*args, output_names=output_names, **options)
-        return programs[output_names[0]]
-
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-        patch.setattr(torch.onnx, "export", recording)
+    All workers of pytest-xdist share it: an export takes 10 seconds and more.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         for name, options in (("logits", ()), ("labels", ("--labels",))):
-            assert run_script("export.py", "--output", folder / f"{name}.onnx", *options) == 0
-    return Exported(folder, programs, printed.getvalue())
+            path = folder / f"{name}.onnx"
+            if not path.exists():
+                with path.with_suffix(".txt").open("w") as printed, redirect_stdout(printed):
+                    assert run_script("export.py", "--output", path, *options) == 0
+    return folder
 
 
 @pytest.fixture
@@ -325,7 +316,9 @@ def quick_export(exported, monkeypatch) -> None:
 
     def export(model, *args, output_names, **options):
         assert same_weights(model.state_dict(), weights)
-        return exported.programs[output_names[0]]
+        program = torch.onnx.ONNXProgram(onnx_ir.load(exported / f"{output_names[0]}.onnx"), None)
+        program.model.metadata_props.clear()
+        return program
 
     monkeypatch.setattr(torch.onnx, "export", export)
 
