@@ -9,6 +9,7 @@ import logging
 import math
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,27 @@ FREE = {"savedir", "datadir", "cache", "resume", "workers", "checkpoint_minutes"
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
-    """Return what differs between two folders of finished runs, one sentence each."""
-    names, expected = files_of(folder), files_of(reference)
-    found = [f"{name} is missing" for name in sorted(expected - names)]
-    found += [f"{name} was left behind" for name in sorted(names - expected)]
-    for name in sorted(names & expected - {EVENTS}):
-        found += value_differences(read(folder / name), read(reference / name), name)
-    found += value_differences(shown(folder), shown(reference), "TensorBoard")
-    return found
+    """Return what differs between two folders of finished runs; `reference` must never change."""
+    return list(value_differences(content_of(folder), content_of_reference(reference)))
 
 
-def files_of(folder: Path) -> set[str]:
-    """Return the names of a run's files, without the copy of an earlier checkpoint and the lock."""
-    names = {path.name for path in folder.iterdir()} - {"previous.pth", ".lock"}
-    return {EVENTS if name.startswith(EVENTS) else name for name in names}
+def content_of(folder: Path) -> dict[str, Any]:
+    """Return the content of a run's files, and what TensorBoard shows of it.
+
+    The copy of an earlier checkpoint and the lock say nothing about how a run ended.
+    """
+    paths = [path for path in folder.iterdir() if path.name not in ("previous.pth", ".lock")]
+    files = {path.name: read(path) for path in paths if not path.name.startswith(EVENTS)}
+    return files | {"TensorBoard": shown(folder)}
+
+
+content_of_reference = cache(content_of)
 
 
 def read(path: Path) -> Any:
     """Return the content of a checkpoint, a log or a JSON file, or say why it cannot be read."""
+    if path.suffix not in (".pth", ".csv", ".json") or path.name.startswith("."):
+        return None
     try:
         if path.suffix == ".pth":
             with zipfile.ZipFile(path) as archive:
@@ -78,28 +82,29 @@ def shown(folder: Path) -> dict[str, dict[int, list[Any]]]:
     return found
 
 
-def value_differences(value: Any, expected: Any, where: str) -> Iterator[str]:
+def value_differences(value: Any, expected: Any, *where: object) -> Iterator[str]:
     """Say where two nests of dicts, lists, tensors and plain values differ."""
+    place = ": ".join(map(str, where))
     if isinstance(value, dict) and isinstance(expected, dict):
-        for key in value.keys() | expected.keys():
-            if key not in CLOCK | FREE:
-                if key in value and key in expected:
-                    yield from value_differences(value[key], expected[key], f"{where}: {key}")
-                else:
-                    yield f"{where}: {key} is {'new' if key in value else 'missing'}"
+        for key in sorted((value.keys() | expected.keys()) - CLOCK - FREE, key=str):
+            if key in value and key in expected:
+                yield from value_differences(value[key], expected[key], *where, key)
+            else:
+                change = "was left behind" if key in value else "is missing"
+                yield f"{': '.join(map(str, (*where, key)))} {change}"
     elif isinstance(value, list | tuple) and isinstance(expected, list | tuple):
         if len(value) != len(expected):
-            yield f"{where} has {len(value)} values, not {len(expected)}"
-        for place, pair in enumerate(zip(value, expected, strict=False)):
-            yield from value_differences(*pair, f"{where}: {place}")
+            yield f"{place} has {len(value)} values, not {len(expected)}"
+        for number, pair in enumerate(zip(value, expected, strict=False)):
+            yield from value_differences(*pair, *where, number)
     elif isinstance(value, Tensor) and isinstance(expected, Tensor):
         if value.dtype != expected.dtype or not torch.equal(value, expected):
-            yield f"{where} differs"
+            yield f"{place} differs"
     elif isinstance(value, bytes) or isinstance(expected, bytes):
         if value != expected:
-            yield f"{where} differs"
+            yield f"{place} differs"
     elif value != expected and not (is_nan(value) and is_nan(expected)):
-        yield f"{where} is {value}, not {expected}"
+        yield f"{place} is {value}, not {expected}"
 
 
 def is_nan(value: Any) -> bool:

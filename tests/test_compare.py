@@ -109,6 +109,6 @@ def test_missing_and_extra_files_are_found(reference, copy):
     (copy / "best.pth").unlink()
     (copy / ".last.pth-0123abcd.unfinished.pth").write_text("")
     assert differences(copy, reference) == [
-        "best.pth is missing",
         ".last.pth-0123abcd.unfinished.pth was left behind",
+        "best.pth is missing",
     ]

@@ -19,6 +19,7 @@ from utils.interrupts import Guard
 
 MAIN, CLASSIFIER = "main.py", "lednet_imagenet.py"
 OFTEN = ("--checkpoint-minutes", 0)  # a checkpoint after every step
+SELDOM = ("--checkpoint-minutes", 10)
 STRONG = (
     *("--height", 64, "--batch-size", 2, "--D", 4, "--augment", "strong", "--loss", "ohem"),
     *("--ema", "--iouTrain", "--workers", 0),
@@ -85,7 +86,6 @@ def command(recipe: str, folder: Path) -> str:
     ("recipe", "place"),
     [
         ("two stages", "step 2 of epoch 1 of stage 1"),
-        ("two stages", "step 3 of epoch 1 of stage 1"),
         ("two stages", "step 1 of epoch 2 of stage 2"),
         ("one stage", "step 1 of epoch 1 of stage 2"),
         ("one stage", "step 2 of epoch 2 of stage 2"),
@@ -93,7 +93,6 @@ def command(recipe: str, folder: Path) -> str:
         ("published classifier", "step 2 of epoch 1"),
         ("published classifier", "step 3 of epoch 2"),
         ("modern classifier", "step 1 of epoch 2"),
-        ("modern classifier", "step 3 of epoch 1"),
     ],
 )
 def test_stopped_by_sigterm_after_any_step(start, resumed, tmp_path, capsys, recipe, place):
@@ -186,7 +185,7 @@ def killed(start, tmp_path, monkeypatch) -> Callable[..., Path]:
     ],
 )
 def test_killed_after_a_checkpoint_within_an_epoch(killed, resumed, recipe, place):
-    resumed(recipe, killed(recipe, "last.pth", place, True, *OFTEN))
+    resumed(recipe, killed(recipe, "last.pth", place, True, *OFTEN), *SELDOM)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,6 @@ def test_killed_after_a_checkpoint_within_an_epoch(killed, resumed, recipe, plac
     [
         ("two stages", 1, 1, True),
         ("two stages", 2, 1, True),
-        ("two stages", 2, 2, False),
         ("one stage", 2, 1, False),  # nothing was saved
         ("published classifier", 0, 1, True),
         ("modern classifier", 0, 2, False),
@@ -222,7 +220,7 @@ def test_killed_by_sigkill(start, resumed, tmp_path, recipe):
     with after_step(f"step 2 of epoch 2{suffix}", send(signal.SIGKILL)):
         run = Forked(lambda: start(recipe, folder, *OFTEN), tmp_path)
         assert run.finish().status == -signal.SIGKILL
-    assert f"resuming after step 1 of epoch 2{suffix}" in resumed(recipe, folder)
+    assert f"resuming after step 1 of epoch 2{suffix}" in resumed(recipe, folder, *SELDOM)
 
 
 def test_tensorboard_shows_each_epoch_once(killed, resumed):
@@ -239,7 +237,7 @@ def test_tensorboard_shows_each_epoch_once(killed, resumed):
         }, tag  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", ["cut short", "flipped bit", "removed"])
+@pytest.mark.parametrize("damage", ["flipped bit", "removed"])
 def test_a_damaged_checkpoint_costs_a_step_and_changes_nothing(
     start, whole, tmp_path, capsys, damage
 ):
@@ -248,13 +246,10 @@ def test_a_damaged_checkpoint_costs_a_step_and_changes_nothing(
         start(recipe, folder, *OFTEN)
     last = folder / "last.pth"
     content = bytearray(last.read_bytes())
-    if damage == "removed":
-        last.unlink()
-    else:
-        content[len(content) // 2] ^= 1
-        last.write_bytes(content[: len(content) // 2] if damage == "cut short" else content)
+    content[len(content) // 2] ^= 1
+    last.unlink() if damage == "removed" else last.write_bytes(content)
     capsys.readouterr()
-    assert run_script(CLASSIFIER, "--savedir", folder, "--resume") == 0
+    assert run_script(CLASSIFIER, "--savedir", folder, "--resume", *SELDOM) == 0
     assert f"going on from {folder}/previous.pth" in capsys.readouterr().out
     left = ["damaged-last.pth was left behind"] if damage != "removed" else []
     assert differences(folder, whole(recipe)) == left
