@@ -1,9 +1,4 @@
-"""Faults: real damage to short real runs, at random moments.
-
-python -m pytest tests/faults -m slow                          some trials of each fault
-python -m pytest tests/faults -m slow --fault-tries full       all of docs/reliability.md
-python -m pytest tests/faults -m slow --fault-seed 1           at other moments
-"""
+"""Options and fixtures of the trials of faults; docs/reliability.md says how to run them."""
 
 import math
 import sys

@@ -61,15 +61,18 @@ class Trial(Processes):
     ) -> Result:
         """Start or resume a run, and disturb it at a random moment; return how it ended.
 
-        Then, `when` must hold too. A new run that ended before is started again, and disturbed
-        earlier.
+        In every other trial this is after the first step, which start-up would often precede. Then,
+        `when` must hold too. A new run that ended before is started again, and disturbed earlier.
         """
-        moment = self.random.uniform(0, program.seconds)
+        after_step = self.number % 2 == 0
+        moment = self.random.uniform(0, program.seconds / (2 if after_step else 1))
         for _ in range(8):
             resumed = (self.folder / "args.json").exists()
             process = self.start(program.command(self.folder, *more))
+            if after_step:
+                wait_until(lambda p=process: p.ended() or PROGRESS.search(p.out()))
             wait_until(process.ended, moment)
-            wait_until(lambda process=process: process.ended() or when(process))
+            wait_until(lambda p=process: p.ended() or when(p))
             running = not process.ended()
             if running:
                 strike(process)
