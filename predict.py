@@ -118,15 +118,17 @@ def main() -> None:
                 film = files.result_path(output, f"overlays/{name}.mp4")
                 done += write_video(film, rate, starmap(draw, segmented))
         writer.finish()
+    broken = len(failures)
     for message in writer.failures:
         fail(message)
     seconds = time.perf_counter() - started
     print(
-        f"{done} pictures of {len(inputs) - len(failures)} files in {seconds:.1f} s, "
+        f"{done} pictures of {len(inputs) - broken} files in {seconds:.1f} s, "
         f"{done / seconds:.1f} images/s end to end, on {device} at a height of {height}: {output}"
     )
     if failures:
-        print(f"{len(failures)} of {len(inputs)} files failed: see above", file=sys.stderr)
+        unsaved = f", {len(writer.failures)} results were not saved" if writer.failures else ""
+        print(f"{broken} of {len(inputs)} files failed{unsaved}: see above", file=sys.stderr)
         sys.exit(1)
 
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageSequence
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -155,8 +154,3 @@ def open_video(path: str) -> Iterator["av.container.InputContainer"]:  # noqa: F
             yield container
     except (av.FFmpegError, OSError) as error:
         raise DatasetError(f"{path} cannot be read as a video ({error.strerror})") from error
-
-
-def stack(frames: Sequence[Frame]) -> Tensor:
-    """Stack the resized images of frames of one size into a batch."""
-    return torch.stack([frame.resized for frame in frames])

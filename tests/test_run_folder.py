@@ -20,6 +20,7 @@ from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.files import WriteError
 from utils.run_folder import (
     FolderInUse,
+    FolderLocked,
     NoRun,
     check_free,
     load_run,
@@ -113,7 +114,7 @@ def test_a_folder_belongs_to_one_run_until_its_process_ends(tmp_path):
 
     other = Forked(hold, tmp_path)
     other.wait_for("locked")
-    with pytest.raises(FolderInUse, match="another run is writing into"):
+    with pytest.raises(FolderLocked, match="another run is writing into"):
         with open_run(options(folder)):
             pass
     assert folder.is_dir()

@@ -4,7 +4,7 @@
 class UserError(Exception):
     """The user asked for something that cannot be done; the message is one line.
 
-    It says what is wrong. Which option mends it is for the script to say: see `utils.script.run`.
+    It says what is wrong. The script adds which option mends it: see `utils.script.run_script`.
     """
 
 

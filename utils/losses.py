@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datasets.images import IGNORE_INDEX
+from datasets.segmentation import resize_label
 from utils import distributed
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits, labels -> scalar
@@ -81,9 +82,7 @@ def with_auxiliary(loss: Loss, share: float) -> Callable[[tuple[Tensor, Tensor],
 
     def total(outputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         logits, auxiliary = outputs
-        # As bytes, since nearest-exact does not take int64.
-        planes = labels[:, None].to(torch.uint8)
-        smaller = F.interpolate(planes, auxiliary.shape[-2:], mode="nearest-exact")[:, 0].long()
+        smaller = resize_label(labels, auxiliary.shape[-2:])
         return loss(logits, labels) + share * loss(auxiliary, smaller)
 
     return total

@@ -29,7 +29,7 @@ from utils.files import WriteError
 from utils.interrupts import Diverged
 from utils.losses import LOSSES
 from utils.optim import SCHEDULES
-from utils.run_folder import BEST, FolderInUse, NoRun, read_args, run_path
+from utils.run_folder import BEST, FolderInUse, FolderLocked, NoRun, read_args, run_path
 from utils.script import WorkerDied
 
 # Where the embedded data sets are drawn.
@@ -49,7 +49,8 @@ ADVICE = {
     Diverged: "start another run with a smaller --lr",
     EncoderOnly: "give it as --pretrained-encoder",
     WrongWidth: "give --apn-channels as it was trained, or another file",
-    FolderInUse: "wait for its end, go on with --resume, or give another --savedir",
+    FolderInUse: "continue it with --resume, or give another --savedir",
+    FolderLocked: "wait for its end, or give another --savedir",
     NoRun: "give the --savedir of a run, or leave --resume out",
     WriteError: "make room, or give a --savedir that can be written",
 }
@@ -110,13 +111,13 @@ def one_stage(value: Any) -> dict[str, Any]:
 MACHINE = (
     Option("--workers --num-workers", natural_int, min(4, os.cpu_count() or 1),
            "processes that load data", may_change=True),
-    Option("--device", str, "auto", "auto, cpu, cuda or cuda:1", may_change=True),
+    Option("--device", str, "auto", "device: auto, cpu, cuda or cuda:1", may_change=True),
     Option("--amp", str, "auto", "mixed precision; auto: on a GPU only", may_change=True,
            shape={"choices": ("auto", "off", "bf16", "fp16")}),
     Option("--compile", "flag", False, "train through torch.compile, which takes minutes to start "
            "and pays on a GPU", may_change=True),
     Option("--seed", seed_int, 0, "seed of everything random"),
-    Option("--sync-bn", "flag", False, "batch norm over the images of all processes; GPUs only"),
+    Option("--sync-bn", "flag", False, "synchronise batch norm across processes; GPUs only"),
     Option("--skip-broken", "flag", False, "leave out images and labels that cannot be read, and "
            "count them, instead of ending the run", may_change=True),
 )  # fmt: skip
@@ -129,8 +130,6 @@ OUTPUT = (
            "epoch; one more follows each epoch", may_change=True),
     Option("--steps-loss", natural_int, 50, "steps between lines of progress in a log; 0: none",
            may_change=True),
-    Option("--val-every", positive_int, 1, "epochs between validations",
-           one_stage(5), may_change=True),
     Option("--epochs-save", natural_int, 0, "epochs between weights that are kept; 0: only the "
            "last and the best", may_change=True),
 )  # fmt: skip
@@ -146,11 +145,11 @@ SEGMENTATION: Table = {
         Option("--num-epochs", positive_int, None, "epochs of each stage, in one option"),
         Option("--batch-size", positive_int, 5, "images in a step of each process",
                dict(cityscapes=12, camvid=8, quick=4), may_change=True),
-        Option("--optimizer", str, "adam", "", one_stage("adamw"),
+        Option("--optimizer", str, "adam", "optimizer", one_stage("adamw"),
                shape={"choices": ("adam", "adamw")}),
         Option("--lr", positive_float, 5e-4, "highest learning rate",
                dict(cityscapes=1e-3, camvid=2e-3, quick=0.012)),
-        Option("--weight-decay", natural_float, 1e-4, "", one_stage(0.01)),
+        Option("--weight-decay", natural_float, 1e-4, "weight decay", one_stage(0.01)),
         Option("--schedule", str, "poly", "schedule of the learning rate, by steps",
                one_stage("onecycle"), shape={"choices": tuple(SCHEDULES)}),
         Option("--loss", str, "ce", "cross entropy over all pixels (ce) or the hard ones (ohem)",
@@ -209,6 +208,8 @@ SEGMENTATION: Table = {
     "machine": MACHINE,
     "output": (
         *OUTPUT,
+        Option("--val-every", positive_int, 1, "epochs between validations", one_stage(5),
+               may_change=True),
         Option("--iouTrain", "flag", False, "measure the mIoU on training images too"),
     ),
 }  # fmt: skip
@@ -218,7 +219,7 @@ PRETRAINING: Table = {
         Option("--recipe", str, "paper", "paper: SGD, as published; modern: AdamW, one cycle, "
                "label smoothing, RandAugment and an average of the weights",
                shape={"choices": ("paper", "modern")}),
-        Option("--epochs", positive_int, 150, "", dict(shapes=18)),
+        Option("--epochs", positive_int, 150, "epochs", dict(shapes=18)),
         Option("--batch-size", positive_int, 256, "images in a step of each process",
                dict(shapes=16), may_change=True),
         Option("--lr", positive_float, 0.1, "highest learning rate",
@@ -232,6 +233,7 @@ PRETRAINING: Table = {
     "machine": MACHINE,
     "output": (
         *OUTPUT,
+        Option("--val-every", positive_int, 1, "epochs between validations", may_change=True),
         Option("--evaluate", file_path, None, "score a checkpoint on val, and do not train; "
                f"default: {BEST} of --savedir", may_change=True,
                shape={"nargs": "?", "const": True, "metavar": "FILE"}),
@@ -300,6 +302,9 @@ def settle_segmentation(args: argparse.Namespace) -> None:
     embedded = args.datadir is None or Path(args.datadir).resolve() == STREETS.resolve()
     if args.datadir is None and args.dataset not in (None, "synthetic"):
         raise UserError(f"--dataset {args.dataset} needs --datadir, the folder of the data set")
+    skips_stage_1 = args.init or args.pretrained_encoder or args.decoder
+    if skips_stage_1 and args.encoder_epochs and not args.resume:
+        raise UserError("--encoder-epochs: --init, --pretrained-encoder and --decoder skip stage 1")
     for name in ("encoder_epochs", "epochs"):
         if getattr(args, name) is None:
             setattr(args, name, args.num_epochs)
@@ -313,11 +318,11 @@ def settle_segmentation(args: argparse.Namespace) -> None:
     args.savedir = str(run_path(args.savedir, args.dataset))
     train_on = DATASETS[args.dataset].TRAIN_ON
     args.train_on = args.train_on or next(iter(train_on))
-    if args.init or args.pretrained_encoder or args.decoder:
+    if skips_stage_1:
         args.encoder_epochs = 0
 
     if needs_strong and args.augment == "paper" and not args.resume:
-        raise UserError(f"--{needs_strong[0]} belongs to --augment strong: give that as well")
+        raise UserError(f"--{needs_strong[0]} needs --augment strong")
     if args.train_on not in train_on:
         raise UserError(f"--train-on {args.train_on}: {args.dataset} has {' and '.join(train_on)}")
     for flag, size in (("--height", [args.height]), ("--crop", args.crop or [MIN_SIZE])):

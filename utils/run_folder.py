@@ -37,7 +37,11 @@ NOT_SHOWN = ("stage", "epoch", "seconds")
 
 
 class FolderInUse(UserError):
-    """The folder holds a run already, or another program is writing into it."""
+    """The folder holds a run already."""
+
+
+class FolderLocked(UserError):
+    """Another program is writing into the folder."""
 
 
 class NoRun(UserError):
@@ -90,11 +94,6 @@ class Run:
         rows, epochs = read_log(self.folder / LOG), self.epochs_done()
         if len(rows) > epochs:
             self._write_log(rows[:epochs])
-        threading.excepthook = _without_event_writer
-        with self.write_errors(self.folder / EVENTS):
-            # TensorBoard drops what earlier event files have from this step on.
-            purge = {"purge_step": epochs + 1} if self.args.resume else {}
-            self.writer = SummaryWriter(os.fspath(self.folder), **purge)
 
     def close(self) -> None:
         """Finish the event file, and restore the signal handlers."""
@@ -136,6 +135,11 @@ class Run:
         """Add an epoch to the log and to TensorBoard; `step` counts epochs over all stages."""
         self._write_log([*read_log(self.folder / LOG), dict(row)])
         with self.write_errors(self.folder / EVENTS):
+            if self.writer is None:
+                threading.excepthook = _without_event_writer
+                # TensorBoard drops what earlier event files have from this step on.
+                purge = {"purge_step": step} if self.args.resume else {}
+                self.writer = SummaryWriter(os.fspath(self.folder), **purge)
             for name, value in row.items():
                 if name not in NOT_SHOWN and not math.isnan(value):
                     self.writer.add_scalar(tensorboard_tag(name), value, step)
@@ -162,7 +166,8 @@ def open_run(args: argparse.Namespace) -> Iterator[Run]:
     """Lock the folder of a run, and read the checkpoint to resume from.
 
     Raises:
-        FolderInUse: it holds a run that is not to be resumed, or another program has locked it.
+        FolderInUse: it holds a run that is not to be resumed.
+        FolderLocked: another program is writing into it.
         CheckpointError: no checkpoint of the run can be read.
         WriteError: the folder cannot be written to.
     """
@@ -185,7 +190,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
-            raise FolderInUse(f"another run is writing into {folder}") from error
+            raise FolderLocked(f"another run is writing into {folder}") from error
         remove_unfinished(folder)
     try:
         yield

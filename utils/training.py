@@ -288,7 +288,8 @@ def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Mo
             pictures = found.pictures
     row["seconds"] = time.perf_counter() - started
     if args.epochs_save and epoch % args.epochs_save == 0:
-        files[f"stage{stage.number}-epoch{epoch:03d}.pth"] = on_cpu
+        prefix = f"stage{stage.number}-" if stage.number else ""
+        files[f"{prefix}epoch{epoch:03d}.pth"] = on_cpu
 
     def record() -> None:
         for name, weights in files.items():
