@@ -153,6 +153,19 @@ def test_commands_give_options_that_exist(script, name):
     assert used - {option for line in lines for option in re.findall(r"--[\w-]+", line)} == set()
 
 
+def test_the_tests_of_all_promises_exist():
+    text = (ROOT / "docs/promises.md").read_text()
+    named = set(re.findall(r"`([\w/]+\.py)::(\w+)`", text))
+    assert len(named) == len(set(re.findall(r"`[^`]*::[^`]*`", text))) > 0
+    found = {
+        (str(path.relative_to(ROOT / "tests")), node.name)
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert named - found == set()
+
+
 def modules(*folders: str) -> list[Path]:
     """Return the Python files of these folders, as paths in the repository."""
     paths = [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
