@@ -141,7 +141,7 @@ SEGMENTATION: Table = {
                shape={"choices": PRESETS}),
         Option("--encoder-epochs", natural_int, 300, "epochs of stage 1", one_stage(0)),
         Option("--epochs", positive_int, 300, "epochs of stage 2",
-               dict(cityscapes=800, camvid=80, quick=11)),
+               dict(cityscapes=800, camvid=80, quick=10)),
         Option("--num-epochs", positive_int, None, "epochs of each stage, in one option"),
         Option("--batch-size", positive_int, 5, "images in a step of each process",
                dict(cityscapes=12, camvid=8, quick=4), may_change=True),
