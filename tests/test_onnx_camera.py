@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -110,13 +112,13 @@ def test_the_model_states_all_that_is_needed(exported, camera, scene, tmp_path):
 
 
 def test_pictures_are_normalised_as_in_training(scene):
-    about = {"height": 360, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.3]}
-    normalize = normalizer(about["mean"], about["std"], torch.device("cpu"))
+    stated = SimpleNamespace(height=360, mean=[0.5, 0.4, 0.3], std=[0.25, 0.2, 0.3])
+    normalize = normalizer(stated.mean, stated.std, torch.device("cpu"))
     expected = normalize(torch.from_numpy(np.array(scene)).permute(2, 0, 1)[None]).numpy()
-    prepare = runpy.run_path(str(ROOT / CAMERA))["prepare"]
-    assert np.allclose(prepare(scene, about), expected, atol=1e-5)
-    assert prepare(scene.resize((4, 100)), about).shape == (1, 3, 360, 64)
-    assert prepare(scene.resize((990, 2)), about).shape == (1, 3, 360, 8 * 360)
+    prepare = partial(runpy.run_path(str(ROOT / CAMERA))["Network"].prepare, stated)
+    assert np.allclose(prepare(scene), expected, atol=1e-5)
+    assert prepare(scene.resize((4, 100))).shape == (1, 3, 360, 64)
+    assert prepare(scene.resize((990, 2))).shape == (1, 3, 360, 8 * 360)
 
 
 def test_a_video_becomes_a_video(exported, camera, refused, scene, tmp_path):

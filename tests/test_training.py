@@ -504,11 +504,11 @@ def test_the_best_epoch_is_kept(opened, tmp_path):
     stage = stage_of(epochs=3, validate=scoring(0.4, 0.8, 0.6), best_files=best_files)
     assert fit(stage, opened(epochs_save=1)) == {"epoch": 2, "score": 0.8}
     files = {path.name: load_checkpoint(path) for path in (tmp_path / "run").glob("*.pth")}
-    numbered = {f"stage0-epoch00{number}.pth" for number in (1, 2, 3)}
+    numbered = {f"epoch00{number}.pth" for number in (1, 2, 3)}
     assert files.keys() == {"last.pth", "previous.pth", "best.pth", "part.pth", *numbered}
     best = files["best.pth"]
     assert best["epoch"] == 2 and best["best"] == {"epoch": 2, "score": 0.8}
-    assert same_weights(best["model"], files["stage0-epoch002.pth"]["model"])
+    assert same_weights(best["model"], files["epoch002.pth"]["model"])
     assert not same_weights(best["model"], files["last.pth"]["model"])
     assert files["part.pth"]["epoch"] == 2
     assert torch.equal(files["part.pth"]["model"]["bias"], best["model"]["0.bias"])
