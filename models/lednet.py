@@ -42,7 +42,7 @@ class LEDNet(nn.Module):
 
 
 class EncoderClassifier(nn.Module):
-    """The encoder under a 1x1 head, as stage 1 trains it; the head is no part of LEDNet."""
+    """The encoder under a 1x1 head, as stage 1 trains it. LEDNet does not have this head."""
 
     def __init__(self, encoder: "Encoder", num_classes: int = 19) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class EncoderClassifier(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """LEDNet with a second classifier on its encoder while it trains, a head that is no part of it.
+    """LEDNet with a second classifier on its encoder, which only training uses.
 
     So the encoder learns from labels at its own resolution in the same run, not in one before.
     """
