@@ -454,6 +454,14 @@ def test_no_place_for_the_embedded_data_set(fails, tmp_path):
     assert "data/shapes cannot be made" in fails(NAME, "--savedir", "a")
 
 
+def test_each_process_trains_and_scores_its_share(stage, monkeypatch):
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    built = stage()
+    assert len(built.loader.sampler) == 6
+    assert list(built.val_loader.dataset.dataset.indices) == [1, 3, 5]
+
+
 def test_too_few_images_for_the_processes(stage, monkeypatch):
     monkeypatch.setattr(distributed, "processes", lambda: 13)
     with pytest.raises(UserError, match="fewer training images than there are processes"):

@@ -23,6 +23,7 @@ from datasets.cityscapes import Cityscapes
 from datasets.loading import count_pixels
 from datasets.transforms import Paper, Strong
 from models.lednet import AuxiliaryHead, Encoder, EncoderClassifier, LEDNet
+from utils import distributed
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network, save_checkpoint
 from utils.errors import UserError
 from utils.losses import LOSSES, class_weights
@@ -247,6 +248,15 @@ def test_the_second_head_adds_its_loss_in_stage_2(stages):
     assert first.loss(logits, labels).item() == pytest.approx(math.log(19))
     both = second.loss((logits, logits[..., ::8, ::8]), labels)
     assert both.item() == pytest.approx(1.25 * math.log(19))
+
+
+def test_each_process_trains_and_scores_its_share(stages, monkeypatch):
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    for rank, images in enumerate(([0, 2], [1])):  # of val
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        for stage in stages():
+            assert len(stage.loader.sampler) == 3
+            assert list(stage.val_loader.dataset.dataset.indices) == images
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(4, 2), (5, 1), (6, 1)])

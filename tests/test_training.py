@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from compare import shown, value_differences
-from conftest import read_log, same_weights
+from conftest import fork_two, read_log, same_weights
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -587,6 +587,57 @@ def test_the_last_good_checkpoint_may_be_that_of_the_stage_before(opened, tmp_pa
     assert "in step 1 of epoch 1 of stage 2" in str(caught.value)
     assert f"the last good checkpoint is {tmp_path / 'run/last.pth'}" in str(caught.value)
     assert load_checkpoint(tmp_path / "run/last.pth")["stage"] == 1
+
+
+def test_two_processes_train_like_one(opened, tmp_path):
+    def train(folder: str, batch_size: int) -> None:
+        torch.manual_seed(0)
+        stage = stage_of(batch_size=batch_size, model=nn.Linear(3, 2), epochs=2)
+        fit(stage, opened(folder))
+        torch.save(stage.model.state_dict(), tmp_path / f"{folder}-{distributed.rank()}")
+
+    def train_in_two() -> None:
+        distributed.start(CPU)
+        train("two", 2)
+        distributed.stop()
+
+    train("one", 4)
+    assert [result.status for result in fork_two(train_in_two, tmp_path)] == [0, 0]
+    one, first, second = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("one-0", "two-0", "two-1")
+    )
+    assert same_weights(first, second)
+    assert all(torch.allclose(first[name], one[name], atol=1e-6) for name in one)
+    for ours, expected in zip(read_log(tmp_path / "two"), read_log(tmp_path / "one"), strict=True):
+        assert float(ours["train_loss"]) == pytest.approx(float(expected["train_loss"]), rel=1e-5)
+        assert ours["train_top1"] == expected["train_top1"]
+
+
+def test_processes_are_scored_with_the_same_running_statistics(opened, tmp_path):
+    """Those of the first: each process has its own, of its own images."""
+
+    def train_in_two() -> None:
+        distributed.start(CPU)
+        trained = []
+
+        def validate(network: nn.Module, *_: object) -> Validation:
+            file = tmp_path / f"scored-{distributed.rank()}"
+            torch.save([trained[-1], network[1].running_mean], file)
+            return Validation({}, {"score": 0.5}, [])
+
+        stage = stage_of(batch_size=2, epochs=1, validate=validate)
+        stage.model[1].register_forward_hook(
+            lambda layer, *_: trained.append(layer.running_mean.clone())
+        )
+        fit(stage, opened())
+        distributed.stop()
+
+    assert [result.status for result in fork_two(train_in_two, tmp_path)] == [0, 0]
+    (before, scored), (other_before, other_scored) = (
+        torch.load(tmp_path / f"scored-{rank}", weights_only=True) for rank in range(2)
+    )
+    assert not torch.equal(before, other_before)
+    assert torch.equal(scored, before) and torch.equal(other_scored, before)
 
 
 def test_a_resumed_run_prints_what_differs(opened, capsys):
