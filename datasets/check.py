@@ -4,7 +4,6 @@ The quick check reads headers, the checksums of PNGs and the end markers of JPEG
 deep one finds: damage that decoding shows, a PNG whose pixels end early, and unknown label ids.
 """
 
-import os
 import sys
 from bisect import bisect_left
 from collections import Counter
@@ -20,11 +19,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from datasets.images import (
+    JPEG_END,
+    JPEGS,
     BrokenFiles,
     FileError,
     NothingReadable,
     check_label_mode,
     check_label_size,
+    jpeg_ends_early,
     open_image,
     read_image,
     upright_size,
@@ -35,7 +37,9 @@ from datasets.segmentation import Segmentation
 Pair = tuple[str, str | None]  # paths of an image and its label, if there is one
 Size = tuple[int, int]
 
-JPEG_END = b"\xff\xd9"
+ZEROS = bytes(512)
+# Markers of a JPEG.
+HUFFMAN_TABLES, START_OF_SCAN, PROGRESSIVE = 0xC4, 0xDA, (0xC2, 0xC6, 0xCA, 0xCE)
 
 
 @dataclass(frozen=True)
@@ -93,20 +97,41 @@ def check_file(path: str, label: bool = False) -> Size:
         if label:
             check_label_mode(path, image.mode)
         size = upright_size(image)
-        if image.format in ("JPEG", "MPO"):
-            _check_jpeg_end(image.fp)
+        if image.format in JPEGS:
+            _check_jpeg(image.fp)
         image.verify()  # every checksum of a PNG
     return size
 
 
-def _check_jpeg_end(file: BinaryIO) -> None:
-    """Look for the end marker of a JPEG; `file` stands where its pixels begin."""
-    start, length = file.tell(), file.seek(0, os.SEEK_END)
-    for position in (max(start, length - 1024), start):  # anything may follow the image
-        file.seek(position)
-        if JPEG_END in file.read():
-            return
-    raise OSError("the file is cut short")
+def _check_jpeg(file: BinaryIO) -> None:
+    """Look for the end marker of a JPEG, and for zeros in place of a part of its pixels, as a crash
+    may leave them; `file` stands where the pixels begin."""
+    start = file.tell()
+    file.seek(0)
+    data = file.read()
+    end = data.find(JPEG_END, start)  # anything may follow the image
+    if end < 0:
+        raise OSError("the file is cut short")
+    if data.find(ZEROS, start, end) >= 0 and any(_first_symbols(data)):
+        raise OSError("there are zeros in place of a part of its pixels")
+
+
+def _first_symbols(data: bytes) -> Iterator[int]:
+    """Yield the symbol that zeros stand for in each Huffman table before the pixels of a JPEG.
+
+    Zeros are an even surface if all symbols are 0: no change, and nothing more in the block. Of a
+    progressive JPEG, whose tables have other meanings, nothing is yielded.
+    """
+    position = 2
+    while (marker := data[position + 1]) != START_OF_SCAN and marker not in PROGRESSIVE:
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        table = position + 4
+        while marker == HUFFMAN_TABLES and table + 17 < end:
+            yield data[table + 17]
+            table += 17 + sum(data[table + 1 : table + 17])
+        position = end
+        while data[position + 1] == 0xFF:  # fill bytes
+            position += 1
 
 
 def find_problems(
@@ -150,6 +175,9 @@ def decode_fully(path: str, read: Callable[[str], Any]) -> None:
     before it. So decode it over two backgrounds.
     """
     read(path)
+    with open_image(path) as image:
+        if image.format in JPEGS and jpeg_ends_early(path):
+            raise OSError("its pixels end early")
     decoded = []
     for background in (0, 255):
         with open_image(path) as image:

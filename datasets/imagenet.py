@@ -24,7 +24,14 @@ from torchvision.transforms.v2 import functional as F
 from datasets.check import check_files, leave_out_broken
 from datasets.drawn import draw_once
 from datasets.drawn.shapes import make_shapes
-from datasets.images import DatasetError, decode, open_image, orientation, upright_size
+from datasets.images import (
+    DatasetError,
+    check_jpeg_end,
+    decode,
+    open_image,
+    orientation,
+    upright_size,
+)
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
@@ -150,6 +157,7 @@ class CropLoader:
         with open_image(path) as image:
             box, _ = self.choose(image)
             part = decode(image).crop(box)
+            check_jpeg_end(path, image)
         # PyTorch resizes bytes several times as fast as PIL does.
         return F.resize(F.pil_to_tensor(part), [self.size, self.size])
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -12,6 +14,11 @@ from utils.errors import UserError
 IGNORE_INDEX = 255
 # The smallest height and width that LEDNet takes.
 MIN_SIZE = 64
+
+JPEGS = ("JPEG", "MPO")  # MPO: a JPEG with others behind it, from some cameras
+JPEG_END = b"\xff\xd9"
+# Put behind the pixels of a JPEG: more than what is coded together takes, and not its padding.
+MORE_BYTES = b"\x5a\xa5" * 2048
 
 # How to turn an image of each EXIF orientation upright.
 TO_UPRIGHT = {
@@ -59,7 +66,35 @@ class NothingReadable(DatasetError):
 def read_image(path: str) -> Image.Image:
     """Read an image as upright RGB; whatever is wrong with the file raises a FileError."""
     with open_image(path) as image:
-        return decode(image)
+        rgb = decode(image)
+        check_jpeg_end(path, image)
+        return rgb
+
+
+def check_jpeg_end(path: str, image: Image.Image) -> None:
+    """Raise an OSError if the data of a decoded JPEG end before its last pixel.
+
+    PIL leaves the rest mid-grey, without an error. Only an image that ends so is decoded again.
+    """
+    if image.format not in JPEGS:
+        return
+    pixel = image.getpixel((image.width - 1, image.height - 1))
+    if image.mode == "RGB":
+        pixel = [(299 * pixel[0] + 587 * pixel[1] + 114 * pixel[2]) / 1000]
+    channels = [pixel] if isinstance(pixel, int) else pixel
+    # The channels of CMYK are stored with less detail, which blurs them.
+    if any(120 <= value <= 135 for value in channels) and jpeg_ends_early(path):
+        raise OSError("its pixels end early")
+
+
+def jpeg_ends_early(path: str) -> bool:
+    """Whether decoding a JPEG uses bytes that are put behind its data."""
+    data = Path(path).read_bytes()
+    with Image.open(BytesIO(data)) as image:
+        end = data.find(JPEG_END, image.fp.tell())
+        pixels = np.asarray(image)
+    with Image.open(BytesIO(data[:end] + MORE_BYTES + data[end:])) as longer:
+        return bool((pixels != np.asarray(longer)).any())
 
 
 def read_label(path: str) -> np.ndarray:

@@ -246,6 +246,34 @@ def test_a_jpeg_needs_its_end(tmp_path, count):
     assert check_file(str(path)) == (70, 60)
 
 
+def test_zeros_in_place_of_pixels_are_refused(tmp_path):
+    path, data = tmp_path / "image.jpg", bytearray(jpeg(quality=95))
+    middle = len(data) // 2
+    data[middle : middle + 2000] = bytes(2000)
+    path.write_bytes(data)
+    with pytest.raises(FileError, match="zeros in place of a part of its pixels"):
+        check_file(str(path))
+
+
+def test_zeros_of_an_even_surface_are_pixels(tmp_path):
+    path = tmp_path / "image.jpg"
+    Image.new("L", (2000, 2000), 90).save(path, optimize=True)
+    assert bytes(512) in path.read_bytes() and check_file(str(path)) == (2000, 2000)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_with_a_forged_end_is_refused(tmp_path, progressive):
+    path, data = tmp_path / "image.jpg", jpeg(quality=95, progressive=progressive)
+    path.write_bytes(data)
+    decode_fully(str(path), read_image)
+    path.write_bytes(data[: len(data) * 2 // 3] + b"\xff\xd9")
+    with pytest.raises(FileError, match="its pixels end early"):
+        decode_fully(str(path), read_image)
+    if not progressive:  # what is missing is grey
+        with pytest.raises(FileError, match="its pixels end early"):
+            read_image(str(path))
+
+
 def test_the_end_of_a_preview_is_not_that_of_its_jpeg(tmp_path):
     exif, path = Image.Exif(), tmp_path / "image.jpg"
     exif[0x9286] = jpeg() + bytes(1000)

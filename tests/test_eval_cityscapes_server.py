@@ -91,16 +91,16 @@ def test_score_is_that_of_training(evaluate, trained):
 def learned(cityscapes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "learned"
     argv = ("--datadir", cityscapes, "--height", 64, "--batch-size", 3, "--workers", 0)
-    recipe = ("--decoder", "--epochs", 20, "--lr", 5e-3, "--schedule", "onecycle")
-    assert run_script("main.py", *argv, *recipe, "--val-every", 20, "--savedir", folder) == 0
+    recipe = ("--decoder", "--epochs", 40, "--lr", 5e-3, "--val-every", 40)
+    assert run_script("main.py", *argv, *recipe, "--savedir", folder) == 0
     return folder / "best.pth"
 
 
 def test_training_learns_its_images(evaluate, learned):
     _, figures, _ = evaluate("--subset", "train", checkpoint=learned)
     assert figures["images"] == 6
-    assert figures["class_iou"]["road"] > 0.6 and figures["class_iou"]["sky"] > 0.3
-    assert figures["class_miou"] > 0.07  # one class everywhere: 0.03 at most
+    assert figures["class_iou"]["road"] > 0.6 and figures["class_iou"]["sky"] > 0.5
+    assert figures["class_miou"] > 0.1  # one class everywhere: 0.03 at most
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,11 @@ def passes(fuzzed: Fuzzed, check, *args) -> bool:
 
 
 def must_be_found(fuzzed: Fuzzed) -> bool:
-    """Whether the damage can be told: not flipped bits of a JPEG, a forged end or double chunks."""
+    """Whether the damage can be told: not changed bits of a JPEG, nor its last scans left out."""
     damage = fuzzed.how.split(", ")[-1]
-    jpeg = "jpeg" in fuzzed.how and damage in ("flip", "random_bytes", "end_early_jpeg")
-    return not jpeg and damage != "double"
+    jpeg = "jpeg" in fuzzed.how and damage in ("flip", "random_bytes")
+    scans = "progressive" in fuzzed.how and damage == "end_early_jpeg"
+    return not jpeg and not scans and damage != "double"
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -65,7 +66,9 @@ def test_images(kind, seeds, tmp_path):
             assert image.mode == "RGB" and image.size == tuple(fuzzed.size), fuzzed
             assert fuzzed.pixels is None or (np.asarray(image) == fuzzed.pixels).all(), fuzzed
         for crop in crops:
+            torch.manual_seed(0)
             if passes(fuzzed, crop):
+                torch.manual_seed(0)  # the same crop
                 image = crop(path)
                 assert image.shape == (3, 16, 16) and image.dtype == torch.uint8, fuzzed
 

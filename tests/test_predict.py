@@ -154,10 +154,10 @@ def test_batches_have_the_size_asked_for(predict, cityscapes, monkeypatch):
 
 
 def test_a_large_photo(predict, photo, tmp_path):
-    photo.resize((4000, 3000)).save(tmp_path / "large.jpg")
+    photo.resize((6400, 4800)).save(tmp_path / "large.jpg")
     assert predict("large.jpg").status == 0
     for kind in ("labels", "colors"):
-        assert sizes(tmp_path / "out" / kind) == {"large.png": (4000, 3000)}
+        assert sizes(tmp_path / "out" / kind) == {"large.png": (6400, 4800)}
 
 
 def test_workers_change_nothing(script, street_network, cityscapes, tmp_path):
