@@ -44,12 +44,16 @@ def guarded(
     files = {3: ["3.png", "3_labels.png"], 8: ["8.png"]}
     stage = SimpleNamespace(number=0, model=model, scored=model, files=files.get)
     state, saved = TrainState(stage, **place), []
+    state.state_dict = state.place
 
-    def save() -> None:
-        saved.append(state.place())
-
-    last = Path("run/last.pth")
-    return Guard(signals or StopSignals(), state, save, last, minutes, "python main.py"), saved
+    run = SimpleNamespace(
+        args=SimpleNamespace(checkpoint_minutes=minutes),
+        signals=signals or StopSignals(),
+        last=Path("run/last.pth"),
+        command="python main.py",
+        save=saved.append,
+    )
+    return Guard(run, state), saved
 
 
 def step(guard: Guard, loss: float = 1.0) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from datasets.segmentation import Classes
 from utils import distributed
 from utils.checkpoint import CheckpointError, Description, load_checkpoint, on_cpu, save_checkpoint
 from utils.evaluation import OutOfMemory
-from utils.interrupts import Diverged, Guard
+from utils.interrupts import Diverged, Guard, StopSignals
 from utils.metrics import TopKAccuracy
 from utils.optim import PretrainingSchedule, average_of, build_optimizer, one_cycle, poly
 from utils.run_folder import Run, open_run
@@ -93,18 +94,16 @@ def stage_of(
 def train(state: TrainState, steps: int, rates: list[float] | None = None) -> list[dict]:
     """Take steps on random points, over the ends of epochs; returns the scores of each epoch."""
     stage, ended = state.stage, []
-    for _ in range(steps):
-        meter = stage.meter()
-        if state.step == 0 and not state.totals:
-            state.begin_epoch(meter)
-        meter.counts = state.totals["meter"]
+    for number in range(steps):
+        if number == 0 or not state.totals:
+            state.begin_epoch()
         if rates is not None:
             rates.append(stage.optimizer.param_groups[0]["lr"])
         size = stage.loader.batch_size
         batch = Batch(torch.rand(size, 3), torch.randint(2, (size,)), [], [], [])
-        train_step(state, stage.model, meter, batch)
+        train_step(state, stage.model, batch)
         if state.step == stage.steps:
-            ended.append(state.end_epoch(meter))
+            ended.append(state.end_epoch())
     return ended
 
 
@@ -264,7 +263,7 @@ def test_sums_are_kept_for_any_number_of_processes(tmp_path, monkeypatch, count)
         assert f"the number of processes is {count}, not 2" in difference
         assert resumed.step == 16 // (2 * count)
         drawn.add(torch.rand(()).item())
-        resumed.begin_epoch(TopKAccuracy((1,)))
+        resumed.begin_epoch()
         for name, value in resumed.totals.items():
             sums[name] += value
     assert sums["images"] == 16 and sums["meter"][-1] == 16
@@ -300,17 +299,21 @@ def test_the_rest_of_an_epoch_is_what_was_not_seen(processes, batch_size):
 # An epoch
 
 
-class NoSignals:
-    received = None
+# What a guard needs of a run that neither saves nor stops.
+RUN = SimpleNamespace(
+    args=SimpleNamespace(checkpoint_minutes=math.inf),
+    signals=StopSignals(),
+    last=PATH,
+    command="python main.py",
+)
 
 
 def train_epoch(stage: Stage, steps_loss: int = 0, forward: Callable | None = None) -> TrainState:
     """Train an epoch up to its end."""
     state = TrainState(stage)
-    guard = Guard(NoSignals(), state, lambda: None, PATH, math.inf, "python main.py")
-    meter = stage.meter() if stage.meter else None
-    state.rates = train_one_epoch(state, guard, forward or stage.model, meter, "epoch", steps_loss)
-    state.epoch_scores = state.scores(meter)
+    forward = forward or stage.model
+    state.rates = train_one_epoch(state, Guard(RUN, state), forward, "epoch", steps_loss)
+    state.epoch_scores = state.scores()
     return state
 
 
@@ -343,8 +346,7 @@ def test_every_epoch_of_all_stages_has_its_own_order():
         stage = stage_of(epochs_before=epochs_before, meter=None)
         stage.prepare = lambda batch: seen.extend(batch.indices) or (batch.images, batch.labels)
         state = TrainState(stage, epoch, step)
-        guard = Guard(NoSignals(), state, lambda: None, PATH, math.inf, "")
-        train_one_epoch(state, guard, stage.model, None, "epoch", 0)
+        train_one_epoch(state, Guard(RUN, state), stage.model, "epoch", 0)
         assert state.step == STEPS
         return seen
 

@@ -8,9 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -81,27 +80,20 @@ class Guard:
     """Saves a stage from time to time, and ends it cleanly, always between two steps.
 
     Args:
+        run: `utils.run_folder.Run` to save in.
         state: `utils.training.TrainState` of the stage.
-        save: writes the checkpoint.
-        checkpoint: path of the file that `save` writes.
-        minutes: interval between checkpoints.
-        command: command line that resumes the run.
     """
 
-    def __init__(
-        self, signals: StopSignals, state: Any, save: Callable[[], None], checkpoint: Path,
-        minutes: float, command: str,
-    ) -> None:  # fmt: skip
-        self.signals, self.state, self._save = signals, state, save
-        self.checkpoint, self.minutes, self.command = checkpoint, minutes, command
-        self.saved = time.monotonic()
+    def __init__(self, run: Any, state: Any) -> None:
+        self.run, self.state, self.signals = run, state, run.signals
+        self.due = self._next_checkpoint()
         # Those to check: place, loss, indices of the batch, and event at which the loss is known.
         self.losses: list[tuple[str, Tensor, Sequence[int], torch.cuda.Event | None]] = []
         self.last_good = "no checkpoint was written yet"
         if state.epoch or state.step:
             self._note_saved()
-        elif checkpoint.exists():  # from the stage before
-            self.last_good = f"the last good checkpoint is {checkpoint}"
+        elif run.last.exists():  # from the stage before
+            self.last_good = f"the last good checkpoint is {run.last}"
 
     @property
     def stopping(self) -> bool:
@@ -152,13 +144,18 @@ class Guard:
     def save(self) -> None:
         """Write the checkpoint, unless a loss or a weight is not finite."""
         self.check_finite()
-        self._save()
+        checkpoint = self.state.state_dict()
+        distributed.first(lambda: self.run.save(checkpoint))
+        self.due = self._next_checkpoint()
         self._note_saved()
 
+    def _next_checkpoint(self) -> float:
+        """Return the time on the clock at which one more is due."""
+        return time.monotonic() + 60 * self.run.args.checkpoint_minutes
+
     def _note_saved(self) -> None:
-        self.saved = time.monotonic()
         place = self.state.place()
-        self.last_good = f"the last good checkpoint is {self.checkpoint}, after {place}"
+        self.last_good = f"the last good checkpoint is {self.run.last}, after {place}"
 
     def check_finite(self) -> None:
         """Raise Diverged if a loss so far, or a weight, is not finite; this waits for a GPU."""
@@ -191,9 +188,9 @@ class Guard:
             action = Action.FAIL_UNSAVED
         elif failure is not None:
             action = Action.FAIL
-        elif self.signals.received is not None:
+        elif self.stopping:
             action = next(a for a, number in SIGNALS.items() if number == self.signals.received)
-        elif time.monotonic() - self.saved > 60 * self.minutes and distributed.is_first():
+        elif time.monotonic() > self.due and distributed.is_first():
             action = Action.SAVE
         else:
             action = Action.CONTINUE
@@ -208,7 +205,7 @@ class Guard:
             self.save()
         if action == Action.SAVE:
             return
-        how = f"saved after {self.state.place()}, to go on: {self.command}"
+        how = f"saved after {self.state.place()}, to go on: {self.run.command}"
         if action in SIGNALS:
             name = "Ctrl-C" if action == Action.STOP_ON_SIGINT else "SIGTERM"
             raise Interrupted(f"stopped by {name}, {how}", SIGNALS[action])

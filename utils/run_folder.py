@@ -54,7 +54,7 @@ class Run:
     def __init__(
         self, args: argparse.Namespace, folder: Path, resumed: dict[str, Any] | None
     ) -> None:
-        self.args, self.folder = args, folder
+        self.args, self.folder, self.last = args, folder, folder / LAST
         self.resumed = resumed  # checkpoint to go on from; None for a new run
         self.signals = StopSignals()  # handled from `begin` on
         self.command = resume_command(folder)
@@ -114,11 +114,10 @@ class Run:
 
     def save(self, checkpoint: Mapping[str, Any]) -> None:
         """Write last.pth, and keep the one before it as previous.pth."""
-        last = self.folder / LAST
-        with self.write_errors(last):
-            if last.exists():
-                copy_whole(last, self.folder / PREVIOUS)
-            save_checkpoint(checkpoint, last)
+        with self.write_errors(self.last):
+            if self.last.exists():
+                copy_whole(self.last, self.folder / PREVIOUS)
+            save_checkpoint(checkpoint, self.last)
 
     def save_network(self, checkpoint: Mapping[str, Any], name: str) -> None:
         """Write a checkpoint that no run resumes from."""

@@ -18,7 +18,7 @@ from utils.evaluation import OutOfMemory, memory_errors
 from utils.interrupts import Guard
 from utils.optim import Average, load_optimizer
 from utils.progress import Progress, Waiting, describe
-from utils.run_folder import BEST, LAST, Run
+from utils.run_folder import BEST, Run
 
 
 class Meter(Protocol):
@@ -96,6 +96,7 @@ class TrainState:
     step: int = 0  # finished steps of the next epoch
     lr: float = 0.0  # learning rate at the start of that epoch
     totals: dict[str, Tensor] = field(default_factory=dict)  # over these steps, in this process
+    meter: Meter | None = None  # scores of the training predictions in these steps
     best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0})  # epoch, and its scores
 
     def place(self) -> str:
@@ -105,32 +106,33 @@ class TrainState:
             return f"step {self.step} of epoch {self.epoch + 1}{suffix}"
         return f"epoch {self.epoch}{suffix}"
 
-    def begin_epoch(self, meter: Meter | None) -> None:
+    def begin_epoch(self) -> None:
         """Start the sums of an epoch, or go on with those that were restored within one."""
+        self.meter = self.stage.meter() if self.stage.meter else None
         if not self.step:
             self.totals, self.lr = {}, self.stage.scheduler.get_last_lr()[0]
         start = {"loss": torch.zeros((), dtype=torch.float64)}
         start |= {name: torch.tensor(0) for name in ("images", "skipped_steps", "left_out")}
-        if meter is not None:
-            start["meter"] = meter.counts
+        if self.meter:
+            start["meter"] = self.meter.counts
         sums = start | self.totals
         self.totals = {name: value.to(self.stage.device) for name, value in sums.items()}
-        if meter is not None:
-            meter.counts = self.totals["meter"]
+        if self.meter:
+            self.meter.counts = self.totals["meter"]
 
-    def scores(self, meter: Meter | None) -> dict[str, Any]:
+    def scores(self) -> dict[str, Any]:
         """Return the log's columns that come from the sums; this waits for a GPU."""
         totals = self.totals
         scores = {"train_loss": (totals["loss"] / totals["images"]).item()}
-        if meter is not None:
-            meter.counts = totals["meter"]
-            scores |= {f"train_{name}": value for name, value in meter.summary().items()}
+        if self.meter:
+            self.meter.counts = totals["meter"]
+            scores |= {f"train_{name}": value for name, value in self.meter.summary().items()}
         return scores | {name: totals[name].item() for name in ("skipped_steps", "left_out")}
 
-    def end_epoch(self, meter: Meter | None) -> dict[str, Any]:
+    def end_epoch(self) -> dict[str, Any]:
         """Return the scores of the epoch over all processes."""
         self.totals = {name: distributed.total(value) for name, value in self.totals.items()}
-        scores = self.scores(meter)
+        scores = self.scores()
         self.totals, self.epoch, self.step = {}, self.epoch + 1, 0
         return scores
 
@@ -239,14 +241,8 @@ def fit(stage: Stage, run: Run) -> dict[str, Any]:
     """Train a stage to its end, from where it stopped; return its best epoch and its scores."""
     state = TrainState(stage)
     resumed = run.resumed if run.resumed and run.resumed["stage"] == stage.number else None
-    differences = state.load_state_dict(resumed, run.folder / LAST) if resumed else []
-
-    def save() -> None:
-        checkpoint = state.state_dict()
-        distributed.first(lambda: run.save(checkpoint))
-
-    minutes = run.args.checkpoint_minutes
-    guard = Guard(run.signals, state, save, run.folder / LAST, minutes, run.command)
+    differences = state.load_state_dict(resumed, run.last) if resumed else []
+    guard = Guard(run, state)
     if resumed:
         print(f"resuming after {state.place()}")
     for difference in differences:
@@ -267,15 +263,14 @@ def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Mo
     stage, args = state.stage, run.args
     epoch, started = state.epoch + 1, time.perf_counter()
     title = f"{stage.name}epoch {epoch}/{stage.epochs}"
-    meter = stage.meter() if stage.meter else None
-    rates = train_one_epoch(state, guard, forward, meter, title, args.steps_loss)
+    rates = train_one_epoch(state, guard, forward, title, args.steps_loss)
     found = None
     if epoch % args.val_every == 0 or epoch == stage.epochs:
         distributed.share_buffers(stage.scored)
         batches = guard.validation_batches(stage.val_loader, state.totals["left_out"])
         found = stage.validate(stage.scored, batches, f"{title}, validation")
     row = {"stage": stage.number} if stage.number else {}
-    row |= {"epoch": epoch, "lr": state.lr} | state.end_epoch(meter) | rates
+    row |= {"epoch": epoch, "lr": state.lr} | state.end_epoch() | rates
     files, pictures = {}, []
     if found:
         row |= found.columns
@@ -301,14 +296,12 @@ def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Mo
 
 
 def train_one_epoch(
-    state: TrainState, guard: Guard, forward: nn.Module, meter: Meter | None, title: str,
-    steps_loss: int,
-) -> dict[str, float]:  # fmt: skip
+    state: TrainState, guard: Guard, forward: nn.Module, title: str, steps_loss: int
+) -> dict[str, float]:
     """Train on every batch once, from the step that `state` has reached.
 
     Args:
         forward: the model itself, compiled, or in parallel.
-        meter: scores the training predictions.
         title: title of the progress bar.
         steps_loss: steps between lines of progress in a log; 0 for none.
 
@@ -321,13 +314,13 @@ def train_one_epoch(
     # Counted over all stages, so that no two epochs have the same order of images.
     epoch = stage.epochs_before + state.epoch + 1
     loader.sampler.begin(epoch, state.step * loader.batch_size)
-    state.begin_epoch(meter)
+    state.begin_epoch()
     waiting = Waiting(stage.device)
 
     # Without `progress`, which would make a cycle. The workers of a loader end at once if it is
     # freed with the last reference to it, but not if the garbage collector frees it.
     def scores() -> dict[str, Any]:
-        return state.scores(meter) | {"data_wait": waiting.share()}
+        return state.scores() | {"data_wait": waiting.share()}
 
     batch_size, images = processes * loader.batch_size, len(loader.dataset)
     progress = Progress(title, images, stage.steps, state.step, batch_size, steps_loss, scores)
@@ -336,7 +329,7 @@ def train_one_epoch(
         for batch in guard.training_batches(batches, state.totals["left_out"]):
             try:
                 with memory_errors(batch.images):
-                    loss = train_step(state, forward, meter, batch)
+                    loss = train_step(state, forward, batch)
             except OutOfMemory as error:
                 error.add_note(guard.last_good)
                 raise
@@ -346,7 +339,7 @@ def train_one_epoch(
     return {"images_per_second": progress.images_per_second, "data_wait": waiting.share()}
 
 
-def train_step(state: TrainState, forward: nn.Module, meter: Meter | None, batch: Batch) -> Tensor:
+def train_step(state: TrainState, forward: nn.Module, batch: Batch) -> Tensor:
     """Take one step of the optimizer, the schedule and the average; return the loss."""
     stage, totals, scaler = state.stage, state.totals, state.stage.scaler
     images, labels = stage.prepare(batch)
@@ -369,9 +362,9 @@ def train_step(state: TrainState, forward: nn.Module, meter: Meter | None, batch
     # The mean over the processes is the loss of the whole batch: see utils/losses.py.
     totals["loss"] += loss.detach() * len(images)
     totals["images"] += len(images)
-    if meter is not None:
+    if state.meter:
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        meter.update_from_logits(logits.detach(), labels)
+        state.meter.update_from_logits(logits.detach(), labels)
     return loss
 
 
