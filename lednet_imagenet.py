@@ -46,7 +46,7 @@ def main() -> None:
         return
     with open_run(args) as run:
         same_data = run.stored("args.json", "datadir") is not None
-        train, val = open_images(args, distributed.first, check=not same_data)
+        train, val = open_images(args, check=not same_data)
         check_resumable(args, run, train, same_data)
         torch.manual_seed(args.seed)
         model = ImageClassifier(Encoder(), len(train.classes))

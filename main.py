@@ -62,13 +62,7 @@ def main() -> None:
         classes = Classes.from_checkpoint(run.resumed) if run.resumed else read_classes_for(args)
         network, mean, std = start_network(args, classes, run.resumed)
         data = open_splits(
-            args,
-            classes,
-            device,
-            distributed.first(lambda: run.stored(COUNTS, "datadir")),
-            distributed.first,
-            distributed.processes(),
-            distributed.local_processes(),
+            args, classes, device, distributed.first(lambda: run.stored(COUNTS, "datadir"))
         )
         about = Description(
             args.dataset, classes, mean, std, args.height, len(data.train_files),

@@ -4,9 +4,7 @@ To add a data set, write its module and add its line to DATASETS.
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset, Dataset
@@ -18,11 +16,11 @@ from datasets.cityscapes import Cityscapes
 from datasets.drawn import draw_once
 from datasets.drawn.streets import make_synthetic
 from datasets.folder import Folder, read_classes
-from datasets.images import MIN_SIZE
+from datasets.images import MIN_SIZE, DatasetError
 from datasets.loading import count_pixels
 from datasets.segmentation import Classes, Segmentation, resized_size
 from datasets.transforms import Paper, Strong
-from utils.errors import UserError
+from utils import distributed
 
 DATASETS = {
     "cityscapes": Cityscapes,
@@ -32,6 +30,14 @@ DATASETS = {
 }
 
 Size = tuple[int, int]  # height and width
+
+
+class ClassesError(DatasetError):
+    """A file of classes is missing, or given to a data set that has classes of its own."""
+
+
+class MixedSizes(DatasetError):
+    """The training images have different sizes, and are not cropped to one."""
 
 
 @dataclass
@@ -55,13 +61,14 @@ def read_classes_for(args: argparse.Namespace) -> Classes:
     """Return the classes of `args.dataset`, from the file `args.classes` if it has no fixed ones.
 
     Raises:
-        UserError: the file is missing, needless or wrong.
+        ClassesError: the file is missing, or needless.
+        DatasetError: the file is wrong.
     """
     fixed = DATASETS[args.dataset].CLASSES
     if fixed is None and not args.classes:
-        raise UserError(f"--dataset {args.dataset} needs --classes FILE, which names its classes")
+        raise ClassesError(f"the data set {args.dataset} needs a file that names its classes")
     if fixed is not None and args.classes:
-        raise UserError(f"--dataset {args.dataset} has classes of its own: leave --classes out")
+        raise ClassesError(f"the data set {args.dataset} has classes of its own")
     return fixed or read_classes(args.classes)
 
 
@@ -70,41 +77,38 @@ def open_splits(
     classes: Classes,
     device: torch.device,
     counts: dict[str, int] | None = None,
-    first: Callable[[Callable[[], Any]], Any] = lambda function: function(),
-    processes: int = 1,
-    local_processes: int | None = None,
 ) -> Data:
-    """Open, check, count and cache what a run trains and validates on.
+    """Open, check, count and cache what a run trains and validates on, in all its processes.
 
     Args:
         args: dataset, datadir, train_on, height, augment, crop, scale, cache, workers, skip_broken.
         classes: classes of the labels.
         device: device of the training.
         counts: training pixels by class, if a resumed run knows them.
-        first: calls a function in the first process only and returns its result in all.
-        processes: number of processes of the run.
-        local_processes: number of them on this machine; all by default.
 
     Raises:
-        UserError: the data cannot be trained on.
+        DatasetError: the data cannot be trained on; see its subclasses.
     """
-    sizes = first(lambda: _find_splits(args, classes))
+    sizes = distributed.first(lambda: _find_splits(args, classes))
     *parts, val = sizes
     size = _training_size(args, {size for part in parts for size in sizes[part]})
     files = [pair for part in parts for pair in part.pairs]
+    processes = distributed.processes()
     if len(files) < 2 * processes:
         each = f" in each of {processes} processes" if processes > 1 else ""
-        raise UserError(f"{args.datadir} has too few training images, {len(files)}: give 2{each}")
+        raise DatasetError(
+            f"{args.datadir} has too few training images, {len(files)}: give 2{each}"
+        )
     if counts is None:
-        counts = first(lambda: _count_classes(parts, val, classes, args.workers))
+        counts = distributed.first(lambda: _count_classes(parts, val, classes, args.workers))
 
     def items() -> list[Dataset]:
         if args.cache == "off":
             return [*parts, val]
-        return cached(sizes, args.cache, args.workers, device, local_processes or processes)
+        return cached(sizes, args.cache, args.workers, device, distributed.local_processes())
 
     if args.cache not in ("off", "ram"):
-        first(lambda: bool(items()))  # the other processes find the files
+        distributed.first(lambda: bool(items()))  # the other processes find the files
     *train_items, val_items = items()
     sources = " + ".join(f"{len(part)} of {part.split}" for part in parts)
     return Data(
@@ -142,16 +146,15 @@ def _training_size(args: argparse.Namespace, sizes: set[Size]) -> Size:
     resized = sorted({resized_size(*size, args.height) for size in sizes})
     cropped = args.augment == "strong" and args.crop
     if len(resized) > 1 and not cropped:
-        raise UserError(
+        raise MixedSizes(
             f"at a height of {args.height}, the images of {args.datadir} are {resized[0][1]} to "
-            f"{resized[-1][1]} wide: give --augment strong and --crop {args.height} "
-            f"{resized[0][1]}, which train on crops of one size"
+            f"{resized[-1][1]} wide"
         )
     height, width = args.crop if cropped else resized[0]
     if width < MIN_SIZE:
-        raise UserError(
-            f"--height {args.height} makes images of {width}x{height}: LEDNet needs "
-            f"{MIN_SIZE}x{MIN_SIZE}"
+        raise DatasetError(
+            f"the images of {args.datadir} become {width}x{height} at a height of {args.height}: "
+            f"LEDNet needs {MIN_SIZE}x{MIN_SIZE}"
         )
     return height, width
 

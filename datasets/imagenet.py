@@ -32,6 +32,7 @@ from datasets.images import (
     orientation,
     upright_size,
 )
+from utils import distributed
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
@@ -42,15 +43,12 @@ CENTRAL_PART = 224 / 256
 
 
 def open_images(
-    args: argparse.Namespace,
-    first: Callable[[Callable[[], Any]], Any] = lambda function: function(),
-    check: bool = True,
+    args: argparse.Namespace, check: bool = True
 ) -> tuple["ImageFolder", "ImageFolder"]:
     """Open and check the images to train and to validate on.
 
     Args:
         args: dataset, datadir, size, recipe, workers, skip_broken.
-        first: calls a function in the first process only and returns its result in all.
         check: check every file; a resumed run has done so already.
     """
 
@@ -66,7 +64,7 @@ def open_images(
             check_files(train.pairs + val.pairs)
         return train, val
 
-    train, val = first(find)
+    train, val = distributed.first(find)
     if len(train.classes) < 2:
         raise DatasetError(f"{args.datadir} has only one class: there is nothing to tell apart")
     return train, val

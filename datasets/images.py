@@ -33,18 +33,7 @@ TO_UPRIGHT = {
 
 
 class DatasetError(UserError):
-    """The data set on disk cannot be used.
-
-    A script should add advice, such as an option, to these subclasses:
-
-        FileError         an image or label is missing, damaged or wrong: leave out broken files
-        BrokenFiles       the check at the start found such files: list them, leave them out
-        NothingReadable   not one image can be read: list the broken files
-        CacheError        the cache cannot be written: another folder, or no cache
-        CacheTooLarge     memory or disk is too small for it: smaller images as well
-        CacheLost         it was removed while in use: resume, which writes it again
-        DrawingError      the embedded data set cannot be drawn: another folder
-    """
+    """The data set on disk cannot be used; scripts add to its subclasses which option helps."""
 
 
 class FileError(DatasetError):

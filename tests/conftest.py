@@ -37,6 +37,7 @@ from datasets.drawn.scene import draw_scene
 from datasets.drawn.shapes import make_shapes
 from datasets.drawn.streets import make_synthetic
 from models.deployed import Deployed
+from utils import distributed
 from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.interrupts import Guard
 
@@ -340,6 +341,18 @@ def fork_two(function: Callable[[], int | None], folder: Path) -> list[Result]:
     env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
     both = [Forked(function, folder, RANK=rank, LOCAL_RANK=rank, **env) for rank in range(2)]
     return [process.finish() for process in both]
+
+
+def pretend_processes(
+    monkeypatch: pytest.MonkeyPatch, count: int, rank: int = 0, local_processes: int = 1
+) -> list[Callable]:
+    """Pretend to be one of several processes; return what the first one alone is asked to do."""
+    calls = []
+    monkeypatch.setattr(distributed, "processes", lambda: count)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "local_processes", lambda: local_processes)
+    monkeypatch.setattr(distributed, "first", lambda call: calls.append(call) or call())
+    return calls
 
 
 @contextmanager

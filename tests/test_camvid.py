@@ -137,7 +137,7 @@ def test_training_learns_its_images(script, camvid, tmp_path):
         ((), "--dataset camvid needs --datadir, the folder of the data set"),
         (
             ("--datadir", "here", "--classes", "a.txt"),
-            "has classes of its own: leave --classes out",
+            "has classes of its own; see --classes",
         ),
         (
             ("--datadir", "here", "--train-on", "coarse"),

@@ -109,8 +109,10 @@ def test_mistakes(fails, cityscapes, camvid, fields, tmp_path):
     assert "no folder leftImg8bit/train" in fails(TOOL, "--datadir", camvid)
     argv = ("--datadir", cityscapes, "--split")
     assert "--split none: cityscapes has train, val" in fails(TOOL, *argv, "train", "none")
-    assert "needs --classes FILE" in fails(TOOL, "--dataset", "folder", "--datadir", fields)
+    assert "needs a file that names its classes; see --classes" in fails(
+        TOOL, "--dataset", "folder", "--datadir", fields
+    )
     argv = ("--dataset", "camvid", "--datadir", camvid, "--classes", fields / "classes.txt")
-    assert "leave --classes out" in fails(TOOL, *argv)
+    assert "has classes of its own; see --classes" in fails(TOOL, *argv)
     (tmp_path / "empty").mkdir()
     assert "no folder train" in fails(TOOL, "--dataset", "imagenet", "--datadir", "empty")

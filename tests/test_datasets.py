@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FIELD_SIZES
+from conftest import FIELD_SIZES, pretend_processes
 from PIL import Image
 
 from datasets import Data, open_splits, read_classes_for
@@ -73,7 +73,7 @@ def test_crops_are_of_one_size(fields):
 
 
 def test_images_of_several_sizes_need_crops(fields):
-    message = "at a height of 72, .* are 64 to 115 wide: give --augment strong and --crop 72 64"
+    message = "at a height of 72, .* are 64 to 115 wide"
     for changes in ({}, {"augment": "strong"}, {"crop": [72, 64]}):
         with pytest.raises(UserError, match=message):
             opened(options("folder", fields, **changes))
@@ -84,16 +84,18 @@ def test_images_must_not_be_too_small(cityscapes_copy):
     for path in cityscapes_copy.rglob("*.png"):
         with Image.open(path) as image:
             image.crop((0, 0, 32, 64)).save(path)
-    with pytest.raises(UserError, match="--height 64 makes images of 32x64: LEDNet needs 64x64"):
+    with pytest.raises(UserError, match="become 32x64 at a height of 64: LEDNet needs 64x64"):
         opened(options("cityscapes", cityscapes_copy, height=64))
 
 
-def test_each_process_needs_two_images(camvid):
+def test_each_process_needs_two_images(camvid, monkeypatch):
     args = options("camvid", camvid)
-    assert len(opened(args, processes=3).train) == 6
+    pretend_processes(monkeypatch, 3)
+    assert len(opened(args).train) == 6
+    pretend_processes(monkeypatch, 4)
     message = "too few training images, 6: give 2 in each of 4 processes"
     with pytest.raises(UserError, match=message):
-        opened(args, processes=4)
+        opened(args)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -128,14 +130,9 @@ def test_broken_files_are_found_or_left_out(camvid_copy, capsys):
         opened(options("camvid", camvid_copy))
 
 
-def test_the_first_process_alone_looks_and_counts_and_writes(camvid, tmp_path):
-    calls = []
-
-    def first(function):
-        calls.append(function)
-        return function()
-
-    opened(options("camvid", camvid, cache=str(tmp_path)), first=first)
+def test_the_first_process_alone_looks_and_counts_and_writes(camvid, tmp_path, monkeypatch):
+    calls = pretend_processes(monkeypatch, 2)
+    opened(options("camvid", camvid, cache=str(tmp_path)))
     assert len(calls) == 3
     assert len(list(tmp_path.glob("*.bin"))) == 2
 
@@ -143,9 +140,11 @@ def test_the_first_process_alone_looks_and_counts_and_writes(camvid, tmp_path):
 def test_memory_is_shared_by_the_processes_of_a_machine(camvid, monkeypatch):
     monkeypatch.setattr("datasets.cache.memory_limit", lambda: 900_000)
     args = options("camvid", camvid, cache="ram")
-    opened(args, processes=2, local_processes=1)
+    pretend_processes(monkeypatch, 2, local_processes=1)
+    opened(args)
+    pretend_processes(monkeypatch, 2, local_processes=2)
     with pytest.raises(CacheTooLarge, match="in each of 2 processes"):
-        opened(args, processes=2)
+        opened(args)
 
 
 @pytest.mark.parametrize("recipe", [{}, STRONG])
@@ -187,7 +186,7 @@ def test_classes_come_from_the_data_set_or_a_file(fields):
     assert len(read_classes_for(Namespace(dataset="cityscapes", classes=None))) == 19
     args = Namespace(dataset="folder", classes=fields / "classes.txt")
     assert list(read_classes_for(args).names) == ["grass", "water", "dirt road"]
-    with pytest.raises(UserError, match="--dataset folder needs --classes FILE"):
+    with pytest.raises(UserError, match="the data set folder needs a file that names its classes"):
         read_classes_for(Namespace(dataset="folder", classes=None))
-    with pytest.raises(UserError, match="--dataset camvid has classes of its own: leave --classes"):
+    with pytest.raises(UserError, match="the data set camvid has classes of its own"):
         read_classes_for(Namespace(dataset="camvid", classes="classes.txt"))

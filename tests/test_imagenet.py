@@ -3,6 +3,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from conftest import pretend_processes
 from PIL import ExifTags, Image, ImageOps
 from torchvision import transforms as v1
 from torchvision.transforms import v2
@@ -245,14 +246,9 @@ def options(datadir, **changes) -> Namespace:
     return Namespace(**(values | {"workers": 0, "skip_broken": False} | changes))
 
 
-def test_the_images_of_a_run_are_opened_in_the_first_process(folder):
-    calls = []
-
-    def first(function):
-        calls.append(function)
-        return function()
-
-    train, val = open_images(options(folder), first)
+def test_the_images_of_a_run_are_opened_in_the_first_process(folder, monkeypatch):
+    calls = pretend_processes(monkeypatch, 2)
+    train, val = open_images(options(folder))
     assert len(calls) == 1 and len(train) == 3 and len(val) == 1
     assert train.classes == val.classes == ["cat", "dog"]
     assert len(train.transform.transforms) == 1

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from compare import shown
-from conftest import QUICK, Forked, Result, read_log, run_script, same_weights, send
+from conftest import (
+    QUICK,
+    Forked,
+    Result,
+    pretend_processes,
+    read_log,
+    run_script,
+    same_weights,
+    send,
+)
 
 import datasets.drawn.streets
 import main
@@ -23,7 +32,6 @@ from datasets.cityscapes import Cityscapes
 from datasets.loading import count_pixels
 from datasets.transforms import Paper, Strong
 from models.lednet import AuxiliaryHead, Encoder, EncoderClassifier, LEDNet
-from utils import distributed
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network, save_checkpoint
 from utils.errors import UserError
 from utils.losses import LOSSES, class_weights
@@ -251,9 +259,8 @@ def test_the_second_head_adds_its_loss_in_stage_2(stages):
 
 
 def test_each_process_trains_and_scores_its_share(stages, monkeypatch):
-    monkeypatch.setattr(distributed, "processes", lambda: 2)
     for rank, images in enumerate(([0, 2], [1])):  # of val
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        pretend_processes(monkeypatch, 2, rank)
         for stage in stages():
             assert len(stage.loader.sampler) == 3
             assert list(stage.val_loader.dataset.dataset.indices) == images

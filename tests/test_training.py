@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from compare import shown, value_differences
-from conftest import fork_two, read_log, same_weights
+from conftest import fork_two, pretend_processes, read_log, same_weights
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -224,11 +224,6 @@ def test_a_finished_epoch_is_not_begun_again_with_another_batch_size(tmp_path):
     assert resumed.step == resumed.stage.steps == 3
 
 
-def pretend(monkeypatch, rank: int, count: int) -> None:
-    monkeypatch.setattr(distributed, "rank", lambda: rank)
-    monkeypatch.setattr(distributed, "processes", lambda: count)
-
-
 def state_of_two(folder: Path) -> dict[str, Any]:
     """Return what two processes would save, each with sums of its own, after 4 of 6 steps."""
     processes = []
@@ -244,7 +239,7 @@ def state_of_two(folder: Path) -> dict[str, Any]:
 def test_each_process_gets_its_own_sums_and_random_state_back(tmp_path, monkeypatch):
     state = state_of_two(tmp_path)
     for rank in range(2):
-        pretend(monkeypatch, rank, 2)
+        pretend_processes(monkeypatch, 2, rank)
         resumed = TrainState(stage_of("adamw, one cycle", batch_size=2))
         assert resumed.load_state_dict(state, PATH) == []
         own = state["processes"][rank]
@@ -257,7 +252,7 @@ def test_sums_are_kept_for_any_number_of_processes(tmp_path, monkeypatch, count)
     state = state_of_two(tmp_path)
     sums, drawn = Counter(), set()
     for rank in range(count):
-        pretend(monkeypatch, rank, count)
+        pretend_processes(monkeypatch, count, rank)
         resumed = TrainState(stage_of("adamw, one cycle", batch_size=2))
         *_, difference = resumed.load_state_dict(state, PATH)
         assert f"the number of processes is {count}, not 2" in difference

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from datasets import DATASETS, read_classes_for
+from datasets import DATASETS, ClassesError, read_classes_for
 from datasets.check import Problem, find_problems, labels_without_image, summary
 from datasets.imagenet import ImageFolder
 from datasets.images import DatasetError, read_image
@@ -117,4 +117,5 @@ def open_splits(args: argparse.Namespace) -> tuple[list[Dataset], dict[str, Data
 
 
 if __name__ == "__main__":
-    run_script(main, advice={WorkerDied: "give fewer --workers if memory is short"})
+    advice = {WorkerDied: "give fewer --workers if memory is short", ClassesError: "see --classes"}
+    run_script(main, advice)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import DATASETS
+from datasets import DATASETS, ClassesError, MixedSizes
 from datasets.cache import CacheError, CacheLost, CacheTooLarge
 from datasets.drawn import DrawingError
 from datasets.images import MIN_SIZE, BrokenFiles, FileError, NothingReadable
@@ -43,6 +43,8 @@ ADVICE = {
     CacheError: "give --cache off, or another folder",
     CacheTooLarge: "give --cache off, another folder, or a smaller --height",
     CacheLost: "--resume makes it again",
+    ClassesError: "see --classes",
+    MixedSizes: "give --augment strong and --crop HEIGHT WIDTH, to train on crops of one size",
     DrawingError: "run in a folder that can be written, or give --datadir",
     OutOfMemory: "give a smaller --batch-size, which may change on --resume, or smaller images",
     WorkerDied: "if the machine ran out of memory, give fewer --workers",
