@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from datasets import DATASETS, Size
 from datasets.check import check_files
 from datasets.images import MIN_SIZE, BrokenFiles
-from datasets.loading import validation_loader
+from datasets.loading import batch_loader
 from datasets.segmentation import Classes, Segmentation, resized_size, write_label
 from models.deployed import deploy
 from models.lednet import LEDNet
@@ -184,7 +184,7 @@ def score(
             encode = partial(write_label, prediction=prediction.cpu(), classes=about.classes)
             writer.put(files.save_result, Path(args.save_results), next(names), encode)
 
-        loader = validation_loader(share, batch_size, workers, device)
+        loader = batch_loader(share, None, batch_size, workers, device)
         title, on_image = f"scoring {args.subset}", save if args.save_results else None
         _, confusion = evaluate(
             model, loader, normalize, len(about.classes), title, len(share), on_image=on_image

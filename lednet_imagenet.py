@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.imagenet import MEAN, STD, ImageFolder, open_images, validation_images
-from datasets.loading import Batch, ShuffledSeeds, training_loader, validation_loader
+from datasets.loading import Batch, ShuffledSeeds, batch_loader
 from datasets.segmentation import Classes
 from models.lednet import Encoder, ImageClassifier
 from utils import distributed
@@ -101,7 +101,7 @@ def build_stage(
     model.to(device, memory_format=torch.channels_last)
     sampler = ShuffledSeeds(len(train), args.seed, distributed.rank(), distributed.processes())
     loading = (args.batch_size, args.workers, device, args.skip_broken)
-    loader = training_loader(train, sampler, *loading, stacked=True)
+    loader = batch_loader(train, sampler, *loading, stacked=True)
     if not loader:
         raise UserError(f"{args.datadir} has fewer training images than there are processes")
     steps = args.epochs * len(loader)
@@ -128,7 +128,7 @@ def build_stage(
         loss=lambda logits, labels: cross_entropy(logits.float(), labels),
         optimizer=optimizer,
         scheduler=scheduler,
-        val_loader=validation_loader(shared, *loading, stacked=True),
+        val_loader=batch_loader(shared, None, *loading, stacked=True),
         validate=partial(
             validate, normalize=normalize, classes=val.classes, total=len(shared),
             amp_dtype=amp_dtype,
@@ -197,8 +197,8 @@ def print_scores(args: argparse.Namespace, device: torch.device) -> None:
         raise UserError(f"{args.evaluate} does not state its data set: give --datadir")
     val = validation_images(datadir, size, list(about.classes.names))
     shared = distributed.share(val)
-    loader = validation_loader(
-        shared, args.batch_size, args.workers, device, args.skip_broken, stacked=True
+    loader = batch_loader(
+        shared, None, args.batch_size, args.workers, device, args.skip_broken, stacked=True
     )
     scores = evaluate_classifier(
         model.to(device), loader, about.normalize(device), "val", len(shared),

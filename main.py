@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets import Data, open_splits, read_classes_for
-from datasets.loading import Batch, ShuffledSeeds, training_loader, validation_loader
+from datasets.loading import Batch, ShuffledSeeds, batch_loader
 from datasets.segmentation import Classes
 from datasets.transforms import Augment
 from models.lednet import AuxiliaryHead, EncoderClassifier, LEDNet
@@ -169,7 +169,7 @@ def build_stage(
     loading = (args.batch_size, data.workers, loading_device, args.skip_broken)
     # A last batch of one image cannot train the batch norm on the pooled plane.
     drop_last = len(sampler) % args.batch_size == 1
-    loader = training_loader(data.train, sampler, *loading, drop_last=drop_last)
+    loader = batch_loader(data.train, sampler, *loading, drop_last=drop_last)
     normalize = about.normalize(device)
     jitter = args.jitter if args.augment == "strong" else 0.0
 
@@ -193,7 +193,7 @@ def build_stage(
         loss=with_auxiliary(loss, args.aux_weight) if model is not scored else loss,
         optimizer=optimizer,
         scheduler=SCHEDULES[args.schedule](optimizer, steps),
-        val_loader=validation_loader(val, *loading),
+        val_loader=batch_loader(val, None, *loading),
         validate=partial(
             validate, normalize=normalize, classes=data.classes, total=len(val),
             class_weights=weights, amp_dtype=amp_dtype,

@@ -120,9 +120,9 @@ def collate(items: Sequence[Batch], stacked: bool = False) -> Batch:
     return batch._replace(images=images, labels=labels)
 
 
-def training_loader(
+def batch_loader(
     dataset: Dataset,
-    sampler: ShuffledSeeds,
+    sampler: ShuffledSeeds | None,
     batch_size: int,
     workers: int,
     device: torch.device,
@@ -130,44 +130,25 @@ def training_loader(
     stacked: bool = False,
     drop_last: bool = False,
 ) -> DataLoader:
-    """Return a loader of `Batch` in the order of the sampler.
+    """Return a loader of `Batch`.
 
     Args:
         dataset: data set of (image, label).
+        sampler: order and seeds of training; None to validate, in the order of the data set.
         workers: processes that read.
         device: device of the training; batches for a GPU are pinned.
-        skip_broken: replace unreadable images by the next readable ones.
+        skip_broken: leave out unreadable images: training reads the next one in place of each, and
+            a batch of validation is smaller, or empty.
         stacked: stack the images, which must be of one size; labels are class numbers.
         drop_last: leave out a smaller last batch.
     """
+    validating = sampler is None
     return _loader(
-        SeededItems(dataset, skip_broken),
+        SeededItems(dataset, skip_broken, replace=not validating),
         workers,
-        sampler=sampler,
+        sampler=[(index, 0) for index in range(len(dataset))] if validating else sampler,
         batch_size=batch_size,
         drop_last=drop_last,
-        collate_fn=partial(collate, stacked=stacked),
-        pin_memory=device.type == "cuda",
-    )
-
-
-def validation_loader(
-    dataset: Dataset,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    skip_broken: bool = False,
-    stacked: bool = False,
-) -> DataLoader:
-    """Return a loader of `Batch` in the order of the data set; arguments as in `training_loader`.
-
-    With skip_broken, unreadable images are missing from their batch, which may be empty.
-    """
-    return _loader(
-        SeededItems(dataset, skip_broken, replace=False),
-        workers,
-        sampler=[(index, 0) for index in range(len(dataset))],
-        batch_size=batch_size,
         collate_fn=partial(collate, stacked=stacked),
         pin_memory=device.type == "cuda",
     )

@@ -12,7 +12,7 @@ from PIL import Image
 from datasets import Data, open_splits, read_classes_for
 from datasets.cache import CacheTooLarge
 from datasets.images import BrokenFiles, DatasetError, FileError
-from datasets.loading import ShuffledSeeds, training_loader, validation_loader
+from datasets.loading import ShuffledSeeds, batch_loader
 from datasets.transforms import Augment, Paper, Strong, normalizer
 from utils.errors import UserError
 
@@ -154,8 +154,8 @@ def test_neither_cache_nor_workers_change_a_batch(camvid, tmp_path, recipe):
         assert data.workers == (0 if data and changes["cache"] == "ram" else changes["workers"])
         augment = Augment(data.augment, normalizer([0.1] * 3, [0.2] * 3, CPU), CPU, jitter=0.4)
         sampler = ShuffledSeeds(len(data.train), seed=5)
-        loader = training_loader(data.train, sampler, 4, data.workers, CPU)
-        validation = validation_loader(data.val, 2, data.workers, CPU)
+        loader = batch_loader(data.train, sampler, 4, data.workers, CPU)
+        validation = batch_loader(data.val, None, 2, data.workers, CPU)
         tensors = [tensor for batch in loader for tensor in augment(batch)]
         return tensors + [image for batch in validation for image in batch.images]
 

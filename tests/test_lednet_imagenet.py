@@ -23,7 +23,7 @@ import utils.training
 from datasets.cityscapes import Cityscapes
 from datasets.folder import Folder
 from datasets.imagenet import open_images, validation_images
-from datasets.loading import Batch, validation_loader
+from datasets.loading import Batch, batch_loader
 from models.lednet import Encoder, ImageClassifier
 from utils import distributed
 from utils.checkpoint import load_checkpoint, load_classifier, save_checkpoint
@@ -350,7 +350,7 @@ def test_features_of_an_image_are_the_same_in_both_programs(pretrained, tmp_path
     model, about = load_classifier(pretrained / "best.pth")
     model.encoder.register_forward_hook(lambda *seen: features.update(pretraining=seen[2]))
     val = validation_images(tmp_path / "square", 224, list(about.classes.names))
-    loader = validation_loader(val, 1, 0, CPU, stacked=True)
+    loader = batch_loader(val, None, 1, 0, CPU, stacked=True)
     evaluate_classifier(model, loader, about.normalize(CPU), "", 1)
 
     argv = ("main.py", "--datadir", "d", "--pretrained-encoder", str(pretrained / "encoder.pth"))
@@ -359,7 +359,7 @@ def test_features_of_an_image_are_the_same_in_both_programs(pretrained, tmp_path
     network, mean, std = main.start_network(args, Cityscapes.CLASSES, None)
     network.encoder.register_forward_hook(lambda *seen: features.update(training=seen[2]))
     central = Folder(tmp_path, "test", Cityscapes.CLASSES, height=224)
-    loader = validation_loader(central, 1, 0, CPU)
+    loader = batch_loader(central, None, 1, 0, CPU)
     evaluate(
         network, loader, main.Description("", None, mean, std, 224, 1).normalize(CPU), 19, "", 1
     )

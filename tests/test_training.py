@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from datasets.loading import Batch, ShuffledSeeds, training_loader
+from datasets.loading import Batch, ShuffledSeeds, batch_loader
 from datasets.segmentation import Classes
 from utils import distributed
 from utils.checkpoint import CheckpointError, Description, load_checkpoint, on_cpu, save_checkpoint
@@ -64,7 +64,7 @@ def stage_of(
         points = torch.rand(24, 3, generator=torch.Generator().manual_seed(1))
         items = [(point, int(point.sum() > 1.5)) for point in points]
     sampler = ShuffledSeeds(len(items), 7, distributed.rank(), distributed.processes())
-    loader = training_loader(items, sampler, batch_size, 0, CPU, stacked=True)
+    loader = batch_loader(items, sampler, batch_size, 0, CPU, stacked=True)
     name, schedule = RECIPES[recipe]
     optimizer = build_optimizer(name, model, LR, weight_decay=0.1)
     defaults = {
