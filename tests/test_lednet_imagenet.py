@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from compare import shown
-from conftest import PRETRAIN_QUICK, QUICK, Forked, Result, read_log, run_script, same_weights
+from conftest import (
+    PRETRAIN_QUICK,
+    QUICK,
+    Forked,
+    Result,
+    pretend_processes,
+    read_log,
+    run_script,
+    same_weights,
+)
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -25,7 +34,6 @@ from datasets.folder import Folder
 from datasets.imagenet import open_images, validation_images
 from datasets.loading import Batch, batch_loader
 from models.lednet import Encoder, ImageClassifier
-from utils import distributed
 from utils.checkpoint import load_checkpoint, load_classifier, save_checkpoint
 from utils.errors import UserError
 from utils.evaluation import evaluate, evaluate_classifier
@@ -455,14 +463,13 @@ def test_no_place_for_the_embedded_data_set(fails, tmp_path):
 
 
 def test_each_process_trains_and_scores_its_share(stage, monkeypatch):
-    monkeypatch.setattr(distributed, "processes", lambda: 2)
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    pretend_processes(monkeypatch, 2, rank=1)
     built = stage()
     assert len(built.loader.sampler) == 6
     assert list(built.val_loader.dataset.dataset.indices) == [1, 3, 5]
 
 
 def test_too_few_images_for_the_processes(stage, monkeypatch):
-    monkeypatch.setattr(distributed, "processes", lambda: 13)
+    pretend_processes(monkeypatch, 13)
     with pytest.raises(UserError, match="fewer training images than there are processes"):
         stage()
