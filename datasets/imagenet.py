@@ -153,18 +153,17 @@ class CropLoader:
     def __call__(self, path: str) -> Tensor:
         """Read an image file of any mode."""
         with open_image(path) as image:
-            box, _ = self.choose(image)
+            box = self.choose(image)  # before decoding, which then makes less
             part = decode(image).crop(box)
             check_jpeg_end(path, image)
         # PyTorch resizes bytes several times as fast as PIL does.
         return F.resize(F.pil_to_tensor(part), [self.size, self.size])
 
-    def choose(self, image: Image.Image) -> tuple[tuple[int, int, int, int], int]:
+    def choose(self, image: Image.Image) -> tuple[int, int, int, int]:
         """Draw the crop of an image, and reduce the size that a JPEG will be decoded at.
 
         Returns:
-            Left, upper, right and lower edge of the crop in the decoded image, upright, and the
-            factor by which that is smaller than stored: 1, or 2, 4, 8 for a JPEG.
+            Left, upper, right and lower edge of the crop in the decoded image, upright.
         """
         if image.format == "TIFF":
             image.load()  # PIL turns it upright, and may change its size
@@ -184,4 +183,4 @@ class CropLoader:
         smaller = round(stored_width / drafted[1][2]) if drafted else 1
         edges = (left, top, left + width, top + height)
         left, top, right, bottom = (round(edge / smaller) for edge in edges)
-        return (left, top, max(right, left + 1), max(bottom, top + 1)), smaller
+        return left, top, max(right, left + 1), max(bottom, top + 1)

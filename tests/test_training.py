@@ -399,8 +399,10 @@ def test_the_loss_gets_all_outputs_and_the_meter_the_first():
 
 
 def test_mixed_precision_keeps_the_weights_in_full_precision():
-    stage = stage_of(amp_dtype=torch.bfloat16)
+    stage, outputs = stage_of(amp_dtype=torch.bfloat16), set()
+    stage.model.register_forward_hook(lambda model, inputs, output: outputs.add(output.dtype))
     assert 0 < train_epoch(stage).epoch_scores["train_loss"] < 10
+    assert outputs == {torch.bfloat16}
     assert {weight.dtype for weight in stage.model.parameters()} == {torch.float32}
 
 
