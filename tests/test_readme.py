@@ -196,7 +196,7 @@ SCRIPTS = [path.stem for path in modules(".")]
 # As docs/architecture.md says.
 FORBIDDEN = {
     "models": ["datasets", "utils", "tools", *SCRIPTS],
-    "datasets": ["models", r"utils(?!\.errors\b|\.files\b)", "tools", *SCRIPTS],
+    "datasets": ["models", r"utils(?!\.errors\b|\.files\b|\.distributed\b)", "tools", *SCRIPTS],
     "datasets/drawn": ["models", r"utils(?!\.errors\b|\.files\b)", "tools", *SCRIPTS],
     "utils": ["tools", *SCRIPTS],
     ".": ["tools", *SCRIPTS],
