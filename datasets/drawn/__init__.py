@@ -59,9 +59,8 @@ def make_folder(
                 pass
         unfinished.chmod(0o755)
         # An existing folder is never drawn again: it must not lose files in a power cut.
-        for folder, _, files in os.walk(unfinished):
-            for path in (*(os.path.join(folder, name) for name in files), folder):
-                sync(path)
+        for path in (*unfinished.rglob("*"), unfinished):
+            sync(path)
         unfinished.rename(root)
         sync(root.parent)
     finally:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from datasets.drawn import make_folder
-from datasets.drawn.scene import Scene, draw_scene
+from datasets.drawn.scene import draw_scene
 
 COUNTS = {"train": 240, "val": 40, "test": 8, "train_extra": 80}
 CITIES = ("avalon", "brigadoon", "camelot", "zenda")
@@ -69,27 +69,22 @@ def _write_scene(root: Path, split: str, number: int, seed: int, height: int) ->
     split_index = list(COUNTS).index(split)
     scene = draw_scene(np.random.default_rng([seed, split_index, number]), height)
     city = CITIES[split_index]
-    name = f"{city}_{number:06d}_000019"
+
+    def save(folder: str, kind: str, pixels: np.ndarray, compress_level: int = 6) -> None:
+        path = root / folder / split / city / f"{city}_{number:06d}_000019_{kind}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, compress_level=compress_level)
+
+    def save_labels(mode: str, label_ids: np.ndarray, instance_ids: np.ndarray) -> None:
+        save(mode, f"{mode}_labelIds", label_ids)
+        save(mode, f"{mode}_instanceIds", instance_ids)
 
     # Noisy pictures hardly compress: level 1 saves most of the time.
-    _save(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", scene.image, 1)
+    save("leftImg8bit", "leftImg8bit", scene.image, compress_level=1)
     if split == "test":
-        blank = Scene(scene.image, scene.label_ids * 0, scene.instance_ids * 0)
-        _save_labels(root, "gtFine", split, city, name, blank)
+        save_labels("gtFine", scene.label_ids * 0, scene.instance_ids * 0)
         return
     if split != "train_extra":
-        _save_labels(root, "gtFine", split, city, name, scene)
+        save_labels("gtFine", scene.label_ids, scene.instance_ids)
     coarse = coarsen(scene.label_ids, cell=max(4, height // 21))
-    rough = Scene(scene.image, coarse, np.where(coarse > 0, scene.instance_ids, 0))
-    _save_labels(root, "gtCoarse", split, city, name, rough)
-
-
-def _save_labels(root: Path, mode: str, split: str, city: str, name: str, scene: Scene) -> None:
-    folder = root / mode / split / city
-    _save(folder / f"{name}_{mode}_labelIds.png", scene.label_ids)
-    _save(folder / f"{name}_{mode}_instanceIds.png", scene.instance_ids.astype(np.uint16))
-
-
-def _save(path: Path, pixels: np.ndarray, compress_level: int = 6) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, compress_level=compress_level)
+    save_labels("gtCoarse", coarse, scene.instance_ids * (coarse > 0))
