@@ -38,23 +38,19 @@ NEEDED = ("train", "val")
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "--dataset",
-        choices=[*DATASETS, IMAGENET],
-        help="type of the data set; default: folder with --classes, else cityscapes",
-    )
-    parser.add_argument("--datadir", type=file_path, required=True, help="folder of the data set")
-    what = "names of the classes of --dataset folder, as for main.py"
-    parser.add_argument("--classes", metavar="FILE", type=file_path, help=what)
-    parser.add_argument("--split", nargs="+", help="splits to check; default: all that exist")
-    what = "check headers, checksums and ends only, as main.py does before it trains"
-    parser.add_argument("--fast", action="store_true", help=what)
-    parser.add_argument(
-        "--workers",
-        type=natural_int,
-        default=os.cpu_count(),
-        help="processes that read; default: %(default)s, one for each core",
-    )
+    add = parser.add_argument
+    # fmt: off
+    add("--dataset", choices=[*DATASETS, IMAGENET],
+        help="type of the data set; default: folder with --classes, else cityscapes")
+    add("--datadir", type=file_path, required=True, help="folder of the data set")
+    add("--classes", type=file_path, metavar="FILE",
+        help="names of the classes of --dataset folder, as for main.py")
+    add("--split", nargs="+", help="splits to check; default: all that exist")
+    add("--fast", action="store_true",
+        help="check headers, checksums and ends only, as main.py does before it trains")
+    add("--workers", type=natural_int, default=os.cpu_count(),
+        help="processes that read; default: %(default)s, one for each core")
+    # fmt: on
     args = parser.parse_args()
     args.dataset = args.dataset or ("folder" if args.classes else "cityscapes")
     return args
