@@ -74,16 +74,14 @@ def parse_args() -> Namespace:
         raise UserError("--save-results needs --checkpoint and --datadir: there is nothing to save")
     if args.datadir and not args.checkpoint:
         raise UserError("--datadir needs --checkpoint: an untrained network has no score")
-    if args.runtime == "onnx" and args.precision != "float32":
-        raise UserError("--runtime onnx computes in float32: leave --precision out")
     return args
 
 
 def main() -> None:
     args = parse_args()
     device = pick_device(args.device)
-    if args.runtime == "onnx" and device.type != "cpu":
-        raise UserError("--runtime onnx runs on the CPU: give --device cpu as well")
+    if args.runtime == "onnx" and (device.type, args.precision) != ("cpu", "float32"):
+        raise UserError("--runtime onnx needs --device cpu and computes in float32")
     distributed.start(device)
     torch.backends.cudnn.benchmark = True
 

@@ -118,8 +118,7 @@ def main() -> None:
         f"{done} pictures of {len(inputs)} files in {seconds:.1f} s, {done / seconds:.1f} images/s "
         f"end to end, on {device} at a height of {height}, {len(failures)} errors: {output}"
     )
-    if failures:
-        sys.exit(1)
+    sys.exit(1 if failures else 0)
 
 
 def read_stills(

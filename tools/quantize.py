@@ -75,8 +75,9 @@ def main() -> None:
         latency = measure_latency(model, size, seconds=4)
         miou = score(model, val, normalize)
         print(f"{name:8} {latency.median_ms:6.1f} ms, {100 * miou:5.2f} % mIoU on val")
-    share = label_agreement(*networks.values(), images)
-    print(f"int8 gives {100 * share:.2f} % of the labels of float32, on images of train")
+    labels = [[labels_of(model(image)) for image in images] for model in networks.values()]
+    same = [(a == b).float().mean().item() for a, b in zip(*labels, strict=True)]
+    print(f"int8 gives {100 * np.mean(same):.2f} % of the labels of float32, on images of train")
 
 
 def quantize(exported: Path, quantized: Path, images: Iterable[Tensor]) -> None:
@@ -111,12 +112,6 @@ def quantize(exported: Path, quantized: Path, images: Iterable[Tensor]) -> None:
 def labels_of(outputs: Tensor) -> Tensor:
     """Return label maps, N x H x W, for the outputs of a model with or without --labels."""
     return outputs if outputs.ndim == 3 else outputs.argmax(1).to(torch.uint8)
-
-
-def label_agreement(a: OnnxNetwork, b: OnnxNetwork, images: Iterable[Tensor]) -> float:
-    """Return the share of pixels to which two networks give the same label."""
-    same = [(labels_of(a(image)) == labels_of(b(image))).float().mean().item() for image in images]
-    return float(np.mean(same))
 
 
 def score(network: OnnxNetwork, val: Segmentation, normalize: Normalize) -> float:

@@ -16,8 +16,7 @@ from utils.script import WorkerDied
 
 SHIPPED = Path(__file__).parent.parent / "weights/lednet_d20_camvid.pth"
 
-# Which options of the programs that use a trained network mend an error; see utils/options.py for
-# those that train one.
+# Which options mend an error in the programs that use a trained network.
 ADVICE = {
     BrokenFiles: "python tools/check_dataset.py lists them all",
     EncoderOnly: "train stage 2 first, with main.py --pretrained-encoder",
