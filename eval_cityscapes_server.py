@@ -24,31 +24,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasets import DATASETS, Size
+from datasets import Size
 from datasets.check import check_files
-from datasets.images import MIN_SIZE, BrokenFiles
+from datasets.images import MIN_SIZE
 from datasets.loading import batch_loader
 from datasets.segmentation import Classes, Segmentation, resized_size, write_label
 from models.deployed import deploy
 from models.lednet import LEDNet
 from utils import distributed, files, speed
-from utils.arguments import ArgumentParser, file_path, natural_int, new_file, positive_int
-from utils.checkpoint import Description, EncoderOnly, load_network
+from utils.arguments import ADVICE, ArgumentParser, file_path, natural_int, new_file, positive_int
+from utils.checkpoint import Description, load_network
 from utils.errors import UserError
-from utils.evaluation import OutOfMemory, evaluate
+from utils.evaluation import evaluate
 from utils.metrics import ConfusionMatrix, mean_score
 from utils.onnx import OnnxNetwork, export_onnx
-from utils.script import WorkerDied, device_name, pick_device, run_script
+from utils.script import device_name, pick_device, run_script
 from utils.visualize import score_table
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ADVICE = {
-    BrokenFiles: "python tools/check_dataset.py lists them all",
-    EncoderOnly: "train stage 2 first, with main.py --pretrained-encoder",
-    OutOfMemory: "give a smaller --batch-size or --height",
-    WorkerDied: "if the machine ran out of memory, give fewer --workers",
-    files.WriteError: "make room, or give another --save-results or --json",
-}
 
 
 def parse_args() -> Namespace:
@@ -81,16 +74,14 @@ def parse_args() -> Namespace:
         raise UserError("--save-results needs --checkpoint and --datadir: there is nothing to save")
     if args.datadir and not args.checkpoint:
         raise UserError("--datadir needs --checkpoint: an untrained network has no score")
-    if args.runtime == "onnx" and args.precision != "float32":
-        raise UserError("--runtime onnx computes in float32: leave --precision out")
     return args
 
 
 def main() -> None:
     args = parse_args()
     device = pick_device(args.device)
-    if args.runtime == "onnx" and device.type != "cpu":
-        raise UserError("--runtime onnx runs on the CPU: give --device cpu as well")
+    if args.runtime == "onnx" and (device.type, args.precision) != ("cpu", "float32"):
+        raise UserError("--runtime onnx needs --device cpu and computes in float32")
     distributed.start(device)
     torch.backends.cudnn.benchmark = True
 
@@ -131,15 +122,7 @@ def main() -> None:
 
 def open_dataset(args: Namespace, about: Description, height: int) -> tuple[Segmentation, Size]:
     """Open and check the split; return it and the size that its first image is resized to."""
-    if about.dataset not in DATASETS:
-        raise UserError(
-            f"{args.checkpoint} was trained on {about.dataset}, which is not in datasets/"
-        )
-    dataset_class = DATASETS[about.dataset]
-    if args.subset not in dataset_class.SPLITS:
-        splits = ", ".join(dataset_class.SPLITS)
-        raise UserError(f"--subset {args.subset}: {about.dataset} has {splits}")
-    dataset = dataset_class(args.datadir, args.subset, about.classes, height, resize_labels=False)
+    dataset = about.open_split(args.datadir, args.subset, height, resize_labels=False)
     return dataset, resized_size(*check_files(dataset.pairs)[0], height)
 
 
@@ -168,15 +151,14 @@ def score(
     if workers is None:
         workers = min(8, os.cpu_count() or 1) if on_gpu else 0
     batch_size = args.batch_size or (8 if on_gpu else 1)
-    normalize = about.normalize(device)
-    share = distributed.share(dataset)
-    own = range(distributed.rank(), len(dataset), distributed.processes())
-    names = map(dataset.result_name, own)
+    normalize = about.normalizer(device)
+    indices = range(distributed.rank(), len(dataset), distributed.processes())
+    share, names = distributed.share(dataset), map(dataset.result_name, indices)
     print(f"scoring {len(dataset)} images of {args.subset}", flush=True)
-    # torch.compile starts anew for the size of the last batch: do it before the clock starts.
-    for count in sorted({min(batch_size, len(share)), len(share) % batch_size} - {0}):
-        for _ in range(3):
-            model(normalize(torch.zeros(count, 3, *size, dtype=torch.uint8)))
+    # Before the clock starts, since torch.compile starts anew for the size of the last batch, and
+    # records its CUDA graph in the third pass.
+    for count in sorted(3 * list({min(batch_size, len(share)), len(share) % batch_size} - {0})):
+        model(normalize(torch.zeros(count, 3, *size, dtype=torch.uint8)))
     started = time.perf_counter()
     with files.ResultWriter(workers) as writer:
 
@@ -185,10 +167,10 @@ def score(
             writer.put(files.save_result, Path(args.save_results), next(names), encode)
 
         loader = batch_loader(share, None, batch_size, workers, device)
-        title, on_image = f"scoring {args.subset}", save if args.save_results else None
         _, confusion = evaluate(
-            model, loader, normalize, len(about.classes), title, len(share), on_image=on_image
-        )
+            model, loader, normalize, len(about.classes), f"scoring {args.subset}", len(share),
+            on_image=save if args.save_results else None,
+        )  # fmt: skip
         writer.finish()
     failures = [failure for each in distributed.gather(writer.failures) for failure in each]
     if failures:
@@ -237,4 +219,5 @@ def measure(network: LEDNet, model: nn.Module, size: Size, setting: str) -> dict
 
 
 if __name__ == "__main__":
-    run_script(main, ADVICE)
+    own_advice = {files.WriteError: "make room, or give another --save-results or --json"}
+    run_script(main, ADVICE | own_advice)

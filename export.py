@@ -20,28 +20,22 @@ from torch.nn import functional as F
 
 from datasets.images import MIN_SIZE
 from models.lednet import LEDNet
-from utils.arguments import ArgumentParser, file_path, new_file
-from utils.checkpoint import EncoderOnly, load_network
+from utils.arguments import ADVICE, ArgumentParser, new_file
+from utils.checkpoint import load_network
 from utils.errors import UserError
-from utils.files import WriteError, atomic_write, write_errors
+from utils.files import atomic_write, write_errors
 from utils.onnx import OnnxNetwork, export_onnx
 from utils.script import run_script
 
-SHIPPED = Path(__file__).parent / "weights" / "lednet_d20_camvid.pth"
 TOLERANCE = 1e-4  # of logits, relative to the largest
 AGREEMENT = 0.999  # of labels: near a tie, rounding decides
-ADVICE = {
-    EncoderOnly: "train stage 2 first, with main.py --pretrained-encoder",
-    WriteError: "make room, or give another --output",
-}
 
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
+    parser.add_checkpoint()
     add = parser.add_argument
     # fmt: off
-    add("--checkpoint", type=file_path, metavar="FILE", default=str(SHIPPED),
-        help="trained network; default weights/lednet_d20_camvid.pth, which comes with the code")
     add("--output", type=new_file, metavar="FILE",
         help="new file; default: the name of the checkpoint with .onnx, in this folder")
     add("--labels", action="store_true", help="output the class of each pixel instead of logits")

@@ -24,15 +24,12 @@ def lednet(
 
     Raises:
         ValueError: there are no weights of this width, or num_classes does not fit them.
-        ImportError: the caller has imported packages with the names of those here.
+        ImportError: the caller has imported other packages named models, utils or datasets.
     """
     # Imported late: torch.hub reads this file to list what it offers.
-    try:
-        from models.lednet import LEDNet
-        from utils.checkpoint import load_network
-    except ImportError as error:
-        hidden = "another package named models, utils or datasets hides that of LEDNet"
-        raise ImportError(f"{error}: {hidden}; load LEDNet first, or in its own process") from error
+    from models.lednet import LEDNet
+    from utils.checkpoint import load_network
+
     if not pretrained:
         return LEDNet(19 if num_classes is None else num_classes, apn_channels)
     path = _WEIGHTS / f"lednet_d{apn_channels}_camvid.pth"

@@ -111,7 +111,7 @@ def build_stage(
     else:
         optimizer = build_optimizer("sgd", model, args.lr, momentum=0.9, weight_decay=SGD_DECAY)
         scheduler = PretrainingSchedule(optimizer, len(loader))
-    normalize, amp_dtype = about.normalize(device), pick_amp_dtype(args.amp, device)
+    normalize, amp_dtype = about.normalizer(device), pick_amp_dtype(args.amp, device)
     cross_entropy = nn.CrossEntropyLoss(label_smoothing=0.1 if modern else 0.0)
     shared = distributed.share(val)
     return Stage(
@@ -201,7 +201,7 @@ def print_scores(args: argparse.Namespace, device: torch.device) -> None:
         shared, None, args.batch_size, args.workers, device, args.skip_broken, stacked=True
     )
     scores = evaluate_classifier(
-        model.to(device), loader, about.normalize(device), "val", len(shared),
+        model.to(device), loader, about.normalizer(device), "val", len(shared),
         pick_amp_dtype(args.amp, device),
     )  # fmt: skip
     print(

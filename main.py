@@ -170,7 +170,7 @@ def build_stage(
     # A last batch of one image cannot train the batch norm on the pooled plane.
     drop_last = len(sampler) % args.batch_size == 1
     loader = batch_loader(data.train, sampler, *loading, drop_last=drop_last)
-    normalize = about.normalize(device)
+    normalize = about.normalizer(device)
     jitter = args.jitter if args.augment == "strong" else 0.0
 
     c = WEIGHT_C[number] if args.weight_c is None else args.weight_c

@@ -31,31 +31,24 @@ from datasets.loading import call_in_workers
 from datasets.segmentation import Classes, write_label
 from models.deployed import deploy
 from utils import files
-from utils.arguments import ArgumentParser, file_path, natural_int, positive_int
-from utils.checkpoint import EncoderOnly, load_network
+from utils.arguments import ADVICE, ArgumentParser, file_path, natural_int, positive_int
+from utils.checkpoint import load_network
 from utils.errors import UserError
 from utils.evaluation import Normalize, label_map
-from utils.script import WorkerDied, pick_device, run_script
+from utils.script import pick_device, run_script
 from utils.visualize import overlay, paint, write_video
 
-SHIPPED = Path(__file__).parent / "weights" / "lednet_d20_camvid.pth"
 JPEG_LIMIT = 65_500  # pixels each way
 FRAMES_PER_SECOND = 25  # of videos that do not say
-ADVICE = {
-    EncoderOnly: "train stage 2 first, with main.py --pretrained-encoder",
-    WorkerDied: "if the machine ran out of memory, give fewer --workers",
-    files.WriteError: "make room, or give another --output",
-}
 
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
+    parser.add_checkpoint()
     add = parser.add_argument
     # fmt: off
     add("--input", nargs="+", required=True, type=file_path, metavar="PATH",
         help="pictures, videos, globs, or folders, which are searched for them")
-    add("--checkpoint", type=file_path, metavar="FILE", default=str(SHIPPED),
-        help="trained network; default weights/lednet_d20_camvid.pth, which comes with the code")
     add("--output", type=file_path, metavar="DIR",
         help="new folder for the results; default: results/ and the name of the first input")
     add("--height", type=positive_int, help="height of the input; default: as in training")
@@ -79,7 +72,7 @@ def main() -> None:
     device = pick_device(args.device)
     network, about = load_network(args.checkpoint)
     model = deploy(network.to(device), compiled=False)
-    segment = partial(segment_frames, model, about.normalize(device), args.batch_size)
+    segment = partial(segment_frames, model, about.normalizer(device), args.batch_size)
     classes, height = about.classes, args.height or about.height
     inputs = pictures.find_pictures(args.input)
     videos = [file for file in inputs if pictures.is_video(file[0])]
@@ -118,18 +111,14 @@ def main() -> None:
                 film = files.result_path(output, f"overlays/{name}.mp4")
                 done += write_video(film, rate, starmap(draw, segmented))
         writer.finish()
-    broken = len(failures)
     for message in writer.failures:
         fail(message)
     seconds = time.perf_counter() - started
     print(
-        f"{done} pictures of {len(inputs) - broken} files in {seconds:.1f} s, "
-        f"{done / seconds:.1f} images/s end to end, on {device} at a height of {height}: {output}"
+        f"{done} pictures of {len(inputs)} files in {seconds:.1f} s, {done / seconds:.1f} images/s "
+        f"end to end, on {device} at a height of {height}, {len(failures)} errors: {output}"
     )
-    if failures:
-        unsaved = f", {len(writer.failures)} results were not saved" if writer.failures else ""
-        print(f"{broken} of {len(inputs)} files failed{unsaved}: see above", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(1 if failures else 0)
 
 
 def read_stills(

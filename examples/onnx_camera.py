@@ -30,9 +30,8 @@ import onnxruntime
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-PROVIDERS = {  # of onnxruntime, the fastest first
-    name.lower(): f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "OpenVINO", "CPU")
-}
+# Of onnxruntime, the fastest first.
+PROVIDERS = [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "OpenVINO", "CPU")]
 METADATA = ("class_names", "colors", "label_ids", "mean", "std", "height")
 MIN_WIDTH = 64  # of the network
 MAX_ASPECT = 8  # wider pictures are squeezed, since they would not fit in memory
@@ -46,12 +45,11 @@ def main() -> None:
     parser.add_argument("--input", required=True, help="a picture, a folder, a video or camera:0")
     parser.add_argument("--output", metavar="DIR", help="new folder; default: results/INPUT")
     parser.add_argument("--threads", type=int, default=0, help="default: one for each core")
-    parser.add_argument("--provider", choices=PROVIDERS, help="default: the fastest available")
     args = parser.parse_args()
     camera = args.input.startswith("camera:")
     if not camera and not os.path.exists(args.input):
         fail(f"--input {args.input} does not exist")
-    network = Network(args.model, args.threads, args.provider)
+    network = Network(args.model, args.threads)
     try:
         if os.path.isdir(args.input) or Path(args.input).suffix.lower() in PICTURES:
             results = network.segment(read_pictures(args.input))
@@ -60,20 +58,17 @@ def main() -> None:
             frames, rate = open_video(args.input, camera)
             results = network.segment(frames)
             if camera and args.output is None:
-                show(results, network.times)
+                show(results, network.seconds)
             else:
                 film(results, new_folder(args) / "overlays.mp4", rate, live=camera)
     except KeyboardInterrupt:
         pass  # the end of filming a camera
-    if not network.times:
+    if not network.seconds:
         fail(f"--input {args.input} gave no picture")
     # The first run also plans memory, or builds an engine.
-    read, prepare, run, draw = 1e3 * np.mean(network.times[1:] or network.times, 0)
-    print(
-        f"{len(network.times)} pictures, {network.session.get_providers()[0]}: preprocessing "
-        f"{prepare:.1f} ms, network {run:.1f} ms, labels and drawing {draw:.1f} ms; "
-        f"{1e3 / (read + prepare + run + draw):.1f} FPS with reading and writing"
-    )
+    fps = 1 / np.mean(network.seconds[1:] or network.seconds)
+    provider = network.session.get_providers()[0]
+    print(f"{len(network.seconds)} pictures by {provider}, {fps:.1f} FPS with reading and writing")
 
 
 def fail(message: str) -> NoReturn:
@@ -84,15 +79,11 @@ def fail(message: str) -> NoReturn:
 class Network:
     """A model in onnxruntime, what it states, and the seconds that each picture took."""
 
-    def __init__(self, path: str, threads: int, provider: str | None) -> None:
+    def __init__(self, path: str, threads: int) -> None:
         if not os.path.isfile(path):
             fail(f"--model {path} does not exist: give a model of export.py")
         available = onnxruntime.get_available_providers()
-        wanted = [PROVIDERS[provider]] if provider else PROVIDERS.values()
-        providers = [name for name in wanted if name in available]
-        if not providers:
-            names = ", ".join(available)
-            fail(f"--provider {provider} is not in this onnxruntime, which has {names}")
+        providers = [name for name in PROVIDERS if name in available]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = max(0, threads)
         options.log_severity_level = 4  # errors are reported below
@@ -100,8 +91,6 @@ class Network:
             self.session = onnxruntime.InferenceSession(path, options, providers=providers)
         except Exception as error:  # onnxruntime has a class for each kind of failure
             fail(f"--model {path} cannot be loaded ({' '.join(str(error).split())})")
-        if provider and self.session.get_providers()[0] not in providers:
-            fail(f"--provider {provider} does not start: its libraries or its device are missing")
         stored = self.session.get_modelmeta().custom_metadata_map
         missing = ", ".join(name for name in METADATA if name not in stored)
         if missing:
@@ -109,25 +98,21 @@ class Network:
         self.names, self.colors, self.label_ids, self.mean, self.std, self.height = (
             json.loads(stored[name]) for name in METADATA
         )
-        self.times: list[list[float]] = []  # to read, prepare, run and draw each picture
+        self.seconds: list[float] = []
 
     def segment(self, frames: Iterator) -> Iterator[tuple[str, Image.Image, np.ndarray]]:
         """Yield the name, overlay and classes, H x W, uint8, of each picture."""
-        clock = [time.perf_counter()]
+        started = time.perf_counter()
         for name, picture in frames:
-            clock.append(time.perf_counter())
-            images = self.prepare(picture)
-            clock.append(time.perf_counter())
-            labels = self.session.run(None, {"images": images})[0][0]
-            clock.append(time.perf_counter())
+            labels = self.session.run(None, {"images": self.prepare(picture)})[0][0]
             if labels.ndim == 3:  # logits, C x h x w
                 labels = labels.argmax(0).astype(np.uint8)
             labels = Image.fromarray(labels).resize(picture.size, Image.Resampling.NEAREST)
             labels = np.asarray(labels)
             page = self.overlay(picture, labels)
-            clock.append(time.perf_counter())
-            self.times.append(np.diff(clock).tolist())
-            clock = clock[-1:]
+            finished = time.perf_counter()
+            self.seconds.append(finished - started)
+            started = finished
             yield name, page, labels
 
     def prepare(self, picture: Image.Image) -> np.ndarray:
@@ -217,24 +202,21 @@ def film(results: Iterator, path: Path, rate: float, live: bool) -> None:
     """Write overlays as a video; those of a camera in real time, each until the next one."""
     import cv2
 
-    writer, written, started = None, 0, time.perf_counter()
+    writer, code = cv2.VideoWriter(), cv2.VideoWriter_fourcc(*"mp4v")
+    written, started = 0, time.perf_counter()
     try:
         for _, page, _ in results:
-            if writer is None:
-                code = cv2.VideoWriter_fourcc(*"mp4v")
-                writer = cv2.VideoWriter(str(path), code, rate, page.size)
-                if not writer.isOpened():
-                    fail(f"{path} cannot be written as a video: give another --output")
-            due = int((time.perf_counter() - started) * rate) - written if live else 1
-            for _ in range(due):
+            if not (writer.isOpened() or writer.open(str(path), code, rate, page.size)):
+                fail(f"{path} cannot be written as a video: give another --output")
+            due = int((time.perf_counter() - started) * rate) if live else written + 1
+            while written < due:
                 writer.write(cv2.cvtColor(np.asarray(page), cv2.COLOR_RGB2BGR))
-            written += due
+                written += 1
     finally:
-        if writer is not None:
-            writer.release()
+        writer.release()
 
 
-def show(results: Iterator, times: list[list[float]]) -> None:
+def show(results: Iterator, seconds: list[float]) -> None:
     """Show overlays and their frame rate in a window, until q is pressed."""
     import cv2
 
@@ -242,8 +224,7 @@ def show(results: Iterator, times: list[list[float]]) -> None:
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         fail("there is no screen to show a camera on: give --output DIR to film it")
     for _, page, _ in results:
-        last = times[-10:]
-        caption, place = f"{len(last) / np.sum(last):.1f} FPS", (page.width // 2, 5)
+        caption, place = f"{1 / np.mean(seconds[-10:]):.1f} FPS", (page.width // 2, 5)
         ImageDraw.Draw(page).text(place, caption, "white", ImageFont.load_default(20))
         try:
             cv2.imshow("LEDNet", cv2.cvtColor(np.asarray(page), cv2.COLOR_RGB2BGR))

@@ -87,7 +87,7 @@ def test_an_earlier_file_states_less(network, tmp_path):
 
 def test_a_description_normalises_images():
     image = torch.tensor([51, 102, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    normalized = ABOUT.normalize(torch.device("cpu"))(image)
+    normalized = ABOUT.normalizer(torch.device("cpu"))(image)
     expected = [(0.2 - 0.1) / 0.4, (0.4 - 0.2) / 0.5, (1.0 - 0.3) / 0.6]
     assert normalized.flatten().tolist() == pytest.approx(expected)
 

@@ -151,7 +151,7 @@ def test_subset_test_writes_pngs_but_has_no_scores(evaluate, cityscapes, tmp_pat
 
 def test_coarse_labels_are_a_split_of_their_own(evaluate, refused):
     assert "scoring 3 images of val_coarse" in evaluate("--subset", "val_coarse")[0]
-    assert "--subset trainval: cityscapes has train, val" in refused("--subset", "trainval")
+    assert "cityscapes has no split trainval, only train, val" in refused("--subset", "trainval")
 
 
 @pytest.mark.parametrize(("width", "parameters"), [(20, 951_835), (128, 2_358_751)])

@@ -359,7 +359,7 @@ def test_features_of_an_image_are_the_same_in_both_programs(pretrained, tmp_path
     model.encoder.register_forward_hook(lambda *seen: features.update(pretraining=seen[2]))
     val = validation_images(tmp_path / "square", 224, list(about.classes.names))
     loader = batch_loader(val, None, 1, 0, CPU, stacked=True)
-    evaluate_classifier(model, loader, about.normalize(CPU), "", 1)
+    evaluate_classifier(model, loader, about.normalizer(CPU), "", 1)
 
     argv = ("main.py", "--datadir", "d", "--pretrained-encoder", str(pretrained / "encoder.pth"))
     monkeypatch.setattr(sys, "argv", [*argv])
@@ -369,7 +369,7 @@ def test_features_of_an_image_are_the_same_in_both_programs(pretrained, tmp_path
     central = Folder(tmp_path, "test", Cityscapes.CLASSES, height=224)
     loader = batch_loader(central, None, 1, 0, CPU)
     evaluate(
-        network, loader, main.Description("", None, mean, std, 224, 1).normalize(CPU), 19, "", 1
+        network, loader, main.Description("", None, mean, std, 224, 1).normalizer(CPU), 19, "", 1
     )
     assert features["training"].std() > 0.01
     # Equal up to the order of sums, which may depend on where in memory an image lies.

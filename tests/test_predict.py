@@ -86,8 +86,8 @@ def test_files_of_every_kind_are_read_or_reported(predict, photo, tmp_path):
     assert len(lines) == 3
     for name in ("text.png", "empty.jpg", "cut.png"):
         assert any(f"in/{name} cannot be read" in line for line in lines), name
-    assert "3 of 13 files failed" in result.err
-    assert re.search(r"11 pictures of 10 files in [\d.]+ s, [\d.]+ images/s", result.out)
+    assert re.search(r"11 pictures of 13 files in [\d.]+ s, [\d.]+ images/s", result.out)
+    assert "3 errors: out" in result.out
 
     usual = "alpha bitmap cmyk moving/000000 moving/000001 palette plain sixteen turned".split()
     expected = dict.fromkeys(usual, (128, 64)) | {"one": (1, 1), "wide": (66_000, 4)}
@@ -175,7 +175,7 @@ def test_a_video_becomes_a_video(predict, film, tmp_path):
     (tmp_path / "broken.mp4").write_text("no video")
     result = predict(film, "broken.mp4")
     assert result.status == 1 and "broken.mp4 cannot be read as a video" in result.err
-    assert "7 pictures of 1 files" in result.out
+    assert "7 pictures of 2 files" in result.out
     names = {f"film/{number:06d}.png": (128, 64) for number in range(7)}
     for kind in ("labels", "colors"):
         assert sizes(tmp_path / "out" / kind) == names

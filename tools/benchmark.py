@@ -7,15 +7,11 @@
 
 Each network runs in several forms, beside pytorchcv's LEDNet in eager PyTorch, the reference. All
 take turns, two passes each, of which the second is timed, so that every ratio is of medians over
-the same stretch of time. Within a table all forms return the same output. Peers come from the
-package pytorchcv, with random weights, which do not change their speed. Rows are printed as they
-are measured. The programs report their own rates of training and scoring.
+the same stretch of time. All return logits. Peers come from the package pytorchcv, with random
+weights, which do not change their speed.
 """
 
 import argparse
-import ctypes
-import gc
-import platform
 import shlex
 import sys
 import tempfile
@@ -37,10 +33,9 @@ from models.lednet import LEDNet
 from utils.arguments import ArgumentParser, positive_float
 from utils.errors import one_line
 from utils.onnx import MissingExtra, OnnxNetwork, export_onnx
-from utils.script import pick_device, run_script
-from utils.speed import InPrecision, count_multiply_adds, count_parameters
+from utils.script import device_name, pick_device, run_script
+from utils.speed import InPrecision, count_multiply_adds, count_parameters, time_pass
 
-ROOT = Path(__file__).parent.parent
 REFERENCE = "LEDNet of pytorchcv"
 PEERS = {
     REFERENCE: "lednet",
@@ -54,28 +49,25 @@ PEERS = {
 }
 OURS = {"LEDNet D = 20": 20, "LEDNet D = 128": 128}
 
-MIN_ROUNDS, MAX_ROUNDS = 4, 200
-WARMUP = 10  # passes on a GPU
+MIN_ROUNDS = 4
+WARMUP = 3  # passes; a compiled network records its CUDA graph in the second
 
 Size = tuple[int, int]  # height, width
+Key = tuple[str, str]  # network and form
 Runner = Callable[[Tensor], Any]
+Times = list[float]  # in seconds
 
 
 @dataclass(frozen=True)
 class Case:
-    """Input and output of the networks in one table, and the forms that are measured.
+    """Input of the networks in one table, and the forms that are measured.
 
     A form is eager, compiled, onnx, deployed or deployed compiled, and may end in half.
     """
 
     size: Size
     batch: int
-    labels: bool
     forms: tuple[str, ...]
-
-    def __str__(self) -> str:
-        output = "label maps" if self.labels else "logits"
-        return f"{self.size[1]}x{self.size[0]}, batch {self.batch}, {output} out"
 
 
 EAGER = ("eager", "eager half")
@@ -86,19 +78,16 @@ FEW_ON_GPU = (*EAGER, "compiled half", "deployed compiled half")
 FEW_ON_CPU = ("eager", "onnx", "deployed")
 CASES = {
     "cuda": [
-        Case((512, 1024), 1, True, (*EAGER, *COMPILED, *DEPLOYED)),
-        Case((512, 1024), 1, False, (*EAGER, *COMPILED, *DEPLOYED)),
-        Case((1024, 2048), 1, True, FEW_ON_GPU),
-        Case((512, 1024), 8, True, FEW_ON_GPU),
-        Case((1024, 2048), 8, True, FEW_ON_GPU),
+        Case((512, 1024), 1, (*EAGER, *COMPILED, *DEPLOYED)),
+        Case((1024, 2048), 1, FEW_ON_GPU),
+        Case((512, 1024), 8, FEW_ON_GPU),
+        Case((1024, 2048), 8, FEW_ON_GPU),
     ],
     "cpu": [
-        Case((512, 1024), 1, False, (*EAGER, "compiled", "onnx", *DEPLOYED[:3])),
-        Case((512, 1024), 1, True, FEW_ON_CPU),
-        Case((512, 1024), 8, False, FEW_ON_CPU),
-        Case((1024, 2048), 1, False, FEW_ON_CPU),
+        Case((512, 1024), 1, (*EAGER, "compiled", "onnx", *DEPLOYED[:3])),
+        Case((512, 1024), 8, FEW_ON_CPU),
+        Case((1024, 2048), 1, FEW_ON_CPU),
     ],
-    "quick": [Case((64, 128), 1, False, (*EAGER, "compiled", "onnx", "deployed"))],
 }
 
 
@@ -111,7 +100,6 @@ def parse_args() -> argparse.Namespace:
         help="networks to measure; default: all")
     add("--seconds", type=positive_float, default=10,
         help="time for each network in each table, without warm-up; default %(default)s")
-    add("--quick", action="store_true", help="small images, to check that everything runs")
     # fmt: on
     return parser.parse_args()
 
@@ -121,27 +109,16 @@ def main() -> None:
     device = pick_device(args.device)
     torch.backends.cudnn.benchmark = True
     command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
-    print(f"{device_title(device)}; torch {torch.__version__}; {date.today()}; `{command}`")
-    for case in CASES["quick" if args.quick else device.type]:
+    print(f"{device_name(device)}; torch {torch.__version__}; {date.today()}; `{command}`")
+    for case in CASES[device.type]:
         print_networks(args.networks or [*OURS, *PEERS], case, device, args.seconds)
-
-
-def device_title(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    models = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def print_networks(names: list[str], case: Case, device: torch.device, seconds: float) -> None:
     """Measure networks and print a table of them."""
-    print(f"\n### {case}\n")
-    print("| network | parameters | multiply-adds | form | ms | FPS | x | x float32 | memory |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    print(f"\n### {case.size[1]}x{case.size[0]}, batch {case.batch}\n")
+    print("| network | parameters | multiply-adds | form | ms | FPS | x | x float32 |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for name in names:
         # On a CPU, batches of peers would take long and show nothing new.
         if device.type == "cpu" and case.batch > 1 and name not in (*OURS, REFERENCE):
@@ -153,59 +130,51 @@ def print_networks(names: list[str], case: Case, device: torch.device, seconds: 
         )
         for row in measure(name, case, device, seconds):
             print(f"| {first} | {row} |", flush=True)
-            first = " | | "
+            first = "| |"
 
 
 def measure(name: str, case: Case, device: torch.device, seconds: float) -> Iterator[str]:
     """Time all forms of a network in turns with the reference; yield a row of the table for each.
 
-    Rows end with the speed relative to the reference in the same precision and in float32, and the
-    memory of a pass.
+    Rows end with the speed relative to the reference in the same precision and in float32.
     """
     images = torch.rand(case.batch, 3, *case.size, device=device)
-    forms = [form for form in case.forms if exists(form, name, device)]
-    keys = [(REFERENCE, "eager"), *((name, form) for form in forms)]
-    if any("half" in form for form in forms):
-        keys.insert(0, (REFERENCE, "eager half"))
-    runners: dict[tuple[str, str], Runner] = {}
-    memory: dict[tuple[str, str], int] = {}
-    failures: dict[str, str] = {}
-    for key in keys:
+    forms = [form for form in case.forms if name in OURS or not form.startswith("deployed")]
+    references = [(REFERENCE, form) for form in EAGER if form in forms]
+    runners = {key: build_runner(*key, case, device) for key in references}
+    for form in list(forms):
         try:
-            runner = build_runner(*key, case, device)
-            memory[key] = peak_memory(runner, images, device)
-            runners[key] = runner
-        except MissingExtra:
-            raise
+            runner = build_runner(name, form, case, device)
+            for _ in range(WARMUP):
+                time_pass(runner, images)
+            runners[name, form] = runner
         except Exception as error:  # exporters and compilers raise anything
-            failures[key[1]] = f"{type(error).__name__}: {one_line(error)}"
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in runners}
-    started, rounds = time.perf_counter(), 0
-    while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() - started < seconds):
-        for key, runner in runners.items():
-            # The first pass follows one of another network, whose threads may still spin and whose
-            # data fill the caches.
-            timed(runner, images, device)
-            times[key].append(timed(runner, images, device))
-        rounds += 1
+            forms.remove(form)
+            yield f"{form} | failed: {type(error).__name__}: {one_line(error)[:100]} | | |"
+    times = take_turns(runners, images, seconds)
     torch._dynamo.reset()
+    reference = {form: np.median(times[peer, form]) for peer, form in references}
     for form in forms:
-        if (name, form) not in runners:
-            yield f"{form} | failed: {failures[form][:100]} | | | |"
-            continue
-        median, p5, p95 = (1e3 * np.percentile(times[name, form], [50, 5, 95])).tolist()
-        full = 1e3 * np.median(times[REFERENCE, "eager"]) / median
-        same = 1e3 * np.median(times[REFERENCE, "eager half"]) / median if "half" in form else full
+        p5, median, p95 = np.percentile(times[name, form], [5, 50, 95])
+        same_precision = reference["eager half" if "half" in form else "eager"] / median
         yield (
-            f"{form} | {median:.1f} ({p5:.1f} to {p95:.1f}) | {1e3 * case.batch / median:.1f} | "
-            f"{same:.2f} | {full:.2f} | {memory[name, form] / 1e6:.0f} MB"
+            f"{form} | {1e3 * median:.1f} ({1e3 * p5:.1f} to {1e3 * p95:.1f}) | "
+            f"{case.batch / median:.1f} | {same_precision:.2f} | {reference['eager'] / median:.2f}"
         )
 
 
-def exists(form: str, name: str, device: torch.device) -> bool:
-    if form.startswith("deployed"):
-        return name in OURS
-    return form != "onnx" or device.type == "cpu"
+def take_turns(runners: dict[Key, Runner], images: Tensor, seconds: float) -> dict[Key, Times]:
+    """Return how long passes of each runner took, all over the same stretch of time."""
+    times: dict[Key, Times] = {key: [] for key in runners}
+    started, rounds = time.perf_counter(), 0
+    while rounds < MIN_ROUNDS or time.perf_counter() - started < seconds:
+        for key, runner in runners.items():
+            # The first pass follows one of another network, whose threads may still spin and whose
+            # data fill the caches.
+            time_pass(runner, images)
+            times[key].append(time_pass(runner, images))
+        rounds += 1
+    return times
 
 
 def build(name: str, size: Size) -> nn.Module:
@@ -230,9 +199,7 @@ def build_runner(name: str, form: str, case: Case, device: torch.device) -> Runn
     if form == "onnx":
         return exported(network, case)
     if form.startswith("deployed"):
-        return deploy(network, case.labels, dtype, compiled="compiled" in form)
-    if case.labels:
-        network = Labels(network)
+        return deploy(network, dtype=dtype, compiled="compiled" in form)
     if dtype != torch.float32:
         network = InPrecision(network, dtype)
     if "compiled" in form:
@@ -244,66 +211,14 @@ def exported(network: nn.Module, case: Case) -> OnnxNetwork:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "network.onnx")
         if isinstance(network, LEDNet):
-            export_onnx(network, None, path, case.labels)
+            export_onnx(network, None, path)
         else:
             images = torch.rand(case.batch, 3, *case.size)
             torch.onnx.export(
-                Labels(network) if case.labels else network, (images,), path, dynamo=True,
-                verbose=False, input_names=["images"], external_data=False,
+                network, (images,), path, dynamo=True, verbose=False, input_names=["images"],
+                external_data=False,
             )  # fmt: skip
         return OnnxNetwork(path)
-
-
-class Labels(nn.Module):
-    """A network that returns the class of each pixel instead of logits."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images).argmax(1).to(torch.uint8)
-
-
-@torch.inference_mode()
-def timed(runner: Runner, images: Tensor, device: torch.device) -> float:
-    """Return the seconds of one pass, until the device has finished it."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    started = time.perf_counter()
-    runner(images)
-    synchronize()
-    return time.perf_counter() - started
-
-
-@torch.inference_mode()
-def peak_memory(runner: Runner, images: Tensor, device: torch.device) -> int:
-    """Warm up and return the peak memory of a pass in bytes, above what was held before.
-
-    On a GPU it is what torch reserves, on a CPU what the process holds.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        for _ in range(WARMUP):
-            runner(images)
-        torch.cuda.synchronize()
-        return torch.cuda.memory_reserved() - before
-    if not isinstance(runner, OnnxNetwork):  # which keeps the memory of its first pass
-        runner(images)
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = process_memory("VmRSS")
-    runner(images)
-    return max(0, process_memory("VmHWM") - before)
-
-
-def process_memory(field: str) -> int:
-    """Return a field of /proc/self/status in bytes: VmRSS, memory held, or VmHWM, its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ mistake on the command line.
 import argparse
 import os
 import sys
-import time
 from itertools import chain
 from pathlib import Path
 
@@ -38,23 +37,19 @@ NEEDED = ("train", "val")
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "--dataset",
-        choices=[*DATASETS, IMAGENET],
-        help="type of the data set; default: folder with --classes, else cityscapes",
-    )
-    parser.add_argument("--datadir", type=file_path, required=True, help="folder of the data set")
-    what = "names of the classes of --dataset folder, as for main.py"
-    parser.add_argument("--classes", metavar="FILE", type=file_path, help=what)
-    parser.add_argument("--split", nargs="+", help="splits to check; default: all that exist")
-    what = "check headers, checksums and ends only, as main.py does before it trains"
-    parser.add_argument("--fast", action="store_true", help=what)
-    parser.add_argument(
-        "--workers",
-        type=natural_int,
-        default=os.cpu_count(),
-        help="processes that read; default: %(default)s, one for each core",
-    )
+    add = parser.add_argument
+    # fmt: off
+    add("--dataset", choices=[*DATASETS, IMAGENET],
+        help="type of the data set; default: folder with --classes, else cityscapes")
+    add("--datadir", type=file_path, required=True, help="folder of the data set")
+    add("--classes", type=file_path, metavar="FILE",
+        help="names of the classes of --dataset folder, as for main.py")
+    add("--split", nargs="+", help="splits to check; default: all that exist")
+    add("--fast", action="store_true",
+        help="check headers, checksums and ends only, as main.py does before it trains")
+    add("--workers", type=natural_int, default=os.cpu_count(),
+        help="processes that read; default: %(default)s, one for each core")
+    # fmt: on
     args = parser.parse_args()
     args.dataset = args.dataset or ("folder" if args.classes else "cityscapes")
     return args
@@ -64,7 +59,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
     datasets, missing = open_splits(args)
-    started, problems = time.perf_counter(), []
+    problems: list[Problem] = []
     for dataset in datasets:
         found = chain.from_iterable(find_problems(dataset, args.workers, args.fast))
         for problem in chain(found, labels_without_image(dataset)):
@@ -79,9 +74,8 @@ def main() -> None:
 
     pairs = [pair for dataset in datasets for pair in dataset.pairs]
     labels = sum(label is not None for _, label in pairs)
-    speed = len(pairs) / (time.perf_counter() - started)
     what = "headers and ends" if args.fast else "all"
-    print(f"checked {what} of {len(pairs)} images and {labels} labels, {speed:.0f} images/s")
+    print(f"checked {what} of {len(pairs)} images and {labels} labels")
     print(f"problems: {len(problems)}" + (f" ({summary(problems)})" if problems else ""))
     sys.exit(1 if problems else 0)
 

@@ -1,4 +1,4 @@
-"""The parser that all programs share, and the types of its values."""
+"""What the command lines of all programs share: the parser, types of values, and advice."""
 
 import argparse
 import math
@@ -7,7 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from datasets.images import BrokenFiles
+from utils.checkpoint import EncoderOnly
 from utils.errors import UserError
+from utils.evaluation import OutOfMemory
+from utils.files import WriteError
+from utils.script import WorkerDied
+
+SHIPPED = Path(__file__).parent.parent / "weights/lednet_d20_camvid.pth"
+
+# Which options mend an error in the programs that use a trained network.
+ADVICE = {
+    BrokenFiles: "python tools/check_dataset.py lists them all",
+    EncoderOnly: "train stage 2 first, with main.py --pretrained-encoder",
+    OutOfMemory: "give a smaller --batch-size or --height",
+    WorkerDied: "if the machine ran out of memory, give fewer --workers",
+    WriteError: "make room, or give another --output",
+}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -18,6 +34,13 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(
             description=description, formatter_class=formatter, allow_abbrev=False, **kwargs
         )
+
+    def add_checkpoint(self) -> None:
+        """Add --checkpoint, by default the weights that come with the code."""
+        self.add_argument(
+            "--checkpoint", type=file_path, metavar="FILE", default=str(SHIPPED),
+            help=f"trained network; default weights/{SHIPPED.name}, which comes with the code",
+        )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

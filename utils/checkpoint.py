@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasets.segmentation import Classes
+from datasets import DATASETS
+from datasets.segmentation import Classes, Segmentation
 from datasets.transforms import normalizer
 from models.lednet import Encoder, ImageClassifier, LEDNet
 from utils.errors import UserError
@@ -79,7 +80,19 @@ class Description:
             checkpoint.get("args", {}),
         )  # fmt: skip
 
-    def normalize(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+    def open_split(
+        self, root: str, split: str, height: int | None = None, resize_labels: bool = True
+    ) -> Segmentation:
+        """Open a split of the data set that the network was trained on, at its working height."""
+        if self.dataset not in DATASETS:
+            raise UserError(f"the network was trained on {self.dataset}, which is not in datasets/")
+        dataset_class = DATASETS[self.dataset]
+        if split not in dataset_class.SPLITS:
+            splits = ", ".join(dataset_class.SPLITS)
+            raise UserError(f"{self.dataset} has no split {split}, only {splits}")
+        return dataset_class(root, split, self.classes, height or self.height, resize_labels)
+
+    def normalizer(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """Return a function that turns images, N x 3 x H x W, uint8, into inputs."""
         return normalizer(self.mean, self.std, device)
 

@@ -4,9 +4,11 @@ import argparse
 import io
 import os
 import platform
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -179,7 +181,9 @@ def pick_amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of a GPU, or the architecture and threads of the CPU."""
+    """Return the name of a GPU, or the model and threads of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux
+    models = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{[*models, platform.machine()][0]}, {torch.get_num_threads()} threads"

@@ -2,7 +2,9 @@
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,41 +47,38 @@ def count_parameters(module: nn.Module) -> int:
 def count_multiply_adds(model: nn.Module, size: tuple[int, int]) -> int:
     """Count the multiply-adds of the convolutions for one image of `size` (height, width)."""
     image = torch.empty(1, 3, *size, device=device_of(model))
-    training = model.training
-    model.eval()
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(image)
-    model.train(training)
     return counter.get_total_flops() // 2  # a multiply-add is two floating point operations
 
 
 @torch.inference_mode()
+def time_pass(model: Callable[[Tensor], Any], images: Tensor) -> float:
+    """Return the seconds of one forward pass, until the device is done."""
+    synchronize = torch.cuda.synchronize if images.is_cuda else lambda: None
+    synchronize()
+    started = time.perf_counter()
+    model(images)
+    synchronize()
+    return time.perf_counter() - started
+
+
 def measure_latency(
-    model: nn.Module, size: tuple[int, int], passes: int = 50, warmup: int = 10, seconds: float = 10
+    model: nn.Module, size: tuple[int, int], passes: int = 50, warmup: int = 5, seconds: float = 10
 ) -> Latency:
-    """Time forward passes of one image of `size` (height, width) until the device is done.
+    """Time forward passes of one image of `size` (height, width).
 
     Args:
         model: network, or a runtime with the same interface.
         passes: timed passes; fewer, but at least 5, if they would take more than `seconds`.
-        warmup: passes before these, limited likewise to a fifth of `seconds`.
+        warmup: passes before these.
     """
-    model.eval()
-    device = device_of(model)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    image = torch.rand(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
-
-    def timed_passes(most: int, seconds: float) -> list[float]:
-        times: list[float] = []
-        while len(times) < most and (len(times) < 5 or sum(times) < seconds):
-            synchronize()
-            started = time.perf_counter()
-            model(image)
-            synchronize()
-            times.append(time.perf_counter() - started)
-        return times
-
-    timed_passes(warmup, seconds / 5)
-    times = timed_passes(passes, seconds)
+    image = torch.rand(1, 3, *size, device=device_of(model))
+    image = image.contiguous(memory_format=torch.channels_last)
+    for _ in range(warmup):
+        time_pass(model, image)
+    times: list[float] = []
+    while len(times) < passes and (len(times) < 5 or sum(times) < seconds):
+        times.append(time_pass(model, image))
     median, p95 = np.percentile(times, [50, 95]).tolist()
     return Latency(1e3 * median, 1e3 * p95, 1 / median, len(times))
