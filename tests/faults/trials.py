@@ -107,9 +107,9 @@ class Trial(Processes):
         self.disturb(program, lambda _: self.kill(), when=lambda _: all(map(Path.exists, both)))
 
     def finish(self, program: Program, command: Sequence[str] = (), left: str = "") -> Result:
-        """Resume the run. It takes each step after its checkpoint once, like an undisturbed one.
+        """Resume the run; its steps and its end must be those of an undisturbed one.
 
-        It also ends in the same way. Only the file `left` may be left behind.
+        Only the file `left` may be left behind.
         """
         done = steps_done(self.folder)
         result = self.run([*command] or program.command(self.folder))
