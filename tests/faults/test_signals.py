@@ -9,7 +9,7 @@ from signal import SIGINT, SIGTERM
 import pytest
 from conftest import Result
 
-from faults.processes import Process
+from faults.processes import Process, wait_until
 from faults.trials import PROGRESS, Program, Programs, Trial, assert_whole, final_files, steps_done
 
 COMMAND = re.compile(r"(?:python|torchrun) \S.* --resume")
@@ -69,7 +69,9 @@ def test_ctrl_c_twice(trial: Trial, program: Programs):
 
     def strike(process: Process) -> None:
         os.killpg(process.pid, SIGINT)
-        time.sleep(trial.random.uniform(0, 0.2))
+        # Python takes two signals within one long operation for one.
+        wait_until(lambda: process.ended() or "again to stop" in process.err(), 1)
+        time.sleep(trial.random.uniform(0, 0.1))
         with suppress(ProcessLookupError):
             os.killpg(process.pid, SIGINT)
 
