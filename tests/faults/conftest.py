@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,6 @@ from PIL import Image
 
 from datasets.drawn.shapes import make_shapes
 from datasets.drawn.streets import make_synthetic
-from faults.processes import Processes
 from faults.trials import PROGRAMS, SCENES, SHAPES, Program, Programs, Trial
 
 SHARE = "0.1"  # of the trials in docs/reliability.md
@@ -71,10 +69,7 @@ def program(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Programs:
         images = data / ("shapes" if name == "imagenet" else "scenes")
         begin = [sys.executable, *PROGRAMS[name].split(), "--datadir", images]
         program = Program(begin, folder / "run")
-        began = time.monotonic()
-        result = Processes(folder).run(program.command(program.reference))
-        program.seconds = time.monotonic() - began
-        assert result.status == 0, result.err
+        program.run_undisturbed()
         return program
 
     return after_a_run

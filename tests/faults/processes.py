@@ -37,10 +37,13 @@ class Process(subprocess.Popen):
     def out(self) -> str:
         return self.files[0].read_text(errors="replace")
 
+    def err(self) -> str:
+        return self.files[1].read_text(errors="replace")
+
     def finish(self) -> Result:
         """Wait for the end; a status below 0 is that of a signal."""
         try:
-            return Result(self.wait(LIMIT), self.out(), self.files[1].read_text(errors="replace"))
+            return Result(self.wait(LIMIT), self.out(), self.err())
         finally:
             self.kill()
 

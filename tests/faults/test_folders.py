@@ -46,8 +46,11 @@ def test_read_only_folder(trial: Trial, program: Programs):
         trial.interrupt(run)
     trial.folder.mkdir(exist_ok=True)
     before = final_files(trial.folder)
-    read_only = mounted(trial.folder, "--bind", "-o", "ro", str(trial.folder))
-    with ExitStack() as stack:
+    aside = trial.output / "aside"
+    aside.mkdir()
+    # What is mounted is read-only at once. Changing the mount would fail while a run writes.
+    read_only = mounted(trial.folder, "--bind", str(aside))
+    with mounted(aside, "--bind", "-o", "ro", str(trial.folder)), ExitStack() as stack:
         if trial.case == "during_the_run":
             result = trial.disturb(run, lambda _: stack.enter_context(read_only))
             assert_whole(trial.folder)

@@ -14,21 +14,33 @@ from faults.trials import LAST, PROGRESS, Programs, Trial, assert_refused, asser
 
 @pytest.mark.trials(main=20, imagenet=8)
 def test_kill(trial: Trial, program: Programs):
-    """Of the process alone or of all, up to three times; each third kill while it saves."""
-    run = program(trial.case)
+    """Of the process alone or of all, up to three times, a third of them at any moment.
 
-    def saving(_: Process) -> bool:
-        return any(trial.folder.glob(f".{LAST}*"))
+    The others strike while a checkpoint is written, or when an epoch is logged and not yet saved.
+    """
+    run, log = program(trial.case), trial.folder / "log.csv"
+
+    def newest(pattern: str) -> float:
+        """Return when the newest of some files was written."""
+        times = [0.0]
+        for path in trial.folder.glob(pattern):
+            with suppress(FileNotFoundError):  # it was renamed
+                times.append(path.stat().st_mtime)
+        return max(times)
+
+    moments = [
+        lambda _: time.time() - newest(f"*{LAST}*") < 0.01,
+        lambda _: newest(log.name) > newest(LAST),
+        lambda _: True,
+    ]
 
     def kill(process: Process) -> None:
         time.sleep(trial.random.uniform(0, 0.03))
         trial.random.choice([process.kill, trial.kill])()
 
     for kills in range(trial.random.choice([1, 1, 1, 2, 3])):
-        when = saving if (trial.number + kills) % 3 == 1 else (lambda _: True)
-        trial.disturb(run, kill, when=when)
+        trial.disturb(run, kill, when=moments[(trial.number + kills) % 3])
         assert_whole(trial.folder)
-        log = trial.folder / "log.csv"
         rows = read(log)[:-1] if log.exists() else []
     trial.finish(run)
     # Only the last row may be newer than its checkpoint. The others keep even their times: no epoch

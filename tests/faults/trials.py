@@ -1,8 +1,9 @@
 """Short training runs that a test disturbs, and what must hold afterwards."""
 
 import re
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -14,7 +15,8 @@ from conftest import Result
 from faults.processes import Command, Process, Processes, wait_until
 
 LAST, PREVIOUS = "last.pth", "previous.pth"
-PROGRESS = re.compile(r"(?:stage (\d) )?epoch (\d+)/\d+: step (\d+)/(\d+)")
+# What a run prints after each step: its place, and the scores of its epoch so far.
+PROGRESS = re.compile(r"((?:stage \d )?epoch \d+/\d+: step \d+/\d+), (train loss .*), .* images/s")
 
 # 14 scenes or 30 shapes, in batches of 4: the last step of an epoch is smaller. A checkpoint every
 # tenth of a second: much of a run is then the writing of checkpoints.
@@ -36,6 +38,16 @@ class Program:
     begin: Command  # that starts a run
     reference: Path  # folder of an undisturbed run
     seconds: float = 0.0  # that it took
+    steps: list[tuple[str, str]] = field(default_factory=list)  # place and scores of each
+
+    def run_undisturbed(self) -> None:
+        began = time.monotonic()
+        result = Processes(self.reference.parent).run(self.command(self.reference))
+        assert result.status == 0, result.err
+        self.seconds = time.monotonic() - began
+        self.steps = PROGRESS.findall(result.out)
+        # The checkpoint before the last one is at most an epoch older.
+        assert steps_done(self.reference, [PREVIOUS]) >= 0.75 * len(self.steps) > 0
 
     def command(self, folder: Path, *more: str | Path) -> Command:
         """Return the command that starts a run in a folder, or resumes the one there."""
@@ -67,7 +79,7 @@ class Trial(Processes):
         after_step = self.number % 2 == 0
         moment = self.random.uniform(0, program.seconds / (2 if after_step else 1))
         for _ in range(8):
-            resumed = (self.folder / "args.json").exists()
+            resumed, done = (self.folder / "args.json").exists(), steps_done(self.folder)
             process = self.start(program.command(self.folder, *more))
             if after_step:
                 wait_until(lambda p=process: p.ended() or PROGRESS.search(p.out()))
@@ -76,10 +88,12 @@ class Trial(Processes):
             running = not process.ended()
             if running:
                 strike(process)
-            place = PROGRESS.findall(process.out())[-1:] or "start-up"
+            where = PROGRESS.findall(process.out())[-1:] or "start-up"
             result = process.finish()
+            steps = [place for place, _ in PROGRESS.findall(result.out)]
+            assert steps == [place for place, _ in program.steps[done : done + len(steps)]]
             if running or resumed:
-                print(f"struck after {moment:.2f} s, {place}: {result.status} {result.err}")
+                print(f"struck after {moment:.2f} s, {where}: {result.status} {result.err}")
                 return result
             assert result.status == 0, result.err
             for path in self.folder.iterdir():
@@ -93,28 +107,24 @@ class Trial(Processes):
         self.disturb(program, lambda _: self.kill(), when=lambda _: all(map(Path.exists, both)))
 
     def finish(self, program: Program, command: Sequence[str] = (), left: str = "") -> Result:
-        """Resume the run, from the very step of its checkpoint, to the end of an undisturbed one.
+        """Resume the run; its steps and its end must be those of an undisturbed one.
 
         Only the file `left` may be left behind.
         """
-        steps = steps_done(self.folder)
+        done = steps_done(self.folder)
         result = self.run([*command] or program.command(self.folder))
         assert result.status == 0, result.err
-        first = PROGRESS.search(result.out)
-        if steps is not None and first:
-            stage, epoch, step, steps_of_epoch = (int(number or 0) for number in first.groups())
-            epochs = epoch - 1 + EPOCHS_BEFORE[stage]
-            assert epochs * steps_of_epoch + step == steps + 1, result.out
+        assert PROGRESS.findall(result.out) == program.steps[done:]
         assert {*differences(self.folder, program.reference)} <= {f"{left} was left behind"}
         return result
 
 
-def steps_done(folder: Path) -> int | None:
-    """Return the steps of a run up to its last checkpoint; None if there is no good one."""
-    last = read(folder / LAST)
-    if not isinstance(last, dict):
-        return None
-    return (last["epoch"] + EPOCHS_BEFORE[last["stage"]]) * last["steps"] + last["step"]
+def steps_done(folder: Path, checkpoints: Sequence[str] = (LAST, PREVIOUS)) -> int:
+    """Return the steps of a run up to the first of these checkpoints that is good."""
+    for state in (read(folder / name) for name in checkpoints):
+        if isinstance(state, dict):
+            return (state["epoch"] + EPOCHS_BEFORE[state["stage"]]) * state["steps"] + state["step"]
+    return 0
 
 
 def assert_whole(folder: Path) -> None:
