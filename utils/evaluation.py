@@ -26,7 +26,7 @@ class OutOfMemory(UserError):
 
 
 @contextmanager
-def memory_errors(images: Sequence[Tensor]) -> Iterator[None]:
+def memory_errors(images: Sequence[Tensor], *notes: str) -> Iterator[None]:
     """Turn the errors of a GPU without memory into one that states the size of these images."""
     try:
         yield
@@ -34,9 +34,9 @@ def memory_errors(images: Sequence[Tensor]) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
             raise
         height, width = images[0].shape[-2:]
-        raise OutOfMemory(
-            f"the GPU ran out of memory with a batch of {len(images)} images of {width}x{height}"
-        ) from error
+        size = f"{len(images)} images of {width}x{height}"
+        message = f"the GPU ran out of memory with a batch of {size}"
+        raise OutOfMemory("; ".join([message, *notes])) from error
 
 
 @torch.inference_mode()

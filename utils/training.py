@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from datasets.loading import Batch
 from utils import distributed
 from utils.checkpoint import CheckpointError, Description, fill, on_cpu
-from utils.evaluation import OutOfMemory, memory_errors
+from utils.evaluation import memory_errors
 from utils.interrupts import Guard
 from utils.optim import Average, load_optimizer
 from utils.progress import Progress, Waiting, describe
@@ -302,14 +302,13 @@ def train_one_epoch(
 
     Args:
         forward: the model itself, compiled, or in parallel.
-        title: title of the progress bar.
         steps_loss: steps between lines of progress in a log; 0 for none.
 
     Returns:
         "images_per_second" over all processes, and "data_wait", the share of the time in which the
         device waited for data.
     """
-    stage, loader, processes = state.stage, state.stage.loader, distributed.processes()
+    stage, loader = state.stage, state.stage.loader
     stage.model.train()
     # Counted over all stages, so that no two epochs have the same order of images.
     epoch = stage.epochs_before + state.epoch + 1
@@ -322,19 +321,14 @@ def train_one_epoch(
     def scores() -> dict[str, Any]:
         return state.scores() | {"data_wait": waiting.share()}
 
-    batch_size, images = processes * loader.batch_size, len(loader.dataset)
-    progress = Progress(title, images, stage.steps, state.step, batch_size, steps_loss, scores)
-    with progress:
+    progress = Progress(title, stage.steps, state.step, steps_loss, scores)
+    with progress.bar:
         batches = waiting.measured(loader)
         for batch in guard.training_batches(batches, state.totals["left_out"]):
-            try:
-                with memory_errors(batch.images):
-                    loss = train_step(state, forward, batch)
-            except OutOfMemory as error:
-                error.add_note(guard.last_good)
-                raise
+            with memory_errors(batch.images, guard.last_good):
+                loss = train_step(state, forward, batch)
             guard.note_loss(loss, batch.indices)
-            progress.step(processes * len(batch.images))
+            progress.step(distributed.processes() * len(batch.images))
     guard.check_finite()  # before anything is scored or saved
     return {"images_per_second": progress.images_per_second, "data_wait": waiting.share()}
 
