@@ -45,9 +45,8 @@ def main() -> None:
         print_scores(args, device)
         return
     with open_run(args) as run:
-        same_data = run.stored(ARGS) is not None
-        train, val = open_images(args, check=not same_data)
-        check_resumable(args, run, train, same_data)
+        train, val = open_images(args, check=run.stored(ARGS) is None)
+        check_resumable(args, run, train)
         torch.manual_seed(args.seed)
         model = ImageClassifier(Encoder(), len(train.classes))
         stage = build_stage(args, model, train, val, device)
@@ -160,18 +159,10 @@ def validate(
     return Validation(columns, best, pictures)
 
 
-def check_resumable(
-    args: argparse.Namespace, run: Run, train: ImageFolder, same_data: bool
-) -> None:
-    """Check that the checkpoint to resume from is of this recipe and these classes.
-
-    Raises:
-        UserError: it is not.
-    """
+def check_resumable(args: argparse.Namespace, run: Run, train: ImageFolder) -> None:
+    """Raise UserError if the checkpoint to resume from is of another recipe or other classes."""
     resumed = run.resumed
     if resumed is None:
-        if args.resume and not same_data:
-            raise UserError(f"nothing was saved in {run.folder}: start another run for other data")
         return
     if resumed["stage"] != 0 or resumed.get("args", {}).get("recipe") != args.recipe:
         raise CheckpointError(f"{run.folder} has the checkpoint of another run: put its own back")

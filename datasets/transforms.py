@@ -115,11 +115,10 @@ class Strong:
 def shifted(planes: Tensor, down: int, right: int, fill: int) -> Tensor:
     """Shift planes, ... x H x W, by some pixels; the border becomes `fill`."""
     height, width = planes.shape[-2:]
-    moved = torch.full_like(planes, fill)
-    moved[..., max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = (
-        planes[..., max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)]
-    )
-    return moved
+    margin = max(abs(down), abs(right))
+    padded = torch.nn.functional.pad(planes, [margin] * 4, value=fill)
+    top, left = margin - down, margin - right
+    return padded[..., top : top + height, left : left + width]
 
 
 def jittered(images: Tensor, factors: Tensor) -> Tensor:

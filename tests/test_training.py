@@ -82,6 +82,7 @@ def stage_of(
         "validate": lambda network, batches, title: Validation({}, {"score": 0.5}, []),
         "score": "score",
         "files": lambda index: [f"{index}.png"],
+        "best_files": {"best.pth": on_cpu},
         "average": average_of(model, EPOCHS * len(loader)) if average else None,
         "meter": partial(TopKAccuracy, (1,)),
     }

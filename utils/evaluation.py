@@ -179,4 +179,4 @@ def evaluate_classifier(
     accuracy.counts = distributed.total(accuracy.counts)
     total_loss = distributed.total(total_loss)
     scores = {f"val_{name}": value for name, value in accuracy.summary().items()}
-    return {"val_loss": (total_loss / accuracy.seen).item()} | scores
+    return {"val_loss": (total_loss / accuracy.counts[-1]).item()} | scores
