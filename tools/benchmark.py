@@ -44,7 +44,6 @@ WARMUP = 3  # passes; a compiled network records its CUDA graph in the second
 Size = tuple[int, int]  # height, width
 Key = tuple[str, str]  # network and form
 Runner = Callable[[Tensor], Any]
-Times = list[float]  # in seconds
 
 
 class Case(NamedTuple):
@@ -147,9 +146,9 @@ def measure(name: str, case: Case, device: torch.device, seconds: float) -> Iter
         )
 
 
-def take_turns(runners: dict[Key, Runner], images: Tensor, seconds: float) -> dict[Key, Times]:
-    """Return how long passes of each runner took, all over the same stretch of time."""
-    times: dict[Key, Times] = {key: [] for key in runners}
+def take_turns(runners: dict[Key, Runner], images: Tensor, seconds: float) -> dict[Key, list]:
+    """Return the seconds of each runner's passes, all over the same stretch of time."""
+    times: dict[Key, list[float]] = {key: [] for key in runners}
     started, rounds = time.perf_counter(), 0
     while rounds < MIN_ROUNDS or time.perf_counter() - started < seconds:
         for key, runner in runners.items():

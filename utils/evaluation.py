@@ -34,9 +34,8 @@ def memory_errors(images: Sequence[Tensor], *notes: str) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
             raise
         height, width = images[0].shape[-2:]
-        size = f"{len(images)} images of {width}x{height}"
-        message = f"the GPU ran out of memory with a batch of {size}"
-        raise OutOfMemory("; ".join([message, *notes])) from error
+        batch = f"a batch of {len(images)} images of {width}x{height}"
+        raise OutOfMemory("; ".join([f"the GPU ran out of memory with {batch}", *notes])) from error
 
 
 @torch.inference_mode()

@@ -77,16 +77,12 @@ class StopSignals:
 
 
 class Guard:
-    """Saves a stage from time to time, and ends it cleanly, always between two steps.
+    """Saves a stage from time to time, and ends it cleanly, always between two steps."""
 
-    Args:
-        run: `utils.run_folder.Run` to save in.
-        state: `utils.training.TrainState` of the stage.
-    """
-
+    # A Run and a TrainState, whose modules import this one.
     def __init__(self, run: Any, state: Any) -> None:
         self.run, self.state, self.signals = run, state, run.signals
-        self.saved_at = time.monotonic()
+        self.saved_at = time.monotonic()  # or begun
         # Those to check: place, loss, indices of the batch, and event at which the loss is known.
         self.losses: list[tuple[str, Tensor, Sequence[int], torch.cuda.Event | None]] = []
         self.last_good = "no checkpoint was written yet"

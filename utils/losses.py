@@ -35,7 +35,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     Args:
         logits: N x C x H x W, in any precision; the loss is float32.
         labels: N x H x W, int64, 0 to C - 1, or 255 = ignore.
-        weight: weight of each class.
+        weight: of each class.
     """
     total = F.cross_entropy(
         logits.float(), labels, weight, ignore_index=IGNORE_INDEX, reduction="sum"

@@ -101,13 +101,13 @@ class Waiting:
 
     def measured(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield the same batches, and measure the time until each one."""
-        start, end = self._now(), object()
+        start = self._now()
         iterator = iter(batches)  # may start workers
         # The loader's handler would raise the error of a dead worker at any moment, even within a
         # step. Waiting for a batch of that worker raises it too, which is soon enough.
         if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        while (batch := next(iterator, end)) is not end:
+        for batch in iterator:
             self.gaps.append((start, self._now()))
             yield batch
             start = self._now()

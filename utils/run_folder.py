@@ -99,11 +99,10 @@ class Run:
             self._write_log(rows[:epochs])
 
     def close(self) -> None:
-        """Finish the event file, and restore the signal handlers."""
+        """Finish the event file."""
         if self.writer:
             with self.write_errors(self.folder / EVENTS):
                 self.writer.close()
-        self.opened.close()
 
     @contextmanager
     def write_errors(self, path: Path) -> Iterator[None]:

@@ -23,7 +23,6 @@ def draw_once(root: str, make: Callable[..., None], what: str) -> None:
 
     Args:
         make: function of the folder to make and the number of workers.
-        what: what is drawn, for the message.
     """
     if Path(root).exists():
         return

@@ -71,7 +71,7 @@ class Street:
         self.road = (-half - offset, half - offset)
         self.sidewalk_width = {side: rng.uniform(2.0, 4.0) for side in (-1, 1)}
         self.terrain_width = {
-            side: rng.uniform(3.0, 7.0) if rng.random() < 0.7 else 0.0 for side in (-1, 1)
+            side: rng.uniform(3, 7) if rng.random() < 0.7 else 0 for side in (-1, 1)
         }
 
         self.haze: Color = self.jitter((196, 204, 214), 25)
@@ -129,6 +129,10 @@ class Street:
     def panel(self, x: float, z0: float, z1: float, y0: float, y1: float) -> list[Point]:
         """Return an upright rectangle along the street, in pixel coordinates."""
         return [self.project(x, y, z) for y, z in ((y1, z0), (y1, z1), (y0, z1), (y0, z0))]
+
+    def slab(self, x0: float, x1: float, y: float, z0: float, z1: float) -> list[Point]:
+        """Return a level rectangle, in pixel coordinates."""
+        return [self.project(x, y, z) for x, z in ((x0, z0), (x0, z1), (x1, z1), (x1, z0))]
 
     def disc(self, x: float, y: float, radius: float, z: float, stretch: float = 1) -> list[Point]:
         """Return a disc that faces the camera, `stretch` times as high as wide."""
@@ -349,9 +353,8 @@ class Street:
             dark = tuple(int(c * 0.7) for c in color)
             self.fill(self.panel(x0 if x0 > 0 else x1, z0, z1, y0, y1), dark, z0, instance)
         if y1 < self.camera_height:
-            roof = [self.project(x, y1, z) for x, z in ((x0, z0), (x0, z1), (x1, z1), (x1, z0))]
             light = tuple(min(255, int(c * 1.15)) for c in color)
-            self.fill(roof, light, z0, instance)
+            self.fill(self.slab(x0, x1, y1, z0, z1), light, z0, instance)
         self.fill(self.rectangle(x0, x1, y0, y1, z0), color, z0, instance)
 
     def draw_wheels(self, instance: int, x: float, half: float, z: float) -> None:
@@ -367,8 +370,7 @@ class Street:
 
     def draw_shadow(self, x: float, half: float, z0: float, z1: float) -> None:
         dark = self.jitter((38, 38, 40), 6)
-        corners = ((x - half, z0), (x - half, z1), (x + half, z1), (x + half, z0))
-        self.tint([self.project(px, 0, pz) for px, pz in corners], dark, z0)
+        self.tint(self.slab(x - half, x + half, 0, z0, z1), dark, z0)
 
     def draw_car(self, x: float, z: float) -> None:
         color, glass = self.paint_color(), self.jitter((45, 52, 62), 15)
@@ -478,12 +480,11 @@ class Street:
 
     def draw_person(self, x: float, z: float) -> None:
         """Draw someone upright: legs, coat, head with hair."""
-        rng = self.rng
         instance = self.new_instance("person")
-        height = rng.uniform(1.55, 1.95)
+        height = self.rng.uniform(1.55, 1.95)
         coat, trousers = self.paint_color(), self.paint_color()
-        skin = ((226, 186, 160), (176, 130, 98), (110, 78, 58))[rng.integers(3)]
-        hip, shoulder, stride = height * 0.48, height * 0.83, rng.uniform(0.05, 0.3)
+        skin = ((226, 186, 160), (176, 130, 98), (110, 78, 58))[self.rng.integers(3)]
+        hip, shoulder, stride = height * 0.48, height * 0.83, self.rng.uniform(0.05, 0.3)
         for direction in (-1, 1):
             foot = x + direction * stride
             leg = [(x - 0.13, hip), (x + 0.13, hip), (foot + 0.11, 0), (foot - 0.11, 0)]
@@ -503,13 +504,12 @@ class Street:
         self.tint(self.rectangle(x - 0.1, x, 0, top, z), glint, z)
 
     def draw_traffic_sign(self, x: float, z: float) -> None:
-        rng = self.rng
-        top, radius = rng.uniform(2.3, 3.2), rng.uniform(0.42, 0.6)
+        top, radius = self.rng.uniform(2.3, 3.2), self.rng.uniform(0.42, 0.6)
         self.draw_pole(x, z, top)
         instance = LABEL_ID["traffic sign"]
         white, red = (235, 235, 230), self.jitter((190, 30, 38), 20)
         blue = self.jitter((30, 70, 160), 20)
-        kind = rng.integers(3)
+        kind = self.rng.integers(3)
         if kind == 0:  # a prohibition
             self.fill(self.disc(x, top, radius, z), red, z, instance)
             self.tint(self.disc(x, top, radius * 0.65, z), white, z)
@@ -529,13 +529,12 @@ class Street:
             self.tint(bar, white, z)
 
     def draw_traffic_light(self, x: float, z: float) -> None:
-        rng = self.rng
-        top = rng.uniform(2.6, 3.6)
+        top = self.rng.uniform(2.6, 3.6)
         self.draw_pole(x, z, top)
         instance = LABEL_ID["traffic light"]
         case = self.jitter((40, 42, 40), 14)
         self.fill(self.rectangle(x - 0.34, x + 0.34, top, top + 1.5, z), case, z, instance)
-        lit = rng.integers(3)
+        lit = self.rng.integers(3)
         for n, color in enumerate(((60, 225, 120), (250, 190, 50), (245, 50, 40))):
             shade = color if n == lit else tuple(c // 4 for c in color)
             self.tint(self.disc(x, top + 0.28 + 0.47 * n, 0.2, z), shade, z)
