@@ -28,7 +28,7 @@ from utils.evaluation import evaluate_classifier
 from utils.metrics import TopKAccuracy
 from utils.optim import PretrainingSchedule, average_of, build_optimizer, one_cycle
 from utils.options import ADVICE, PRETRAINING, parse_options, settle_pretraining
-from utils.run_folder import BEST, ENCODER, Run, open_run
+from utils.run_folder import ARGS, BEST, ENCODER, Run, open_run
 from utils.script import pick_amp_dtype, run_script, start_device
 from utils.speed import count_parameters
 from utils.training import Stage, Validation, fit, seed_process
@@ -45,13 +45,12 @@ def main() -> None:
         print_scores(args, device)
         return
     with open_run(args) as run:
-        same_data = run.stored("args.json", "datadir") is not None
-        train, val = open_images(args, check=not same_data)
-        check_resumable(args, run, train, same_data)
+        train, val = open_images(args, check=run.stored(ARGS) is None)
+        check_resumable(args, run, train)
         torch.manual_seed(args.seed)
         model = ImageClassifier(Encoder(), len(train.classes))
         stage = build_stage(args, model, train, val, device)
-        print_plan(args, run, stage, val)
+        print_plan(args, stage, val)
         run.begin()
         seed_process(args.seed)
         best = fit(stage, run)
@@ -66,7 +65,7 @@ def main() -> None:
     )
 
 
-def print_plan(args: argparse.Namespace, run: Run, stage: Stage, val: ImageFolder) -> None:
+def print_plan(args: argparse.Namespace, stage: Stage, val: ImageFolder) -> None:
     count = distributed.processes()
     each = f" in each of {count} processes" if count > 1 else ""
     print(
@@ -75,21 +74,14 @@ def print_plan(args: argparse.Namespace, run: Run, stage: Stage, val: ImageFolde
         f"data: {args.datadir}: {stage.about.train_images} images of {len(val.classes)} classes to "
         f"train on, {len(val)} to validate\n"
         f"images: {args.size}x{args.size}, in batches of {args.batch_size}{each}, {args.workers} "
-        f"workers; {args.epochs} epochs of the {args.recipe} recipe\n"
-        f"output: {run.folder}",
-        flush=True,
+        f"workers; {args.epochs} epochs of the {args.recipe} recipe"
     )
-    if args.resume and not run.resumed:
-        print("resuming from the start: nothing had been saved")
 
 
 def build_stage(
-    args: argparse.Namespace,
-    model: ImageClassifier,
-    train: ImageFolder,
-    val: ImageFolder,
+    args: argparse.Namespace, model: ImageClassifier, train: ImageFolder, val: ImageFolder,
     device: torch.device,
-) -> Stage:
+) -> Stage:  # fmt: skip
     """Put together the training of a recipe."""
     modern = args.recipe == "modern"
     about = Description(
@@ -167,18 +159,10 @@ def validate(
     return Validation(columns, best, pictures)
 
 
-def check_resumable(
-    args: argparse.Namespace, run: Run, train: ImageFolder, same_data: bool
-) -> None:
-    """Check that the checkpoint to resume from is of this recipe and these classes.
-
-    Raises:
-        UserError: it is not.
-    """
+def check_resumable(args: argparse.Namespace, run: Run, train: ImageFolder) -> None:
+    """Raise UserError if the checkpoint to resume from is of another recipe or other classes."""
     resumed = run.resumed
     if resumed is None:
-        if args.resume and not same_data:
-            raise UserError(f"nothing was saved in {run.folder}: start another run for other data")
         return
     if resumed["stage"] != 0 or resumed.get("args", {}).get("recipe") != args.recipe:
         raise CheckpointError(f"{run.folder} has the checkpoint of another run: put its own back")

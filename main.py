@@ -39,7 +39,7 @@ from utils.checkpoint import (
 )
 from utils.errors import UserError
 from utils.evaluation import evaluate
-from utils.losses import build_loss, class_weights, with_auxiliary
+from utils.losses import LOSSES, class_weights, with_auxiliary
 from utils.metrics import ConfusionMatrix, mean_score
 from utils.optim import SCHEDULES, average_of, build_optimizer
 from utils.options import ADVICE, SEGMENTATION, parse_options, settle_segmentation
@@ -61,14 +61,13 @@ def main() -> None:
     with open_run(args) as run:
         classes = Classes.from_checkpoint(run.resumed) if run.resumed else read_classes_for(args)
         network, mean, std = start_network(args, classes, run.resumed)
-        data = open_splits(
-            args, classes, device, distributed.first(lambda: run.stored(COUNTS, "datadir"))
-        )
+        counts = distributed.first(lambda: run.stored(COUNTS))
+        data = open_splits(args, classes, device, counts)
         about = Description(
             args.dataset, classes, mean, std, args.height, len(data.train_files),
             args.apn_channels, vars(args),
         )  # fmt: skip
-        print_plan(args, run, data, network, about, device)
+        print_plan(args, data, network, about, device)
         run.begin()
         distributed.first(lambda: run.write_json(COUNTS, data.counts))
         seed_process(args.seed)
@@ -120,12 +119,7 @@ def start_network(
 
 
 def print_plan(
-    args: argparse.Namespace,
-    run: Run,
-    data: Data,
-    network: LEDNet,
-    about: Description,
-    device: torch.device,
+    args: argparse.Namespace, data: Data, network: LEDNet, about: Description, device: torch.device
 ) -> None:
     count = distributed.processes()
     each = f" in each of {count} processes" if count > 1 else ""
@@ -135,26 +129,18 @@ def print_plan(
         f"data: {args.datadir}: {data.summary}\n"
         f"images: {data.size[1]}x{data.size[0]}, in batches of {args.batch_size}{each}, "
         f"{data.workers} workers; {args.encoder_epochs} epochs of stage 1, {args.epochs} of stage "
-        f"2, preset {args.preset}\n"
-        f"output: {run.folder}",
-        flush=True,
+        f"2, preset {args.preset}"
     )
     if (about.mean, about.std) != NOT_NORMALISED:
         print(f"images are normalised with mean {about.mean} and std {about.std}")
     if data.trains_on_val:
         print("val is trained on: its scores say nothing about new images")
-    if args.resume and not run.resumed:
-        print("resuming from the start: nothing had been saved")
 
 
 def build_stage(
-    number: int,
-    network: LEDNet,
-    data: Data,
-    about: Description,
-    args: argparse.Namespace,
+    number: int, network: LEDNet, data: Data, about: Description, args: argparse.Namespace,
     device: torch.device,
-) -> Stage:
+) -> Stage:  # fmt: skip
     """Put together stage 1, which trains the encoder under a 1x1 head, or 2, all of it."""
     first = number == 1
     classes = len(data.classes)
@@ -176,7 +162,7 @@ def build_stage(
     c = WEIGHT_C[number] if args.weight_c is None else args.weight_c
     counts = torch.tensor(list(data.counts.values()))
     weights = (class_weights(counts, c) if c else torch.ones(classes)).to(device)
-    loss = build_loss(args.loss, weights)
+    loss = partial(LOSSES[args.loss], weight=weights)
     epochs = args.encoder_epochs if first else args.epochs
     steps = epochs * len(loader)
     optimizer = build_optimizer(args.optimizer, model, args.lr, weight_decay=args.weight_decay)

@@ -46,16 +46,12 @@ class CacheLost(CacheError):
 
 
 def cached(
-    splits: Splits,
-    place: str,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
+    splits: Splits, place: str, workers: int = 0, device: torch.device | str = "cpu",
     processes: int = 1,
-) -> list[Dataset]:
+) -> list[Dataset]:  # fmt: skip
     """Return the same data sets, decoded and resized once; items are equal bit for bit.
 
     Args:
-        splits: data sets with the height and width of each image file.
         place: "ram", the memory of the device, or of the CPU if the device has too little; or a
             folder, whose files later runs find.
         workers: processes that decode.
@@ -67,10 +63,12 @@ def cached(
 
 
 class Cached(Dataset):
-    """Items of a data set as bytes; `item_bytes` returns those of one item."""
+    """Items of a data set as bytes: in `array`, or in a file that is mapped an item at a time."""
 
-    def __init__(self, dataset: Segmentation, sizes: list[Size]) -> None:
-        self.dataset, self.shapes, self.starts = dataset, [], [0]
+    array: Tensor | None = None  # on a device
+
+    def __init__(self, dataset: Segmentation, sizes: list[Size], path: Path | None = None) -> None:
+        self.dataset, self.path, self.shapes, self.starts = dataset, path, [], [0]
         for size in sizes:
             resized = size if dataset.height is None else resized_size(*size, dataset.height)
             image, label = (*resized, 3), resized if dataset.resize_labels else size
@@ -87,7 +85,14 @@ class Cached(Dataset):
         return pixels.view(image).permute(2, 0, 1), classes.view(label)
 
     def item_bytes(self, index: int) -> Tensor:
-        raise NotImplementedError
+        start, end = self.starts[index], self.starts[index + 1]
+        if self.array is not None:
+            return self.array[start:end]
+        try:
+            # Mapped as "c", copy on write, so that nothing changes the file.
+            return torch.from_numpy(np.memmap(self.path, np.uint8, "c", start, end - start))
+        except (OSError, ValueError) as error:
+            raise CacheLost(f"{self.path} was removed or cut short while in use") from error
 
     def decode(self, workers: int) -> Iterator[Tensor]:
         """Read the data set in order, and yield the bytes of each item."""
@@ -99,22 +104,23 @@ class Cached(Dataset):
                 raise DatasetError(f"{path} has changed its size since it was checked: start again")
             yield torch.cat([image.flatten(), label.flatten()])
 
-
-class InMemory(Cached):
-    """Items in one array on a device."""
-
-    def fill(self, workers: int, device: torch.device) -> None:
+    def load(self, workers: int, device: torch.device) -> None:
         self.array = torch.empty(self.length, dtype=torch.uint8, device=device)
         for index, values in enumerate(self.decode(workers)):
             self.item_bytes(index).copy_(values)
 
-    def item_bytes(self, index: int) -> Tensor:
-        return self.array[self.starts[index] : self.starts[index + 1]]
+    def write(self, workers: int) -> None:
+        with atomic_write(self.path) as unfinished, unfinished.open("wb") as file:
+            for values in self.decode(workers):
+                file.write(values.numpy())
+
+    def is_written(self) -> bool:
+        return self.path.is_file() and self.path.stat().st_size == self.length
 
 
 def _in_memory(splits: Splits, workers: int, device: torch.device, processes: int) -> list[Dataset]:
     """Keep all splits on the device, or all on the CPU, in at most half of its memory."""
-    datasets = [InMemory(dataset, sizes) for dataset, sizes in splits.items()]
+    datasets = [Cached(dataset, sizes) for dataset, sizes in splits.items()]
     count, total = sum(dataset.length for dataset in datasets), memory_limit()
     if device.type == "cuda" and count > torch.cuda.mem_get_info(device)[0] / 2:
         device = torch.device("cpu")
@@ -126,7 +132,7 @@ def _in_memory(splits: Splits, workers: int, device: torch.device, processes: in
         )
     print(f"cache: {_readable(count)} in the memory of {device}", flush=True)
     for dataset in datasets:
-        dataset.fill(workers, device)
+        dataset.load(workers, device)
     return datasets
 
 
@@ -145,36 +151,10 @@ def memory_limit(root: Path = Path("/")) -> int:
     return min(limits)
 
 
-class InFile(Cached):
-    """Items in a file, mapped into memory one at a time."""
-
-    def __init__(self, dataset: Segmentation, sizes: list[Size], folder: Path) -> None:
-        super().__init__(dataset, sizes)
-        name = f"{type(dataset).__name__.lower()}-{dataset.split}-{dataset.height or 'full'}"
-        self.path = folder / f"{name}-{content_hash(dataset)}.bin"
-
-    def item_bytes(self, index: int) -> Tensor:
-        start = self.starts[index]
-        try:
-            # Mapped as "c", copy on write, so that nothing changes the file.
-            part = np.memmap(self.path, np.uint8, "c", start, self.starts[index + 1] - start)
-        except (OSError, ValueError) as error:
-            raise CacheLost(f"{self.path} was removed or cut short while in use") from error
-        return torch.from_numpy(part)
-
-    def exists(self) -> bool:
-        return self.path.is_file() and self.path.stat().st_size == self.length
-
-    def write(self, workers: int) -> None:
-        with atomic_write(self.path) as unfinished, unfinished.open("wb") as file:
-            for values in self.decode(workers):
-                file.write(values.numpy())
-
-
 def _in_folder(splits: Splits, folder: Path, workers: int) -> list[Dataset]:
     """Find the files in the folder; one process writes those that are missing, others wait."""
-    files = [InFile(dataset, sizes, folder) for dataset, sizes in splits.items()]
-    if all(file.exists() for file in files):
+    files = [Cached(part, sizes, folder / file_name(part)) for part, sizes in splits.items()]
+    if all(file.is_written() for file in files):
         return files
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,9 +171,9 @@ def _in_folder(splits: Splits, folder: Path, workers: int) -> list[Dataset]:
     return files
 
 
-def _write_missing(files: list[InFile], folder: Path, workers: int) -> None:
+def _write_missing(files: list[Cached], folder: Path, workers: int) -> None:
     remove_unfinished(folder)
-    missing = [file for file in files if not file.exists()]
+    missing = [file for file in files if not file.is_written()]
     count, free = sum(file.length for file in missing), shutil.disk_usage(folder).free
     if count > free:
         raise CacheTooLarge(
@@ -205,8 +185,8 @@ def _write_missing(files: list[InFile], folder: Path, workers: int) -> None:
         file.write(workers)
 
 
-def content_hash(dataset: Segmentation) -> str:
-    """Return a short hash of all that the items of a data set depend on, wherever it lies."""
+def file_name(dataset: Segmentation) -> str:
+    """Return a name with a hash of all that the items depend on, wherever the data set lies."""
     paths = [path for pair in dataset.pairs for path in pair if path is not None]
     found = [(os.path.relpath(path, dataset.root), os.stat(path)) for path in paths]
     content = {
@@ -219,7 +199,9 @@ def content_hash(dataset: Segmentation) -> str:
         "train_ids": dataset.classes.to_train_ids().tolist(),
         "files": [(path, status.st_size, status.st_mtime_ns) for path, status in found],
     }
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    content_hash = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    name = f"{type(dataset).__name__.lower()}-{dataset.split}-{dataset.height or 'full'}"
+    return f"{name}-{content_hash}.bin"
 
 
 def _readable(count: int) -> str:

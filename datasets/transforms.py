@@ -5,6 +5,7 @@ Images are augmented on the device of the training, each from its own seed: the 
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,27 +42,15 @@ def normalizer(
     return normalize
 
 
+@dataclass
 class Augment:
-    """Augment a batch and normalise its images, on the device.
+    """Augment a batch and normalise its images, on the device."""
 
-    Args:
-        recipe: function from an image, a label and a generator to an augmented pair.
-        normalize: function from uint8 images to the input of the network.
-        device: device of the training.
-        jitter: largest relative change of brightness, contrast and saturation.
-        label_stride: factor by which labels are made smaller; 8 for the encoder's resolution.
-    """
-
-    def __init__(
-        self,
-        recipe: Callable[[Tensor, Tensor, torch.Generator], Pair],
-        normalize: Callable[[Tensor], Tensor],
-        device: torch.device,
-        jitter: float = 0.0,
-        label_stride: int = 1,
-    ) -> None:
-        self.recipe, self.normalize, self.device = recipe, normalize, device
-        self.jitter, self.label_stride = jitter, label_stride
+    recipe: Callable[[Tensor, Tensor, torch.Generator], Pair]  # augments an image and its label
+    normalize: Callable[[Tensor], Tensor]  # turns uint8 images into the input of the network
+    device: torch.device
+    jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
+    label_stride: int = 1  # by which labels are made smaller; 8 for the encoder's resolution
 
     def __call__(self, batch: Batch) -> Pair:
         """Return images, N x 3 x h x w, float32, and labels, N x h x w, int64, where h and w of the
@@ -97,11 +86,12 @@ class Paper:
         return shifted(image, down, right, 0), shifted(label, down, right, IGNORE_INDEX)
 
 
+@dataclass
 class Strong:
     """A random scale, log-uniform from `scale`, a random crop of `size`, and a random flip."""
 
-    def __init__(self, size: tuple[int, int], scale: tuple[float, float] = (0.5, 2.0)) -> None:
-        self.size, self.scale = size, scale
+    size: tuple[int, int]
+    scale: tuple[float, float] = (0.5, 2.0)
 
     def __call__(self, image: Tensor, label: Tensor, random: torch.Generator) -> Pair:
         low, high = (math.log(factor) for factor in self.scale)
@@ -125,11 +115,10 @@ class Strong:
 def shifted(planes: Tensor, down: int, right: int, fill: int) -> Tensor:
     """Shift planes, ... x H x W, by some pixels; the border becomes `fill`."""
     height, width = planes.shape[-2:]
-    moved = torch.full_like(planes, fill)
-    moved[..., max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = (
-        planes[..., max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)]
-    )
-    return moved
+    margin = max(abs(down), abs(right))
+    padded = torch.nn.functional.pad(planes, [margin] * 4, value=fill)
+    top, left = margin - down, margin - right
+    return padded[..., top : top + height, left : left + width]
 
 
 def jittered(images: Tensor, factors: Tensor) -> Tensor:

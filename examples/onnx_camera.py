@@ -82,8 +82,7 @@ class Network:
     def __init__(self, path: str, threads: int) -> None:
         if not os.path.isfile(path):
             fail(f"--model {path} does not exist: give a model of export.py")
-        available = onnxruntime.get_available_providers()
-        providers = [name for name in PROVIDERS if name in available]
+        providers = [p for p in PROVIDERS if p in onnxruntime.get_available_providers()]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = max(0, threads)
         options.log_severity_level = 4  # errors are reported below
@@ -176,9 +175,7 @@ def open_video(source: str, camera: bool) -> tuple[Iterator[tuple[str, Image.Ima
 
 
 def new_folder(args: argparse.Namespace) -> Path:
-    # Without its suffix, "...png" is "..", which would lead elsewhere.
-    name = Path(args.input).resolve().stem.strip(".") or "pictures"
-    folder = Path(args.output or Path("results", name))
+    folder = Path(args.output or Path("results", Path(args.input).resolve().stem))
     try:
         folder.mkdir(parents=True)
     except OSError as error:

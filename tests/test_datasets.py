@@ -178,7 +178,7 @@ def test_the_drawn_scenes_are_made_once(tmp_path, monkeypatch, capsys):
     for _ in range(2):
         with pytest.raises(DatasetError, match="has no folder leftImg8bit/train"):
             opened(options("synthetic", tmp_path / "scenes"))
-    assert made == [str(tmp_path / "scenes")]
+    assert made == [tmp_path / "scenes"]
     assert capsys.readouterr().out.count("drawing street scenes into") == 1
 
 

@@ -16,7 +16,7 @@ from datasets.loading import ShuffledSeeds, batch_loader
 from models.lednet import AuxiliaryHead, LEDNet
 from utils import distributed
 from utils.evaluation import evaluate, evaluate_classifier
-from utils.losses import build_loss, cross_entropy, ohem_cross_entropy, with_auxiliary
+from utils.losses import cross_entropy, ohem_cross_entropy, with_auxiliary
 
 CPU = torch.device("cpu")
 CLASSES, BATCH, SIZE = 5, 4, (64, 80)
@@ -114,7 +114,7 @@ def gradients_of_loaded_batches() -> dict[str, Tensor]:
     sampler.begin(3)
     loader = batch_loader(Noisy(), sampler, 4 // count, 0, CPU, drop_last=True)
     model = network()
-    forward, loss_function = distributed.parallel(model, CPU), build_loss("ce", WEIGHT)
+    forward, loss_function = distributed.parallel(model, CPU), partial(cross_entropy, weight=WEIGHT)
     batches = list(loader)
     assert len(batches) == 2
     for batch in batches:

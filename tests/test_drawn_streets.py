@@ -28,16 +28,12 @@ def test_layout_is_that_of_the_download(cityscapes):
 def test_the_same_seed_gives_the_same_bytes(cityscapes, tmp_path):
     counts = {"train": 6, "val": 3, "test": 2, "train_extra": 3}
     make_synthetic(tmp_path / "again", counts, height=64, workers=1)
-    make_synthetic(tmp_path / "other", counts, height=64, seed=1)
     files = sorted(p.relative_to(cityscapes) for p in cityscapes.rglob("*.png"))
     assert len(files) == 14 + 2 * (11 + 12)
     same, different, missing = filecmp.cmpfiles(
         cityscapes, tmp_path / "again", files, shallow=False
     )
     assert len(same) == len(files) and not different and not missing
-    images = [f for f in files if "leftImg8bit" in f.parts]
-    same, _, _ = filecmp.cmpfiles(cityscapes, tmp_path / "other", images, shallow=False)
-    assert not same
 
 
 def test_more_images_do_not_change_the_first(cityscapes, tmp_path):

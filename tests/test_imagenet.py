@@ -281,5 +281,5 @@ def test_the_drawn_shapes_are_made_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("datasets.imagenet.make_shapes", lambda root, workers: made.append(root))
     with pytest.raises(DatasetError, match="shapes does not exist"):
         open_images(options(tmp_path / "shapes", dataset="shapes"))
-    assert made == [str(tmp_path / "shapes")]
+    assert made == [tmp_path / "shapes"]
     assert "drawing shapes and textures into" in capsys.readouterr().out

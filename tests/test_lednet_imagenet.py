@@ -315,12 +315,6 @@ def test_another_number_of_training_images_is_refused_on_resume(resume, shapes_c
     assert "has 11 training images now, and 12 when" in resume("--datadir", shapes_copy)
 
 
-def test_other_data_are_refused_before_the_first_checkpoint(resume, copy, shapes_copy):
-    (copy / "last.pth").unlink()
-    line = resume("--datadir", shapes_copy)
-    assert "nothing was saved in" in line and "start another run" in line
-
-
 def test_data_that_moved_are_checked_on_resume(resume, shapes_copy):
     path = next(shapes_copy.glob("train/*/*.jpg"))
     path.write_text("no picture")

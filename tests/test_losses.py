@@ -1,11 +1,12 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from utils.losses import (
-    build_loss,
+    LOSSES,
     class_weights,
     cross_entropy,
     ohem_cross_entropy,
@@ -53,7 +54,7 @@ def test_cross_entropy_is_torchs_weighted_mean(batch):
 @pytest.mark.parametrize("name", ["ce", "ohem"])
 def test_a_batch_without_labels_has_no_loss(batch, name):
     logits, labels, weight = batch
-    loss = build_loss(name, weight)(logits, torch.full_like(labels, 255))
+    loss = partial(LOSSES[name], weight=weight)(logits, torch.full_like(labels, 255))
     loss.backward()
     assert loss == 0 and (logits.grad == 0).all()
 
@@ -101,7 +102,7 @@ def test_losses_do_not_wait_for_a_gpu(batch, name):
     """Reading a value would wait, and fails for tensors on the device "meta"."""
     logits, labels, weight = (tensor.detach().to("meta") for tensor in batch)
     outputs = logits, logits[..., ::2, ::2]
-    assert with_auxiliary(build_loss(name, weight), 0.4)(outputs, labels).shape == ()
+    assert with_auxiliary(partial(LOSSES[name], weight=weight), 0.4)(outputs, labels).shape == ()
 
 
 def test_ohem_weights_the_classes():
@@ -117,7 +118,7 @@ def test_ohem_weights_the_classes():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_summed_in_full_precision(batch, name, dtype):
     logits, labels, weight = batch
-    coarse, loss = logits.detach().to(dtype), build_loss(name, weight)
+    coarse, loss = logits.detach().to(dtype), partial(LOSSES[name], weight=weight)
     assert loss(coarse, labels).dtype == torch.float32
     assert torch.equal(loss(coarse, labels), loss(coarse.float(), labels))
 
@@ -126,7 +127,7 @@ def test_half_precision_logits_are_summed_in_full_precision(batch, name, dtype):
 def test_an_auxiliary_head_adds_a_share_of_its_loss(batch, name):
     logits, labels, weight = batch
     auxiliary = torch.randn(2, 4, 3, 3, requires_grad=True)
-    loss = build_loss(name, weight)
+    loss = partial(LOSSES[name], weight=weight)
     total = with_auxiliary(loss, 0.4)((logits, auxiliary), labels)
     # The centres of 3 x 3 blocks of 6 x 5 pixels: rows 1, 3, 5 and columns 0, 2, 4.
     smaller = labels[:, 1::2, ::2]
@@ -139,6 +140,6 @@ def test_an_auxiliary_head_adds_a_share_of_its_loss(batch, name):
 
 def test_an_auxiliary_head_of_weight_0_adds_nothing(batch):
     logits, labels, weight = batch
-    loss = build_loss("ce", weight)
+    loss = partial(cross_entropy, weight=weight)
     total = with_auxiliary(loss, 0.0)((logits, torch.randn(2, 4, 3, 3)), labels)
     assert torch.equal(total, loss(logits, labels))

@@ -95,7 +95,7 @@ def test_top_k_worked_example():
     assert accuracy.summary() == {"top1": 2 / 4, "top2": 3 / 4, "top3": 3 / 4}
     accuracy.update_from_logits(logits[4:], labels[4:])
     assert accuracy.summary() == {"top1": 2 / 6, "top2": 4 / 6, "top3": 5 / 6}
-    assert accuracy.seen == 6
+    assert accuracy.counts[-1] == 6  # images
 
 
 def test_top_5_of_fewer_classes_always_hits():

@@ -216,10 +216,3 @@ def test_pictures_of_one_name_are_refused(exported, refused, scene, tmp_path):
         scene.save(tmp_path / "in" / name)
     line = refused("--model", exported / "labels.onnx", "--input", "in")
     assert "two pictures named a" in line
-
-
-def test_a_name_of_dots_stays_under_results(exported, camera, scene, tmp_path):
-    scene.save(tmp_path / "...png", "PNG")
-    assert camera("--model", exported / "labels.onnx", "--input", "...png").status == 0
-    (path,) = (tmp_path / "results/pictures/labels").iterdir()
-    assert Image.open(path).size == (480, 360)

@@ -11,16 +11,14 @@ the same stretch of time. All return logits. Peers come from the package pytorch
 weights, which do not change their speed.
 """
 
-import argparse
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,16 +35,7 @@ from utils.script import device_name, pick_device, run_script
 from utils.speed import InPrecision, count_multiply_adds, count_parameters, time_pass
 
 REFERENCE = "LEDNet of pytorchcv"
-PEERS = {
-    REFERENCE: "lednet",
-    "ERFNet": "erfnet",
-    "ENet": "enet",
-    "ESNet": "esnet",
-    "EDANet": "edanet",
-    "DABNet": "dabnet",
-    "CGNet": "cgnet",
-    "Fast-SCNN": "fastscnn",
-}
+PEERS = (REFERENCE, "ERFNet", "ENet", "ESNet", "EDANet", "DABNet", "CGNet", "Fast-SCNN")
 OURS = {"LEDNet D = 20": 20, "LEDNet D = 128": 128}
 
 MIN_ROUNDS = 4
@@ -55,11 +44,9 @@ WARMUP = 3  # passes; a compiled network records its CUDA graph in the second
 Size = tuple[int, int]  # height, width
 Key = tuple[str, str]  # network and form
 Runner = Callable[[Tensor], Any]
-Times = list[float]  # in seconds
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Input of the networks in one table, and the forms that are measured.
 
     A form is eager, compiled, onnx, deployed or deployed compiled, and may end in half.
@@ -91,7 +78,7 @@ CASES = {
 }
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     # fmt: off
@@ -101,11 +88,7 @@ def parse_args() -> argparse.Namespace:
     add("--seconds", type=positive_float, default=10,
         help="time for each network in each table, without warm-up; default %(default)s")
     # fmt: on
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     device = pick_device(args.device)
     torch.backends.cudnn.benchmark = True
     command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
@@ -163,9 +146,9 @@ def measure(name: str, case: Case, device: torch.device, seconds: float) -> Iter
         )
 
 
-def take_turns(runners: dict[Key, Runner], images: Tensor, seconds: float) -> dict[Key, Times]:
-    """Return how long passes of each runner took, all over the same stretch of time."""
-    times: dict[Key, Times] = {key: [] for key in runners}
+def take_turns(runners: dict[Key, Runner], images: Tensor, seconds: float) -> dict[Key, list]:
+    """Return the seconds of each runner's passes, all over the same stretch of time."""
+    times: dict[Key, list[float]] = {key: [] for key in runners}
     started, rounds = time.perf_counter(), 0
     while rounds < MIN_ROUNDS or time.perf_counter() - started < seconds:
         for key, runner in runners.items():
@@ -188,7 +171,8 @@ def build(name: str, size: Size) -> nn.Module:
         raise MissingExtra(f"{error}: pip install pytorchcv") from error
     # Built for one size of image, and without the head that only training needs.
     more = {"in_size": size, "aux": False} if name == "Fast-SCNN" else {}
-    return get_model(f"{PEERS[name]}_cityscapes", pretrained=False, **more).eval()
+    model = name.split()[0].lower().replace("-", "")  # its name in pytorchcv
+    return get_model(f"{model}_cityscapes", pretrained=False, **more).eval()
 
 
 def build_runner(name: str, form: str, case: Case, device: torch.device) -> Runner:

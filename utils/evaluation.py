@@ -26,7 +26,7 @@ class OutOfMemory(UserError):
 
 
 @contextmanager
-def memory_errors(images: Sequence[Tensor]) -> Iterator[None]:
+def memory_errors(images: Sequence[Tensor], *notes: str) -> Iterator[None]:
     """Turn the errors of a GPU without memory into one that states the size of these images."""
     try:
         yield
@@ -34,9 +34,8 @@ def memory_errors(images: Sequence[Tensor]) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
             raise
         height, width = images[0].shape[-2:]
-        raise OutOfMemory(
-            f"the GPU ran out of memory with a batch of {len(images)} images of {width}x{height}"
-        ) from error
+        batch = f"a batch of {len(images)} images of {width}x{height}"
+        raise OutOfMemory("; ".join([f"the GPU ran out of memory with {batch}", *notes])) from error
 
 
 @torch.inference_mode()
@@ -179,4 +178,4 @@ def evaluate_classifier(
     accuracy.counts = distributed.total(accuracy.counts)
     total_loss = distributed.total(total_loss)
     scores = {f"val_{name}": value for name, value in accuracy.summary().items()}
-    return {"val_loss": (total_loss / accuracy.seen).item()} | scores
+    return {"val_loss": (total_loss / accuracy.counts[-1]).item()} | scores

@@ -77,16 +77,12 @@ class StopSignals:
 
 
 class Guard:
-    """Saves a stage from time to time, and ends it cleanly, always between two steps.
+    """Saves a stage from time to time, and ends it cleanly, always between two steps."""
 
-    Args:
-        run: `utils.run_folder.Run` to save in.
-        state: `utils.training.TrainState` of the stage.
-    """
-
+    # A Run and a TrainState, whose modules import this one.
     def __init__(self, run: Any, state: Any) -> None:
         self.run, self.state, self.signals = run, state, run.signals
-        self.due = self._next_checkpoint()
+        self.saved_at = time.monotonic()  # or begun
         # Those to check: place, loss, indices of the batch, and event at which the loss is known.
         self.losses: list[tuple[str, Tensor, Sequence[int], torch.cuda.Event | None]] = []
         self.last_good = "no checkpoint was written yet"
@@ -146,12 +142,8 @@ class Guard:
         self.check_finite()
         checkpoint = self.state.state_dict()
         distributed.first(lambda: self.run.save(checkpoint))
-        self.due = self._next_checkpoint()
+        self.saved_at = time.monotonic()
         self._note_saved()
-
-    def _next_checkpoint(self) -> float:
-        """Return the time on the clock at which one more is due."""
-        return time.monotonic() + 60 * self.run.args.checkpoint_minutes
 
     def _note_saved(self) -> None:
         place = self.state.place()
@@ -184,13 +176,14 @@ class Guard:
             SystemExit: another process failed.
         """
         diverged = self._first_bad_loss()
+        due = time.monotonic() - self.saved_at > 60 * self.run.args.checkpoint_minutes
         if diverged:
             action = Action.FAIL_UNSAVED
         elif failure is not None:
             action = Action.FAIL
         elif self.stopping:
             action = next(a for a, number in SIGNALS.items() if number == self.signals.received)
-        elif time.monotonic() > self.due and distributed.is_first():
+        elif due and distributed.is_first():
             action = Action.SAVE
         else:
             action = Action.CONTINUE

@@ -6,7 +6,6 @@ batch, as DistributedDataParallel takes the mean of their gradients.
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     Args:
         logits: N x C x H x W, in any precision; the loss is float32.
         labels: N x H x W, int64, 0 to C - 1, or 255 = ignore.
-        weight: weight of each class.
+        weight: of each class.
     """
     total = F.cross_entropy(
         logits.float(), labels, weight, ignore_index=IGNORE_INDEX, reduction="sum"
@@ -53,9 +52,8 @@ def ohem_cross_entropy(
     `min_kept` of the labelled pixels counts, the hardest first (Shrivastava et al., CVPR 2016).
     The other arguments are those of `cross_entropy`.
     """
-    losses = F.cross_entropy(
-        logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none"
-    ).flatten()
+    losses = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
+    losses = losses.flatten()
     # Only the GPU knows how many pixels are labelled, and asking it would wait for all its work.
     # So sort as many losses as could be needed, and let the GPU find the last of them itself.
     most = max(1, int(losses.numel() * distributed.processes() * min_kept))
@@ -70,11 +68,6 @@ def ohem_cross_entropy(
 
 
 LOSSES = {"ce": cross_entropy, "ohem": ohem_cross_entropy}
-
-
-def build_loss(name: str, weight: Tensor) -> Loss:
-    """Return the loss of that name, a key of LOSSES, as a function of logits and labels."""
-    return partial(LOSSES[name], weight=weight)
 
 
 def with_auxiliary(loss: Loss, share: float) -> Callable[[tuple[Tensor, Tensor], Tensor], Tensor]:
@@ -98,5 +91,4 @@ def _mean(total: Tensor, weights: Tensor) -> Tensor:
 
 def _pixel_weights(labels: Tensor, weight: Tensor) -> Tensor:
     """Return the weight of each pixel's class; 0 for ignored pixels."""
-    by_label = F.pad(weight, (0, IGNORE_INDEX + 1 - len(weight)))
-    return by_label[labels]
+    return F.pad(weight, (0, IGNORE_INDEX + 1 - len(weight)))[labels]

@@ -64,10 +64,6 @@ class TopKAccuracy:
         # Hits for each k, then the number of images.
         self.counts = torch.zeros(len(self.ks) + 1, dtype=torch.int64, device=device)
 
-    @property
-    def seen(self) -> int:
-        return int(self.counts[-1])
-
     def update_from_logits(self, logits: Tensor, labels: Tensor) -> None:
         """Count logits, N x C, against labels, N; with k classes or fewer, every image is a hit."""
         classes = logits.topk(min(max(self.ks), logits.shape[1])).indices  # N x k, best first

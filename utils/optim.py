@@ -4,16 +4,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, PolynomialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
-def poly(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+def poly(optimizer: Optimizer, steps: int) -> LRScheduler:
     """Lower the learning rate to 0 over `steps` steps with power 0.9, as published."""
     return PolynomialLR(optimizer, total_iters=steps, power=0.9)
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+def one_cycle(optimizer: Optimizer, steps: int) -> LRScheduler:
     """Raise the learning rate over the first twentieth of the steps; then lower it to 0."""
     total = steps + 1  # the schedule steps once more after the last batch
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -31,7 +32,7 @@ class PretrainingSchedule(LambdaLR):
 
     CONSTANT_EPOCHS = 15
 
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    def __init__(self, optimizer: Optimizer, steps: int) -> None:
         self.last_constant_step = self.CONSTANT_EPOCHS * steps - 1
         super().__init__(
             optimizer, lambda step: 0.95 ** max(0, step // steps + 1 - self.CONSTANT_EPOCHS)
@@ -48,9 +49,7 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch
 SCHEDULES = {"poly": poly, "onecycle": one_cycle}
 
 
-def build_optimizer(
-    name: str, model: nn.Module, lr: float, **options: Any
-) -> torch.optim.Optimizer:
+def build_optimizer(name: str, model: nn.Module, lr: float, **options: Any) -> Optimizer:
     """Build an optimizer of OPTIMIZERS; betas and eps of Adam are torch's defaults, as published.
 
     Its kernels are fused on a GPU. On a CPU that would gain 6 ms a step and round differently.
@@ -83,7 +82,7 @@ def average_of(model: nn.Module, steps: int) -> Average:
     return Average(model, multi_avg_fn=average, use_buffers=True)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load the state of an optimizer, but leave its kernels fused or not as they are here."""
     groups = [
         saved | {"fused": group["fused"]}

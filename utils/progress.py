@@ -39,39 +39,28 @@ def describe(row: Mapping[str, Any]) -> str:
     return ", ".join(SHOWN[name].format(row[name]) for name in shown)
 
 
-def progress_bar(title: str, images: int) -> tqdm:
-    """Return a bar that counts images, on the terminal of the first process only."""
+def progress_bar(title: str, total: int, unit: str = "img", done: int = 0) -> tqdm:
+    """Return a bar on the terminal of the first process only."""
     disable = None if distributed.is_first() else True
-    return tqdm(total=images, desc=title, unit="img", leave=False, disable=disable)
+    return tqdm(desc=title, total=total, initial=done, unit=unit, leave=False, disable=disable)
 
 
 class Progress:
     """The progress of an epoch: a bar on a terminal, lines in a log.
 
     Args:
-        title: title of the bar and of each line.
-        total: images of the epoch.
         steps, done: steps of the epoch, and how many of them were done before.
-        batch_size: images of a step, over all processes.
         interval: steps between lines in a log; 0 for none.
         scores: returns the scores to show; called now and then only, as it waits for a GPU.
     """
 
     def __init__(
-        self, title: str, total: int, steps: int, done: int, batch_size: int, interval: int,
-        scores: Callable[[], dict[str, Any]],
-    ) -> None:  # fmt: skip
+        self, title: str, steps: int, done: int, interval: int, scores: Callable[[], dict[str, Any]]
+    ) -> None:
         self.title, self.steps, self.done, self.interval = title, steps, done, interval
         self.scores, self.images, self.before = scores, 0, done
         self.started = self.updated = time.perf_counter()
-        self.bar = progress_bar(title, total)
-        self.bar.update(done * batch_size)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
+        self.bar = progress_bar(title, steps, "step", done)
 
     @property
     def seconds(self) -> float:
@@ -84,16 +73,18 @@ class Progress:
     def step(self, images: int) -> None:
         """Count a step of so many images, and show it if it is time."""
         self.images, self.done = self.images + images, self.done + 1
-        self.bar.update(images)
+        self.bar.update()
         if not self.bar.disable:
             if time.perf_counter() - self.updated > SECONDS_BETWEEN_UPDATES:
-                self.bar.set_postfix_str(describe(self.scores()))
+                self.bar.set_postfix_str(self.text())
                 self.updated = time.perf_counter()
         elif self.interval and self.done % self.interval == 0:
             left = (self.steps - self.done) * self.seconds / (self.done - self.before)
-            scores = self.scores() | {"images_per_second": self.images_per_second}
             place = f"{self.title}: step {self.done}/{self.steps}"
-            print(f"{place}, {describe(scores)}, {left:.0f} s left", flush=True)
+            print(f"{place}, {self.text()}, {left:.0f} s left", flush=True)
+
+    def text(self) -> str:
+        return describe(self.scores() | {"images_per_second": self.images_per_second})
 
 
 class Waiting:
@@ -110,13 +101,13 @@ class Waiting:
 
     def measured(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield the same batches, and measure the time until each one."""
-        start, end = self._now(), object()
+        start = self._now()
         iterator = iter(batches)  # may start workers
         # The loader's handler would raise the error of a dead worker at any moment, even within a
         # step. Waiting for a batch of that worker raises it too, which is soon enough.
         if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        while (batch := next(iterator, end)) is not end:
+        for batch in iterator:
             self.gaps.append((start, self._now()))
             yield batch
             start = self._now()

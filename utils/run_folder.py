@@ -72,9 +72,9 @@ class Run:
         before = self.args.encoder_epochs if self.resumed["stage"] == 2 else 0
         return before + self.resumed["epoch"]
 
-    def stored(self, name: str, option: str) -> dict[str, Any] | None:
-        """Return the JSON object that the resumed run has stored, if an option is unchanged."""
-        if self.args.resume and read_args(self.folder)[option] == getattr(self.args, option):
+    def stored(self, name: str) -> dict[str, Any] | None:
+        """Return the JSON object that the resumed run has stored, if its data have not moved."""
+        if self.args.resume and read_args(self.folder)["datadir"] == self.args.datadir:
             return read_json(self.folder / name)
         return None
 
@@ -83,6 +83,9 @@ class Run:
 
         A run that ends before this leaves no folder behind.
         """
+        print(f"output: {self.folder}", flush=True)
+        if self.args.resume and not self.resumed:
+            print("resuming from the start: nothing had been saved")
         self.opened.enter_context(self.signals)
         if not distributed.is_first():
             return
@@ -96,11 +99,10 @@ class Run:
             self._write_log(rows[:epochs])
 
     def close(self) -> None:
-        """Finish the event file, and restore the signal handlers."""
+        """Finish the event file."""
         if self.writer:
             with self.write_errors(self.folder / EVENTS):
                 self.writer.close()
-        self.opened.close()
 
     @contextmanager
     def write_errors(self, path: Path) -> Iterator[None]:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,14 @@ from torch.utils.data import DataLoader
 from datasets.loading import Batch
 from utils import distributed
 from utils.checkpoint import CheckpointError, Description, fill, on_cpu
-from utils.evaluation import OutOfMemory, memory_errors
+from utils.evaluation import memory_errors
 from utils.interrupts import Guard
+from utils.metrics import ConfusionMatrix, TopKAccuracy
 from utils.optim import Average, load_optimizer
 from utils.progress import Progress, Waiting, describe
-from utils.run_folder import BEST, Run
+from utils.run_folder import Run
 
-
-class Meter(Protocol):
-    """Scores of predictions, summed up in `counts`: a confusion matrix, or top-k accuracy."""
-
-    counts: Tensor
-
-    def update_from_logits(self, logits: Tensor, labels: Tensor) -> None: ...
-
-    def summary(self) -> dict[str, float]:
-        """Return the scores by name, in [0, 1]."""
+Meter = ConfusionMatrix | TopKAccuracy  # of the predictions in training
 
 
 class Validation(NamedTuple):
@@ -58,10 +50,8 @@ class Stage:
     validate: Callable[[nn.Module, Iterable[Batch], str], Validation]  # given a title for its bar
     score: str  # name in `Validation.best` of the score that decides which epoch is the best
     files: Callable[[int], Sequence[str]]  # returns the paths of a training item, for messages
-    # What the best epoch is saved to, and what returns the weights for each file.
-    best_files: Mapping[str, Callable[[nn.Module], dict[str, Tensor]]] = field(
-        default_factory=lambda: {BEST: on_cpu}
-    )
+    # Files that the best epoch is saved to, each with a function that returns its weights.
+    best_files: Mapping[str, Callable[[nn.Module], dict[str, Tensor]]]
     average: Average | None = None  # of the network's weights, scored and saved in its place
     meter: Callable[[], Meter] | None = None  # makes the meter of an epoch's training predictions
     amp_dtype: torch.dtype | None = None  # of mixed precision; None for full precision
@@ -76,10 +66,6 @@ class Stage:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    @property
-    def name(self) -> str:
-        return f"stage {self.number} " if self.number else ""
 
     @property
     def scored(self) -> nn.Module:
@@ -262,7 +248,9 @@ def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Mo
     """Train an epoch, validate if it is due, and record both."""
     stage, args = state.stage, run.args
     epoch, started = state.epoch + 1, time.perf_counter()
-    title = f"{stage.name}epoch {epoch}/{stage.epochs}"
+    title = f"epoch {epoch}/{stage.epochs}"
+    if stage.number:
+        title = f"stage {stage.number} {title}"
     rates = train_one_epoch(state, guard, forward, title, args.steps_loss)
     found = None
     if epoch % args.val_every == 0 or epoch == stage.epochs:
@@ -302,14 +290,13 @@ def train_one_epoch(
 
     Args:
         forward: the model itself, compiled, or in parallel.
-        title: title of the progress bar.
         steps_loss: steps between lines of progress in a log; 0 for none.
 
     Returns:
         "images_per_second" over all processes, and "data_wait", the share of the time in which the
         device waited for data.
     """
-    stage, loader, processes = state.stage, state.stage.loader, distributed.processes()
+    stage, loader = state.stage, state.stage.loader
     stage.model.train()
     # Counted over all stages, so that no two epochs have the same order of images.
     epoch = stage.epochs_before + state.epoch + 1
@@ -322,19 +309,14 @@ def train_one_epoch(
     def scores() -> dict[str, Any]:
         return state.scores() | {"data_wait": waiting.share()}
 
-    batch_size, images = processes * loader.batch_size, len(loader.dataset)
-    progress = Progress(title, images, stage.steps, state.step, batch_size, steps_loss, scores)
-    with progress:
+    progress = Progress(title, stage.steps, state.step, steps_loss, scores)
+    with progress.bar:
         batches = waiting.measured(loader)
         for batch in guard.training_batches(batches, state.totals["left_out"]):
-            try:
-                with memory_errors(batch.images):
-                    loss = train_step(state, forward, batch)
-            except OutOfMemory as error:
-                error.add_note(guard.last_good)
-                raise
+            with memory_errors(batch.images, guard.last_good):
+                loss = train_step(state, forward, batch)
             guard.note_loss(loss, batch.indices)
-            progress.step(processes * len(batch.images))
+            progress.step(distributed.processes() * len(batch.images))
     guard.check_finite()  # before anything is scored or saved
     return {"images_per_second": progress.images_per_second, "data_wait": waiting.share()}
 

@@ -18,36 +18,29 @@ class DrawingError(DatasetError):
     """The embedded data set cannot be drawn."""
 
 
-def draw_once(root: str | os.PathLike, make: Callable[..., None], what: str) -> None:
+def draw_once(root: str, make: Callable[..., None], what: str) -> None:
     """Draw an embedded data set with every core, unless it exists.
 
     Args:
         make: function of the folder to make and the number of workers.
-        what: what is drawn, for the message.
     """
     if Path(root).exists():
         return
     print(f"drawing {what} into {root}, this once", flush=True)
     try:
-        make(root, workers=os.cpu_count() or 1)
+        make(Path(root), workers=os.cpu_count() or 1)
     except OSError as error:
         raise DrawingError(f"{root} cannot be made ({error.strerror or error})") from error
 
 
 def make_folder(
-    root: str | os.PathLike,
-    write: Callable[..., None],
-    jobs: Sequence[tuple],
-    title: str,
-    workers: int = 1,
+    root: Path, write: Callable[..., None], jobs: Sequence[tuple], workers: int
 ) -> None:
     """Make a folder beside `root`, which must not exist, and rename it when every job is done.
 
     Args:
         write: function of the unfinished folder and the values of a job.
-        title: title of the progress bar.
     """
-    root = Path(root)
     if root.exists():
         raise FileExistsError(f"{root} exists")
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +48,7 @@ def make_folder(
     try:
         with ProcessPoolExecutor(max_workers=workers) as pool:
             written = pool.map(partial(write, unfinished), *zip(*jobs, strict=True), chunksize=4)
-            for _ in tqdm(written, title, total=len(jobs), disable=None):
+            for _ in tqdm(written, "drawing", total=len(jobs), disable=None):
                 pass
         unfinished.chmod(0o755)
         # An existing folder is never drawn again: it must not lose files in a power cut.

@@ -6,6 +6,7 @@ one another as in a photograph. Colours overlap between the classes on purpose, 
 and noise vary, so that a network has to learn shape, texture and place.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,15 +71,14 @@ class Street:
         self.road = (-half - offset, half - offset)
         self.sidewalk_width = {side: rng.uniform(2.0, 4.0) for side in (-1, 1)}
         self.terrain_width = {
-            side: rng.uniform(3.0, 7.0) if rng.random() < 0.7 else 0.0 for side in (-1, 1)
+            side: rng.uniform(3, 7) if rng.random() < 0.7 else 0 for side in (-1, 1)
         }
 
         self.haze: Color = self.jitter((196, 204, 214), 25)
         self.haze_distance = rng.uniform(50, 160)
         self.rgb = Image.new("RGB", (self.width, height), self.haze)
-        self.labels = Image.new("L", self.rgb.size, LABEL_ID["sky"])
         self.instances = Image.new("I", self.rgb.size, LABEL_ID["sky"])
-        self.instance_count: dict[str, int] = {}
+        self.instance_count = Counter[str]()
 
     # Colours and shapes
 
@@ -106,23 +106,19 @@ class Street:
         """Return the instance id of the next object of a class."""
         if not CLASSES[name].has_instances:
             return LABEL_ID[name]
-        self.instance_count[name] = self.instance_count.get(name, -1) + 1
-        return LABEL_ID[name] * 1000 + self.instance_count[name]
+        self.instance_count[name] += 1
+        return LABEL_ID[name] * 1000 + self.instance_count[name] - 1
 
     def fill(self, points: Sequence[Point], color: Color, z: float, instance: int) -> None:
-        """Fill a polygon at distance z, in the picture and in both label maps."""
-        label_id = instance // 1000 if instance >= 1000 else instance
-        ImageDraw.Draw(self.labels).polygon(points, fill=label_id)
+        """Fill a polygon at distance z, in the picture and in the ground truth."""
         ImageDraw.Draw(self.instances).polygon(points, fill=instance)
         self.tint(points, color, z)
 
     def tint(self, points: Sequence[Point], color: Color, z: float) -> None:
         """Fill a polygon in the picture only, as a detail of the object below."""
         clear = np.exp(-z / self.haze_distance)
-        mixed = tuple(
-            int(clear * c + (1 - clear) * h) for c, h in zip(color, self.haze, strict=True)
-        )
-        ImageDraw.Draw(self.rgb).polygon(points, fill=mixed)
+        mixed = (int(clear * c + (1 - clear) * h) for c, h in zip(color, self.haze, strict=True))
+        ImageDraw.Draw(self.rgb).polygon(points, fill=tuple(mixed))
 
     def rectangle(self, x0: float, x1: float, y0: float, y1: float, z: float) -> list[Point]:
         """Return a rectangle that faces the camera, in pixel coordinates."""
@@ -134,15 +130,20 @@ class Street:
         """Return an upright rectangle along the street, in pixel coordinates."""
         return [self.project(x, y, z) for y, z in ((y1, z0), (y1, z1), (y0, z1), (y0, z0))]
 
-    def disc(
-        self, x: float, y: float, radius: float, z: float, stretch: float = 1.0
-    ) -> list[Point]:
+    def slab(self, x0: float, x1: float, y: float, z0: float, z1: float) -> list[Point]:
+        """Return a level rectangle, in pixel coordinates."""
+        return [self.project(x, y, z) for x, z in ((x0, z0), (x0, z1), (x1, z1), (x1, z0))]
+
+    def disc(self, x: float, y: float, radius: float, z: float, stretch: float = 1) -> list[Point]:
         """Return a disc that faces the camera, `stretch` times as high as wide."""
         angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
-        return [
-            self.project(x + radius * np.cos(a), y + radius * stretch * np.sin(a), z)
-            for a in angles
-        ]
+        return self.outline(
+            [(radius * np.cos(a), y + radius * stretch * np.sin(a)) for a in angles], x, z
+        )
+
+    def outline(self, points: Sequence[Point], x: float, z: float) -> list[Point]:
+        """Return a shape that faces the camera, in pixel coordinates; `points` start from x."""
+        return [self.project(x + px, py, z) for px, py in points]
 
     # The surroundings
 
@@ -210,12 +211,11 @@ class Street:
 
         clear = np.exp(-z / self.haze_distance)[..., None]
         color = clear * color + (1 - clear) * np.asarray(self.haze)
-        label_ids = np.full(x.shape, LABEL_ID["terrain"], np.uint8)
+        label_ids = np.full(x.shape, LABEL_ID["terrain"], np.int32)
         label_ids[sidewalk] = LABEL_ID["sidewalk"]
         label_ids[on_road] = LABEL_ID["road"]
         self.rgb.paste(Image.fromarray(np.clip(color, 0, 255).astype(np.uint8)), (0, first))
-        self.labels.paste(Image.fromarray(label_ids), (0, first))
-        self.instances.paste(Image.fromarray(label_ids.astype(np.int32)), (0, first))
+        self.instances.paste(Image.fromarray(label_ids), (0, first))
 
     def edge(self, side: int) -> float:
         """Return x where the frontage of a side begins."""
@@ -281,9 +281,8 @@ class Street:
         """Draw bars; the gaps between them are labelled fence too, as annotators do."""
         height = self.rng.uniform(1.5, 2.2)
         color = self.pick(20, (70, 72, 74), (168, 160, 150), (96, 76, 58))
-        for plane in (self.labels, self.instances):
-            outline = self.panel(x, z0, z1, 0, height)
-            ImageDraw.Draw(plane).polygon(outline, fill=LABEL_ID["fence"])
+        outline = self.panel(x, z0, z1, 0, height)
+        ImageDraw.Draw(self.instances).polygon(outline, fill=LABEL_ID["fence"])
         self.tint(self.panel(x, z0, z1, 0, 0.4), self.jitter((120, 118, 112), 15), z0)  # its base
         for y in (height * 0.55, height - 0.15):
             self.tint(self.panel(x, z0, z1, y, y + 0.15), color, z0)
@@ -316,12 +315,11 @@ class Street:
                 placed.append((rng.uniform(*zs), name, rng.uniform(*xs)))
 
         # Vehicles keep to four lanes, so that few hide each other completely.
-        lanes = np.linspace(left + 1.3, right - 1.3, 4)
-        for lane in lanes:
+        vehicles, chances = ["car", "truck", "bus", "train", "none"], [0.34, 0.13, 0.13, 0.1, 0.3]
+        for lane in np.linspace(left + 1.3, right - 1.3, 4):
             z = rng.uniform(6, 14)
             for _ in range(2):
-                names = ["car", "truck", "bus", "train", "none"]
-                name = rng.choice(names, p=[0.34, 0.13, 0.13, 0.1, 0.3])
+                name = rng.choice(vehicles, p=chances)
                 if name != "none":
                     placed.append((z, str(name), lane + rng.uniform(-0.3, 0.3)))
                 z += rng.uniform(10, 18)
@@ -346,8 +344,7 @@ class Street:
             place("person", 0.5, (left, right), (4, 10))
 
         for z, name, x in sorted(placed, reverse=True):
-            draw = getattr(self, f"draw_{name.replace(' ', '_')}")
-            draw(x, z)
+            getattr(self, f"draw_{name.replace(' ', '_')}")(x, z)
 
     def draw_box(self, instance: int, spans: Sequence[float], color: Color) -> None:
         """Draw the front, visible side and top of a block; spans are x0, x1, y0, y1, z0, z1."""
@@ -356,9 +353,8 @@ class Street:
             dark = tuple(int(c * 0.7) for c in color)
             self.fill(self.panel(x0 if x0 > 0 else x1, z0, z1, y0, y1), dark, z0, instance)
         if y1 < self.camera_height:
-            roof = [self.project(x, y1, z) for x, z in ((x0, z0), (x0, z1), (x1, z1), (x1, z0))]
             light = tuple(min(255, int(c * 1.15)) for c in color)
-            self.fill(roof, light, z0, instance)
+            self.fill(self.slab(x0, x1, y1, z0, z1), light, z0, instance)
         self.fill(self.rectangle(x0, x1, y0, y1, z0), color, z0, instance)
 
     def draw_wheels(self, instance: int, x: float, half: float, z: float) -> None:
@@ -374,8 +370,7 @@ class Street:
 
     def draw_shadow(self, x: float, half: float, z0: float, z1: float) -> None:
         dark = self.jitter((38, 38, 40), 6)
-        corners = ((x - half, z0), (x - half, z1), (x + half, z1), (x + half, z0))
-        self.tint([self.project(px, 0, pz) for px, pz in corners], dark, z0)
+        self.tint(self.slab(x - half, x + half, 0, z0, z1), dark, z0)
 
     def draw_car(self, x: float, z: float) -> None:
         color, glass = self.paint_color(), self.jitter((45, 52, 62), 15)
@@ -383,8 +378,8 @@ class Street:
         length, height = self.rng.uniform(3.6, 4.6), self.rng.uniform(1.4, 1.7)
         self.draw_shadow(x, 1.0, z - 0.2, z + length)
         self.draw_wheels(instance, x, 0.9, z + length - 0.5)
-        cabin = (x - 0.72, x + 0.72, 0.85, height, z + 0.5, z + length - 0.8)
         self.draw_box(instance, (x - 0.9, x + 0.9, 0.25, 0.9, z, z + length), color)
+        cabin = (x - 0.72, x + 0.72, 0.85, height, z + 0.5, z + length - 0.8)
         self.draw_box(instance, cabin, color)
         self.tint(self.rectangle(x - 0.62, x + 0.62, 0.95, height - 0.1, z + 0.5), glass, z)
         if abs(x) > 0.72:
@@ -400,8 +395,7 @@ class Street:
         instance = self.new_instance("truck")
         length, height = self.rng.uniform(6, 9), self.rng.uniform(3.0, 3.6)
         self.draw_shadow(x, 1.3, z - 0.2, z + length)
-        chassis = (x - 1.1, x + 1.1, 0.4, 1.0, z, z + length)
-        self.draw_box(instance, chassis, dark)
+        self.draw_box(instance, (x - 1.1, x + 1.1, 0.4, 1.0, z, z + length), dark)
         self.draw_box(instance, (x - 1.25, x + 1.25, 1.0, height, z, z + length), color)
         seam = tuple(int(c * 0.6) for c in color)
         self.tint(self.rectangle(x - 0.04, x + 0.04, 1.0, height, z), seam, z)
@@ -418,9 +412,8 @@ class Street:
         self.draw_shadow(x, 1.3, z - 0.2, z + length)
         self.draw_box(instance, (x - 1.25, x + 1.25, 0.3, height, z, z + length), color)
         self.tint(self.rectangle(x - 1.15, x + 1.15, 1.2, height - 0.55, z), glass, z)
-        self.tint(
-            self.rectangle(x - 0.8, x + 0.8, height - 0.45, height - 0.1, z), (245, 190, 60), z
-        )
+        number = self.rectangle(x - 0.8, x + 0.8, height - 0.45, height - 0.1, z)
+        self.tint(number, (245, 190, 60), z)
         if abs(x) > 1.25:
             side = x - 1.25 if x > 0 else x + 1.25
             for wz in np.arange(z + 0.4, z + length - 1, 1.5):
@@ -455,11 +448,10 @@ class Street:
             self.tint(self.disc(wx, 0.36, 0.27, z), (150, 150, 150), z)
             self.tint(self.rectangle(wx - 0.27, wx + 0.27, 0.34, 0.38, z), tyre, z)
             self.tint(self.rectangle(wx - 0.02, wx + 0.02, 0.1, 0.62, z), tyre, z)
-        triangle = [(x - 0.55, 0.36), (x - 0.2, 0.95), (x + 0.45, 0.95), (x, 0.3)]
-        shape = [self.project(px, py, z) for px, py in triangle]
-        self.fill(shape, frame, z, instance)
-        fork = [(x + 0.4, 1.1), (x + 0.5, 1.1), (x + 0.62, 0.36), (x + 0.5, 0.36)]
-        self.fill([self.project(px, py, z) for px, py in fork], frame, z, instance)
+        triangle = [(-0.55, 0.36), (-0.2, 0.95), (0.45, 0.95), (0, 0.3)]
+        fork = [(0.4, 1.1), (0.5, 1.1), (0.62, 0.36), (0.5, 0.36)]
+        for points in (triangle, fork):
+            self.fill(self.outline(points, x, z), frame, z, instance)
 
     def draw_motorcycle(self, x: float, z: float) -> None:
         """Draw fat black wheels, a body and a lamp, often with its rider."""
@@ -470,39 +462,36 @@ class Street:
         for wx in (x - 0.65, x + 0.65):
             self.fill(self.disc(wx, 0.36, 0.38, z), tyre, z, instance)
             self.tint(self.disc(wx, 0.36, 0.14, z), (130, 130, 130), z)
-        outline = [(-0.85, 0.6), (-0.7, 0.95), (0.1, 0.95), (0.4, 1.2), (0.7, 1.1), (0.55, 0.4)]
-        shape = [self.project(x + px, py, z) for px, py in [*outline, (-0.4, 0.25)]]
-        self.fill(shape, body, z, instance)
-        engine = self.rectangle(x - 0.3, x + 0.3, 0.25, 0.55, z)
-        self.tint(engine, (95, 95, 98), z)
+        tank = [(-0.85, 0.6), (-0.7, 0.95), (0.1, 0.95), (0.4, 1.2), (0.7, 1.1)]
+        self.fill(self.outline([*tank, (0.55, 0.4), (-0.4, 0.25)], x, z), body, z, instance)
+        self.tint(self.rectangle(x - 0.3, x + 0.3, 0.25, 0.55, z), (95, 95, 98), z)  # the engine
         self.tint(self.disc(x + 0.68, 0.98, 0.12, z), (250, 245, 215), z)
 
     def draw_rider(self, x: float, z: float, seat: float) -> None:
         """Draw someone with a helmet who bends forward over a seat."""
         instance = self.new_instance("rider")
         shirt, trousers, helmet = self.paint_color(), self.paint_color(), self.paint_color()
-        torso = [(x - 0.4, seat), (x - 0.05, seat), (x + 0.4, seat + 0.65), (x + 0.05, seat + 0.8)]
-        leg = [(x - 0.4, seat), (x, seat), (x + 0.25, 0.45), (x + 0.1, 0.2), (x - 0.05, 0.3)]
-        arm = [(x + 0.2, seat + 0.6), (x + 0.35, seat + 0.6), (x + 0.6, seat + 0.15)]
+        torso = [(-0.4, seat), (-0.05, seat), (0.4, seat + 0.65), (0.05, seat + 0.8)]
+        leg = [(-0.4, seat), (0, seat), (0.25, 0.45), (0.1, 0.2), (-0.05, 0.3)]
+        arm = [(0.2, seat + 0.6), (0.35, seat + 0.6), (0.6, seat + 0.15)]
         for points, color in ((leg, trousers), (torso, shirt), (arm, shirt)):
-            self.fill([self.project(*p, z) for p in points], color, z, instance)
+            self.fill(self.outline(points, x, z), color, z, instance)
         self.fill(self.disc(x + 0.3, seat + 0.95, 0.2, z, 1.1), helmet, z, instance)
 
     def draw_person(self, x: float, z: float) -> None:
         """Draw someone upright: legs, coat, head with hair."""
-        rng = self.rng
         instance = self.new_instance("person")
-        height = rng.uniform(1.55, 1.95)
+        height = self.rng.uniform(1.55, 1.95)
         coat, trousers = self.paint_color(), self.paint_color()
-        skin = ((226, 186, 160), (176, 130, 98), (110, 78, 58))[rng.integers(3)]
-        hip, shoulder, stride = height * 0.48, height * 0.83, rng.uniform(0.05, 0.3)
+        skin = ((226, 186, 160), (176, 130, 98), (110, 78, 58))[self.rng.integers(3)]
+        hip, shoulder, stride = height * 0.48, height * 0.83, self.rng.uniform(0.05, 0.3)
         for direction in (-1, 1):
             foot = x + direction * stride
             leg = [(x - 0.13, hip), (x + 0.13, hip), (foot + 0.11, 0), (foot - 0.11, 0)]
-            self.fill([self.project(*p, z) for p in leg], trousers, z, instance)
-        torso = [(x - 0.27, shoulder), (x + 0.27, shoulder)]
-        torso += [(x + 0.32, hip * 0.95), (x - 0.32, hip * 0.95)]
-        self.fill([self.project(*p, z) for p in torso], coat, z, instance)
+            self.fill(self.outline(leg, 0, z), trousers, z, instance)
+        hem = hip * 0.95
+        torso = [(-0.27, shoulder), (0.27, shoulder), (0.32, hem), (-0.32, hem)]
+        self.fill(self.outline(torso, x, z), coat, z, instance)
         self.fill(self.disc(x, height - 0.15, 0.15, z, 1.2), skin, z, instance)
         hair = self.jitter((60, 45, 35), 30)
         self.tint(self.rectangle(x - 0.13, x + 0.13, height - 0.1, height, z), hair, z)
@@ -510,26 +499,24 @@ class Street:
     def draw_pole(self, x: float, z: float, top: float | None = None) -> None:
         top = self.rng.uniform(4, 7) if top is None else top
         color = self.pick(18, (118, 118, 116), (82, 84, 80))
-        shape = self.rectangle(x - 0.17, x + 0.17, 0, top, z)
-        self.fill(shape, color, z, LABEL_ID["pole"])
+        self.fill(self.rectangle(x - 0.17, x + 0.17, 0, top, z), color, z, LABEL_ID["pole"])
         glint = tuple(min(255, int(c * 1.25)) for c in color)
         self.tint(self.rectangle(x - 0.1, x, 0, top, z), glint, z)
 
     def draw_traffic_sign(self, x: float, z: float) -> None:
-        rng = self.rng
-        top, radius = rng.uniform(2.3, 3.2), rng.uniform(0.42, 0.6)
+        top, radius = self.rng.uniform(2.3, 3.2), self.rng.uniform(0.42, 0.6)
         self.draw_pole(x, z, top)
         instance = LABEL_ID["traffic sign"]
         white, red = (235, 235, 230), self.jitter((190, 30, 38), 20)
         blue = self.jitter((30, 70, 160), 20)
-        kind = rng.integers(3)
+        kind = self.rng.integers(3)
         if kind == 0:  # a prohibition
             self.fill(self.disc(x, top, radius, z), red, z, instance)
             self.tint(self.disc(x, top, radius * 0.65, z), white, z)
         elif kind == 1:  # a warning
             corners = ((0, 1), (0.9, -0.6), (-0.9, -0.6))
             outer, inner = (
-                [self.project(x + size * dx, top + size * dy, z) for dx, dy in corners]
+                self.outline([(size * dx, top + size * dy) for dx, dy in corners], x, z)
                 for size in (1.2 * radius, 0.65 * radius)
             )
             self.fill(outer, red, z, instance)
@@ -542,13 +529,12 @@ class Street:
             self.tint(bar, white, z)
 
     def draw_traffic_light(self, x: float, z: float) -> None:
-        rng = self.rng
-        top = rng.uniform(2.6, 3.6)
+        top = self.rng.uniform(2.6, 3.6)
         self.draw_pole(x, z, top)
         instance = LABEL_ID["traffic light"]
         case = self.jitter((40, 42, 40), 14)
         self.fill(self.rectangle(x - 0.34, x + 0.34, top, top + 1.5, z), case, z, instance)
-        lit = rng.integers(3)
+        lit = self.rng.integers(3)
         for n, color in enumerate(((60, 225, 120), (250, 190, 50), (245, 50, 40))):
             shade = color if n == lit else tuple(c // 4 for c in color)
             self.tint(self.disc(x, top + 0.28 + 0.47 * n, 0.2, z), shade, z)
@@ -560,9 +546,8 @@ class Street:
             return
         top = self.height * rng.uniform(0.92, 0.97)
         middle, half = self.width * rng.uniform(0.45, 0.55), self.width * rng.uniform(0.35, 0.5)
-        points = [(middle - half, self.height), (middle - half * 0.7, top + 3)]
+        points = [(middle - half, self.height), (middle - half * 0.7, top + 3), (middle, top)]
         points += [(middle + half * 0.7, top + 3), (middle + half, self.height)]
-        points.insert(2, (middle, top))
         self.fill(points, self.jitter((70, 72, 78), 25), 1, LABEL_ID["ego vehicle"])
 
     # The picture
@@ -570,7 +555,8 @@ class Street:
     def develop(self) -> Scene:
         """Add texture, then the effects of light, lens and sensor."""
         rng = self.rng
-        label_ids = np.asarray(self.labels)
+        instances = np.asarray(self.instances)
+        label_ids = np.where(instances >= 1000, instances // 1000, instances).astype(np.uint8)
         amplitude = np.full((256, 2), PLAIN_TEXTURE, np.float32)
         for name, levels in TEXTURE.items():
             amplitude[LABEL_ID[name]] = levels
@@ -588,7 +574,7 @@ class Street:
         )
         noise = rng.standard_normal((*shape, 3), np.float32) * rng.uniform(2, 7)
         image = np.clip(np.asarray(blurred) + noise, 0, 255).astype(np.uint8)
-        return Scene(image, label_ids.copy(), np.asarray(self.instances).astype(np.uint16))
+        return Scene(image, label_ids, instances.astype(np.uint16))
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:

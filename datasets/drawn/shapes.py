@@ -8,8 +8,7 @@ bright area is about the same in every class, so that only the shape tells the c
 so that every crop shows some.
 """
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from datasets.drawn import make_folder
 
 COUNTS = {"train": 100, "val": 20}  # of each class
 SIZE = (128, 128)
+SEED = 0
 
 # Where a pattern is bright, by coordinates that repeat from -1.25 to 1.25: about 42 % of the area.
 PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -34,11 +34,7 @@ CLASSES = sorted(PATTERNS)
 
 
 def make_shapes(
-    root: str | os.PathLike,
-    counts: Mapping[str, int] = COUNTS,
-    size: tuple[int, int] = SIZE,
-    seed: int = 0,
-    workers: int = 1,
+    root: Path, counts: dict[str, int] = COUNTS, size: tuple[int, int] = SIZE, workers: int = 1
 ) -> None:
     """Draw a data set; the same arguments give the same pictures.
 
@@ -46,7 +42,6 @@ def make_shapes(
         root: folder to make; must not exist.
         counts: number of images of each class, by split.
         size: height and width of the images.
-        seed: seed of all images; each is drawn from (seed, split, class, number).
         workers: processes that draw.
     """
     jobs = [
@@ -55,7 +50,7 @@ def make_shapes(
         for name in CLASSES
         for number in range(count)
     ]
-    make_folder(root, partial(_write, size=size, seed=seed), jobs, "drawing shapes", workers)
+    make_folder(root, partial(_write, size=size), jobs, workers)
 
 
 def draw_shape(rng: np.random.Generator, name: str, size: tuple[int, int]) -> np.ndarray:
@@ -74,11 +69,9 @@ def draw_shape(rng: np.random.Generator, name: str, size: tuple[int, int]) -> np
     return (picture * light + noise).clip(0, 255).astype(np.uint8)
 
 
-def _write(
-    root: Path, split: str, name: str, number: int, size: tuple[int, int], seed: int
-) -> None:
-    place = (list(COUNTS).index(split), CLASSES.index(name), number)
-    picture = draw_shape(np.random.default_rng([seed, *place]), name, size)
+def _write(root: Path, split: str, name: str, number: int, size: tuple[int, int]) -> None:
+    seed = [SEED, list(COUNTS).index(split), CLASSES.index(name), number]
+    picture = draw_shape(np.random.default_rng(seed), name, size)
     path = root / split / name / f"{number:05d}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path, quality=90)

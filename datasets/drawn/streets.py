@@ -7,8 +7,6 @@
 and `_instanceIds.png` beside every `_labelIds.png`, which the official evaluation reads.
 """
 
-import os
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -21,26 +19,21 @@ from datasets.drawn.scene import draw_scene
 COUNTS = {"train": 240, "val": 40, "test": 8, "train_extra": 80}
 CITIES = ("avalon", "brigadoon", "camelot", "zenda")
 HEIGHT = 256
+SEED = 0
 
 
 def make_synthetic(
-    root: str | os.PathLike,
-    counts: Mapping[str, int] = COUNTS,
-    height: int = HEIGHT,
-    seed: int = 0,
-    workers: int = 1,
+    root: Path, counts: dict[str, int] = COUNTS, height: int = HEIGHT, workers: int = 1
 ) -> None:
     """Draw a data set of `height` x 2 `height` images; the same arguments give the same bytes.
 
     Args:
         root: folder to make; must not exist.
         counts: number of images in each split.
-        seed: seed of all images; each is drawn from (seed, split, number).
         workers: processes that draw.
     """
     jobs = [(split, number) for split, count in counts.items() for number in range(count)]
-    write = partial(_write_scene, seed=seed, height=height)
-    make_folder(root, write, jobs, "drawing street scenes", workers)
+    make_folder(root, partial(_write_scene, height=height), jobs, workers)
 
 
 def coarsen(ids: np.ndarray, cell: int) -> np.ndarray:
@@ -65,9 +58,9 @@ def coarsen(ids: np.ndarray, cell: int) -> np.ndarray:
     return coarse
 
 
-def _write_scene(root: Path, split: str, number: int, seed: int, height: int) -> None:
+def _write_scene(root: Path, split: str, number: int, height: int) -> None:
     split_index = list(COUNTS).index(split)
-    scene = draw_scene(np.random.default_rng([seed, split_index, number]), height)
+    scene = draw_scene(np.random.default_rng([SEED, split_index, number]), height)
     city = CITIES[split_index]
 
     def save(folder: str, kind: str, pixels: np.ndarray, compress_level: int = 6) -> None:
