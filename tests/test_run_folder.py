@@ -251,7 +251,7 @@ def test_checkpoints_that_were_removed_are_missed(tmp_path):
 
 def test_the_best_network_is_not_the_state_of_a_run(tmp_path):
     with open_run(options(tmp_path)) as run:
-        run.save_network({"stage": 2, "epoch": 1, "model": {}}, "last.pth")
+        run.save_network({"stage": 2, "model": {"w": torch.zeros(1)}}, "last.pth")
     with pytest.raises(CheckpointError, match=r"last\.pth is not the state of a run"):
         load_run(tmp_path)
 
