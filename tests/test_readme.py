@@ -13,7 +13,6 @@ from conftest import ROOT
 from PIL import Image
 
 from datasets import DATASETS
-from models.lednet import LEDNet
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "weights/README.md"]
 TINY = ("--height", 64, "--crop", 64, 64, "--epochs", 1, "--batch-size", 2, "--workers", 0)
@@ -112,7 +111,7 @@ def run_python(title: str, monkeypatch, tmp_path, **values: object) -> dict:
 
 def test_torch_hub(monkeypatch, tmp_path):
     names = run_python("Segment your own pictures", monkeypatch, tmp_path)
-    assert isinstance(names["network"], LEDNet) and names["classes"].shape == (1, 360, 480)
+    assert type(names["network"]).__name__ == "LEDNet" and names["classes"].shape == (1, 360, 480)
 
 
 def test_deployment(monkeypatch, tmp_path, trained):
