@@ -126,7 +126,7 @@ def main() -> None:
         # JSON has no NaN, the IoU of absent classes: they become null.
         figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)
         with files.write_errors(args.json), files.atomic_write(args.json) as unfinished:
-            unfinished.write_text(json.dumps(figures, indent=2) + "\n")
+            unfinished.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def open_dataset(args: Namespace, about: Description, height: int) -> tuple[Segmentation, Size]:

@@ -131,7 +131,7 @@ def device_title(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     models = [
         line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         if line.startswith("model name")
     ]
     return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
@@ -294,7 +294,7 @@ def peak_memory(runner: Runner, images: Tensor, device: torch.device) -> int:
     if not isinstance(runner, OnnxNetwork):  # which keeps the memory of its first pass
         runner(images)
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
     before = process_memory("VmRSS")
     runner(images)
     return max(0, process_memory("VmHWM") - before)
@@ -302,7 +302,7 @@ def peak_memory(runner: Runner, images: Tensor, device: torch.device) -> int:
 
 def process_memory(field: str) -> int:
     """Return a field of /proc/self/status in bytes: VmRSS, memory held, or VmHWM, its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 

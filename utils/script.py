@@ -44,6 +44,9 @@ def run_script(main: Callable[[], None], advice: Advice | None = None) -> None:
         advice: text to add to the message of each class of errors, such as the option that helps.
     """
     global received
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        # Several libraries take names of files for UTF-8 in any locale: let Python do so too.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     name = os.path.basename(sys.argv[0])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
@@ -106,7 +109,7 @@ def lost_output(error: Exception) -> str | None:
         print(flush=True)  # something, since unbuffered output has nothing left to flush
     except OSError:
         # Or Python would try to flush the rest at exit, and complain.
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="ignore")
         return f"standard output cannot be written ({error.strerror})"
     return None
 
