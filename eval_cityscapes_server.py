@@ -58,7 +58,8 @@ def parse_args() -> Namespace:
     add("--checkpoint", type=file_path, metavar="FILE", help="best.pth of a run of main.py")
     add("--datadir", type=file_path, metavar="DIR",
         help="data set it was trained on; default: none, only size and speed are measured")
-    add("--subset", default="val", help="train, val, test or another split; default %(default)s")
+    add("--subset", "--split", default="val",
+        help="train, val, test or another split; default %(default)s")
     add("--height", type=positive_int, help="of the input; default: as in training, or 512")
     add("--apn-channels", "--D", type=positive_int,
         help="width D of the decoder, without a checkpoint; default 20")

@@ -46,11 +46,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--datadir", type=file_path, required=True, help="folder of the data set")
     what = "names of the classes of --dataset folder, as for main.py"
     parser.add_argument("--classes", metavar="FILE", type=file_path, help=what)
-    parser.add_argument("--split", nargs="+", help="splits to check; default: all that exist")
+    what = "splits to check; default: all that exist"
+    parser.add_argument("--split", "--subset", nargs="+", help=what)
     what = "check headers, checksums and ends only, as main.py does before it trains"
     parser.add_argument("--fast", action="store_true", help=what)
     parser.add_argument(
         "--workers",
+        "--num-workers",
         type=natural_int,
         default=os.cpu_count(),
         help="processes that read; default: %(default)s, one for each core",

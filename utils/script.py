@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import NoReturn
@@ -47,6 +48,8 @@ def run_script(main: Callable[[], None], advice: Advice | None = None) -> None:
     if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
         # Several libraries take names of files for UTF-8 in any locale: let Python do so too.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    # The number of workers is the user's choice: it may be meant for slow disks.
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     name = os.path.basename(sys.argv[0])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
