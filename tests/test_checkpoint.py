@@ -160,6 +160,8 @@ def test_a_file_without_weights_is_refused(tmp_path, content):
 def test_a_missing_file_and_a_text_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         load_checkpoint(tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match="is a folder: give the path"):
+        load_checkpoint(tmp_path)
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         load_checkpoint(tmp_path / "text.pth")

@@ -115,7 +115,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged or something else.
     """
     if not os.path.isfile(path):
-        raise CheckpointError(f"{path} does not exist: give the path of a checkpoint file")
+        wrong = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise CheckpointError(f"{path} {wrong}: give the path of a checkpoint file")
     damaged = content = None
     try:
         # torch does not compare the checksums of its archives, and would load a flipped bit.
