@@ -51,7 +51,8 @@ def parse_args() -> Namespace:
     add("--checkpoint", type=file_path, metavar="FILE", help="best.pth of a run of main.py")
     add("--datadir", type=file_path, metavar="DIR",
         help="data set it was trained on; default: none, only size and speed are measured")
-    add("--subset", default="val", help="train, val, test or another split; default %(default)s")
+    add("--subset", "--split", default="val",
+        help="train, val, test or another split; default %(default)s")
     add("--height", type=positive_int, help="of the input; default: as in training, or 512")
     add("--apn-channels", "--D", type=positive_int,
         help="width D of the decoder, without a checkpoint; default 20")
@@ -117,7 +118,7 @@ def main() -> None:
         # JSON has no NaN, the IoU of absent classes: they become null.
         figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)
         with files.write_errors(args.json), files.atomic_write(args.json) as unfinished:
-            unfinished.write_text(json.dumps(figures, indent=2) + "\n")
+            unfinished.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def open_dataset(args: Namespace, about: Description, height: int) -> tuple[Segmentation, Size]:

@@ -1,20 +1,24 @@
 """LEDNet through torch.hub: `torch.hub.load(REPOSITORY, "lednet", pretrained=True)`."""
 
+import sys as _sys
+import types as _types
+from importlib import util as _util
 from pathlib import Path as _Path
 
-from torch.nn import Module as _Module
+import torch as _torch
 
-dependencies = ["torch", "torchvision", "numpy", "PIL", "tqdm"]
+dependencies = ["torch"]
 
-_WEIGHTS = _Path(__file__).parent / "weights"
+_ROOT = _Path(__file__).resolve().parent
 
 
 def lednet(
     pretrained: bool = False, apn_channels: int = 20, num_classes: int | None = None
-) -> _Module:
+) -> _torch.nn.Module:
     """LEDNet, a network for real-time semantic segmentation.
 
-    Turns images, N x 3 x H x W, RGB in [0, 1], into logits; H and W are at least 64.
+    Turns images, N x 3 x H x W, RGB in [0, 1], into logits; H and W are at least 64. Keep its
+    state_dict rather than the network: its class is known only where torch.hub has loaded it.
 
     Args:
         pretrained: load the weights that come with the code, trained on the 11 classes of CamVid,
@@ -24,19 +28,31 @@ def lednet(
 
     Raises:
         ValueError: there are no weights of this width, or num_classes does not fit them.
-        ImportError: the caller has imported other packages named models, utils or datasets.
     """
-    # Imported late: torch.hub reads this file to list what it offers.
-    from models.lednet import LEDNet
-    from utils.checkpoint import load_network
-
+    build = _network_code().LEDNet
     if not pretrained:
-        return LEDNet(19 if num_classes is None else num_classes, apn_channels)
-    path = _WEIGHTS / f"lednet_d{apn_channels}_camvid.pth"
+        return build(19 if num_classes is None else num_classes, apn_channels)
+    path = _ROOT / "weights" / f"lednet_d{apn_channels}_camvid.pth"
     if not path.exists():
-        found = ", ".join(file.name for file in sorted(_WEIGHTS.glob("*.pth")))
+        found = ", ".join(file.name for file in sorted(path.parent.glob("*.pth")))
         raise ValueError(f"there are no weights for apn_channels={apn_channels}, only {found}")
-    network, about = load_network(path)
-    if num_classes not in (None, len(about.classes)):
-        raise ValueError(f"the weights are for {len(about.classes)} classes, not {num_classes}")
-    return network
+    checkpoint = _torch.load(path, map_location="cpu", weights_only=True)
+    if num_classes not in (None, checkpoint["num_classes"]):
+        raise ValueError(
+            f"the weights are for {checkpoint['num_classes']} classes, not {num_classes}"
+        )
+    network = build(checkpoint["num_classes"], apn_channels)
+    network.load_state_dict(checkpoint["model"])
+    return network.eval()
+
+
+def _network_code() -> _types.ModuleType:
+    """Import models/lednet.py under a name of its own: `models` may be a package of the caller."""
+    name, path = "lednet_network", _ROOT / "models" / "lednet.py"
+    loaded = _sys.modules.get(name)
+    if loaded and loaded.__file__ == str(path):
+        return loaded
+    spec = _util.spec_from_file_location(name, path)
+    module = _sys.modules[name] = _util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

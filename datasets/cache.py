@@ -141,7 +141,7 @@ def memory_limit(root: Path = Path("/")) -> int:
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     lines: list[str] = []
     with suppress(OSError):  # not on Linux
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     for group in (PurePosixPath(line.split(":", 2)[2]) for line in lines):
         # The limits of the groups around it apply as well; a container sees its own as the root.
         for around in (group, *group.parents):

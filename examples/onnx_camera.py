@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -76,6 +77,13 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def plain(name: str, number: int) -> str:
+    """Return a name in letters that Pillow's own font has, or else the number of its class."""
+    letters = unicodedata.normalize("NFKD", name.replace("ß", "ss"))
+    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return letters if letters.isascii() else f"class {number}"
+
+
 class Network:
     """A model in onnxruntime, what it states, and the seconds that each picture took."""
 
@@ -97,6 +105,7 @@ class Network:
         self.names, self.colors, self.label_ids, self.mean, self.std, self.height = (
             json.loads(stored[name]) for name in METADATA
         )
+        self.names = [plain(name, number) for number, name in enumerate(self.names)]
         self.seconds: list[float] = []
 
     def segment(self, frames: Iterator) -> Iterator[tuple[str, Image.Image, np.ndarray]]:

@@ -52,6 +52,9 @@ SHIPPED = ROOT / "weights/lednet_d20_camvid.pth"
 FOLDERS = ("datasets", "docs", "examples", "models", "tests", "tools", "utils", "weights")
 COUNTS = {"train": 6, "val": 3, "test": 2, "train_extra": 3}
 
+# A locale without letters beyond ASCII, and Python as it was before it took UTF-8 instead.
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
 PRETRAIN_QUICK = ("--size", 32, "--epochs", 1, "--batch-size", 4, "--workers", 0)
 QUICK = ("--height", 64, "--num-epochs", 1, "--batch-size", 2, "--workers", 0)
 
@@ -403,7 +406,7 @@ def street_scenes(count: int, size: tuple[int, int]) -> torch.Tensor:
 
 def read_log(folder: Path) -> list[dict[str, str]]:
     """The rows of a run's log."""
-    with (folder / "log.csv").open() as file:
+    with (folder / "log.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -45,6 +45,13 @@ def test_a_mistake_is_one_line(capsys):
     assert err.count("\n") == 1 and "--height: -5 is not a positive whole number" in err
 
 
+@pytest.mark.parametrize("option", ["--local-rank=0", "--local_rank=1", "--local_rank"])
+def test_the_option_of_the_old_launcher_names_torchrun(capsys, option):
+    with pytest.raises(SystemExit):
+        ArgumentParser().parse_args([option])
+    assert "start with torchrun --nproc-per-node" in capsys.readouterr().err
+
+
 def test_options_are_not_abbreviated():
     parser = ArgumentParser()
     parser.add_argument("--height")

@@ -1,8 +1,10 @@
+import argparse
 import errno
 import math
 import pickle
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from conftest import full_disk, same_weights
@@ -158,9 +160,99 @@ def test_a_file_without_weights_is_refused(tmp_path, content):
 def test_a_missing_file_and_a_text_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         load_checkpoint(tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match="is a folder: give the path"):
+        load_checkpoint(tmp_path)
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         load_checkpoint(tmp_path / "text.pth")
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (lambda network: network, "models.lednet.LEDNet"),
+        (lambda network: {"model": network, "epoch": 3}, "models.lednet.LEDNet"),
+        (lambda network: {"state_dict": {}, "best": np.float64(0.7)}, "numpy"),
+        (lambda network: {"state_dict": {}, "args": argparse.Namespace()}, "argparse.Namespace"),
+    ],
+)
+def test_objects_are_refused_by_name_with_the_way_out(
+    network, tmp_path, content, named, old_format
+):
+    path = tmp_path / "whole.pth"
+    torch.save(content(network), path, _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(CheckpointError, match=rf"whole\.pth .* holds {named}.*its state_dict"):
+        load_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_model_in_another_form_is_named_too(network, tmp_path):
+    path = tmp_path / "whole.pth"
+    with path.open("wb") as file:
+        pickle.dump(network, file)
+    with pytest.raises(CheckpointError, match=r"holds a whole model.*its state_dict"):
+        load_checkpoint(path)
+    torch.jit.trace(network, torch.zeros(1, 3, 64, 64)).save(path)
+    with pytest.raises(CheckpointError, match=r"holds a whole model.*its state_dict"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model", "state_dict", "model_state_dict", "net", "network", "weights", "params",
+        "model.state_dict", "student", None,
+    ],
+)  # fmt: skip
+def test_weights_are_found_under_any_key(network, tmp_path, key):
+    content = network.state_dict()
+    if key:
+        for part in reversed(key.split(".")):
+            content = {part: content}
+        moments = {number: {"exp_avg": torch.ones(1)} for number in range(2)}
+        content |= {"epoch": 3, "optimizer": {"state": moments, "param_groups": []}}
+    torch.save(content, tmp_path / "foreign.pth")
+    assert same_weights(load_checkpoint(tmp_path / "foreign.pth")["model"], network.state_dict())
+
+
+def test_the_network_is_preferred_to_what_else_has_weights(network, tmp_path):
+    others = {"ema": {"a": torch.ones(1)}, "criterion": {"b": torch.ones(1)}}
+    torch.save(others | {"net": network.state_dict()}, tmp_path / "foreign.pth")
+    assert same_weights(load_checkpoint(tmp_path / "foreign.pth")["model"], network.state_dict())
+    torch.save(others, tmp_path / "foreign.pth")
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        load_checkpoint(tmp_path / "foreign.pth")
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module.", "module.module.", "model.", "network.", "net.", "a.module.b."],
+)
+def test_a_network_loads_from_any_wrapper(network, tmp_path, prefix):
+    """Also with the weights of a loss beside it, and with a wrapper around a part of it."""
+    wrapped = {
+        prefix + name.replace("encoder.", "encoder._orig_mod."): weight
+        for name, weight in network.state_dict().items()
+    }
+    if prefix[0] != "_" and not prefix.startswith("module"):
+        wrapped["criterion.weight"] = torch.ones(3)
+    save_checkpoint(checkpoint_of(network) | {"model": wrapped}, tmp_path / "wrapped.pth")
+    rebuilt, about = load_network(tmp_path / "wrapped.pth")
+    assert same_weights(rebuilt.state_dict(), network.state_dict()) and about == ABOUT
+    torch.save({"state_dict": wrapped}, tmp_path / "wrapped.pth")
+    other = LEDNet(3, 4)
+    checkpoint = load_checkpoint(tmp_path / "wrapped.pth")
+    assert init_network(other, checkpoint, tmp_path / "wrapped.pth", NAMES) == []
+    assert same_weights(other.state_dict(), network.state_dict())
+
+
+def test_an_average_of_weights_is_a_network(network, tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(network)
+    save_checkpoint(checkpoint_of(average), tmp_path / "average.pth")
+    assert same_weights(
+        load_network(tmp_path / "average.pth")[0].state_dict(), network.state_dict()
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1])

@@ -1,8 +1,11 @@
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import FIELD_SIZES, run_script, same_weights
+from conftest import ASCII, FIELD_SIZES, ROOT, read_log, run_script, same_weights
 from PIL import Image
 
 from datasets.folder import MAX_CLASSES, Folder, read_classes
@@ -228,6 +231,26 @@ def test_a_resumed_run_keeps_its_classes(run_folder, script, fields_copy, tmp_pa
     stored = load_checkpoint(tmp_path / "a/last.pth")
     assert stored["class_names"] == ["grass", "water", "dirt road"]
     assert same_weights(stored["model"], weights)
+
+
+def test_names_of_any_script_are_trained_on_in_any_locale(fields_copy, tmp_path):
+    """Names of classes, files and folders."""
+    (fields_copy / "classes.txt").write_text("Straße\nводa\nignore\n道路\n", encoding="utf-8")
+    folder = fields_copy.rename(tmp_path / "Äcker")
+    for path in (folder / "images/val").iterdir():
+        label = folder / f"labels/val/{path.stem}.png"
+        label.rename(label.with_stem(f"ß{path.stem}"))
+        path.rename(path.with_stem(f"ß{path.stem}"))
+    env = os.environ | ASCII
+    argv = argv_of(folder, "--savedir", "läufe/1", "--epochs", 1)
+    for more in (("--cache", "häcker"), ("--resume",)):
+        command = [sys.executable, ROOT / "main.py", *argv, *more]
+        result = subprocess.run(
+            [*map(str, command)], cwd=tmp_path, env=env, capture_output=True, encoding="utf-8"
+        )
+        assert result.returncode == 0, result.stderr
+        assert "Straße" in result.stdout
+    assert {"iou Straße", "iou 道路"} <= read_log(tmp_path / "läufe/1")[0].keys()
 
 
 def test_refused_runs_leave_no_folder(fails, fields_copy, tmp_path):

@@ -111,6 +111,13 @@ def test_the_model_states_all_that_is_needed(exported, camera, scene, tmp_path):
     assert abs(overlay - np.asarray(scene) / 2)[:, 240:].mean() < 6  # names are on the left
 
 
+def test_names_are_drawn_in_letters_that_the_font_has():
+    plain = runpy.run_path(str(ROOT / CAMERA))["plain"]
+    names = ["traffic light", "Straße", "Bäume", "señal", "дорога", "道路"]
+    shown = ["traffic light", "Strasse", "Baume", "senal", "class 4", "class 5"]
+    assert [plain(name, number) for number, name in enumerate(names)] == shown
+
+
 def test_pictures_are_normalised_as_in_training(scene):
     stated = SimpleNamespace(height=360, mean=[0.5, 0.4, 0.3], std=[0.25, 0.2, 0.3])
     normalize = normalizer(stated.mean, stated.std, torch.device("cpu"))

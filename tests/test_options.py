@@ -332,6 +332,17 @@ def test_what_decides_the_result_may_not_change(main, begun, argv, has):
         main("--savedir", begun, "--resume", *argv)
 
 
+@pytest.mark.parametrize("option", ["--epochs", "--num-epochs"])
+def test_more_epochs_are_another_run_from_the_best_network(main, begun, option):
+    message = (
+        f"has --epochs 300: leave the option out to resume, or start another run; a schedule "
+        f"cannot be lengthened once it has begun: to train on, give the other run --init "
+        f"{begun}/best.pth"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        main("--savedir", begun, "--resume", option, 500)
+
+
 def test_what_does_not_decide_the_result_may_change(main, begun):
     changes = {
         "datadir": "moved", "batch_size": 2, "workers": 1, "device": "cpu", "amp": "bf16",
@@ -351,6 +362,8 @@ def test_the_recipe_of_a_pretraining_may_not_change(pretrain, tmp_path):
     (tmp_path / "args.json").write_text(json.dumps(options))
     with pytest.raises(UserError, match="has --recipe modern"):
         pretrain("--savedir", tmp_path, "--resume", "--recipe", "paper")
+    with pytest.raises(UserError, match=r"has --epochs 150: .* lengthened once it has begun$"):
+        pretrain("--savedir", tmp_path, "--resume", "--epochs", 200)
     assert pretrain("--savedir", tmp_path, "--resume").lr == 1e-3
 
 

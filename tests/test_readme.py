@@ -13,7 +13,6 @@ from conftest import ROOT
 from PIL import Image
 
 from datasets import DATASETS
-from models.lednet import LEDNet
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "weights/README.md"]
 TINY = ("--height", 64, "--crop", 64, 64, "--epochs", 1, "--batch-size", 2, "--workers", 0)
@@ -112,7 +111,7 @@ def run_python(title: str, monkeypatch, tmp_path, **values: object) -> dict:
 
 def test_torch_hub(monkeypatch, tmp_path):
     names = run_python("Segment your own pictures", monkeypatch, tmp_path)
-    assert isinstance(names["network"], LEDNet) and names["classes"].shape == (1, 360, 480)
+    assert type(names["network"]).__name__ == "LEDNet" and names["classes"].shape == (1, 360, 480)
 
 
 def test_deployment(monkeypatch, tmp_path, trained):
@@ -153,6 +152,27 @@ def test_commands_give_options_that_exist(script, name):
     assert used - {option for line in lines for option in re.findall(r"--[\w-]+", line)} == set()
 
 
+def modules(*folders: str) -> list[Path]:
+    """Return the Python files of these folders, as paths in the repository."""
+    paths = [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
+    return [path.relative_to(ROOT) for path in paths]
+
+
+PROGRAMS = sorted(path for path in modules(".", "tools") if path.stem != "hubconf")
+
+
+def test_an_option_has_the_same_names_in_all_programs(script):
+    """Also those of the original code."""
+    groups: dict[str, set[frozenset[str]]] = {}
+    for path in PROGRAMS:
+        for text in re.findall(r"^  (--.*)", script(str(path), "--help").out, re.MULTILINE):
+            names = frozenset(re.findall(r"(?:^|, )(--[\w-]+)", text))
+            for name in names:
+                groups.setdefault(name, set()).add(names)
+    assert groups["--workers"] == {frozenset({"--workers", "--num-workers"})}
+    assert {name: found for name, found in groups.items() if len(found) > 1} == {}
+
+
 def test_the_tests_of_all_promises_exist():
     text = (ROOT / "docs/promises.md").read_text()
     named = set(re.findall(r"`([\w/]+\.py)::(\w+)`", text))
@@ -164,12 +184,6 @@ def test_the_tests_of_all_promises_exist():
         if isinstance(node, ast.FunctionDef)
     }
     assert named - found == set()
-
-
-def modules(*folders: str) -> list[Path]:
-    """Return the Python files of these folders, as paths in the repository."""
-    paths = [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
-    return [path.relative_to(ROOT) for path in paths]
 
 
 def test_the_code_map_names_every_module():

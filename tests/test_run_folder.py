@@ -2,8 +2,10 @@ import csv
 import errno
 import json
 import math
+import os
 import shlex
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Forked, full_disk
+from conftest import ASCII, ROOT, Forked, full_disk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils import distributed
@@ -51,6 +53,27 @@ def save_epochs(folder: Path, *epochs: int) -> None:
 
 def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {".lock"}
+
+
+# What a run writes
+
+
+RECORD = r"""
+from argparse import Namespace
+from utils.run_folder import open_run, read_log
+with open_run(Namespace(savedir="run", resume=False, encoder_epochs=0)) as run:
+    run.begin()
+    run.record({"stage": 2, "epoch": 1, "iou Stra\u00dfe": 0.5}, 1, [])
+    run.record({"stage": 2, "epoch": 2, "iou Stra\u00dfe": 0.5}, 2, [])
+assert [row["iou Stra\u00dfe"] for row in read_log(run.folder / "log.csv")] == ["0.5"] * 2
+"""
+
+
+def test_the_log_is_utf_8_in_any_locale(tmp_path):
+    """Without UTF-8 mode, too, as on Windows."""
+    env = os.environ | ASCII | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", RECORD], cwd=tmp_path, env=env, check=True)
+    assert "iou Straße" in (tmp_path / "run/log.csv").read_text(encoding="utf-8")
 
 
 # Where a run writes
@@ -251,7 +274,7 @@ def test_checkpoints_that_were_removed_are_missed(tmp_path):
 
 def test_the_best_network_is_not_the_state_of_a_run(tmp_path):
     with open_run(options(tmp_path)) as run:
-        run.save_network({"stage": 2, "epoch": 1, "model": {}}, "last.pth")
+        run.save_network({"stage": 2, "model": {"w": torch.zeros(1)}}, "last.pth")
     with pytest.raises(CheckpointError, match=r"last\.pth is not the state of a run"):
         load_run(tmp_path)
 

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -53,6 +54,15 @@ def raising(error: BaseException) -> Callable[[], None]:
 @pytest.mark.parametrize("error", [UserError, DatasetError, WriteError])
 def test_a_users_mistake_ends_in_one_line_and_status_2(ended, error):
     assert ended(raising(error("no\tway"))) == (2, "main.py: error: no\tway\n")
+
+
+def test_more_workers_than_cores_are_taken_without_a_word():
+    """torch warns in four lines, whatever the workers wait for."""
+    workers = (os.cpu_count() or 1) + 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_script(lambda: DataLoader(range(3), num_workers=workers))
+    assert caught == []
 
 
 def test_a_bug_keeps_its_traceback():

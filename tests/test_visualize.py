@@ -1,11 +1,22 @@
 import math
+from unicodedata import normalize
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
-from utils.visualize import captioned, legend, overlay, paint, score_table, strip, write_video
+from utils import visualize
+from utils.visualize import (
+    captioned,
+    drawable,
+    legend,
+    overlay,
+    paint,
+    score_table,
+    strip,
+    write_video,
+)
 
 COLORS = [(128, 64, 128), (0, 0, 142)]
 
@@ -56,6 +67,43 @@ def test_a_legend_is_wider_than_its_image_only_for_long_names():
     names = [f"class {number}" for number in range(12)]
     narrow, wide = (legend(tuple(names), tuple([(0, 0, 0)] * 12), width) for width in (10, 800))
     assert 10 < narrow.width < wide.width <= 800 and narrow.height > wide.height
+
+
+def boxes(font, text: str) -> int:
+    """Return how many letters of a text a font has no glyph for."""
+    return sum(bytes(font.getmask(c)) == bytes(font.getmask("\U0010ffff")) for c in text)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("road", "road"), ("Straße", "Strasse"), ("Bäume", "Baume"), ("Ba\u0308ume", "Baume"),
+        ("señal écrite", "senal ecrite"), ("łąka Øst İ", "laka Ost I"), ("traffic\nlight", None),
+        ("дорога", "class 3"), ("道路", "class 3"), ("도로 🚗", "class 3"), ("\udcc3", "class 3"),
+    ],
+)  # fmt: skip
+def test_names_are_drawn_without_boxes(monkeypatch, name, plain, installed):
+    """In a font that has their letters, or as what the own font of Pillow can draw."""
+    if not installed:
+        monkeypatch.setattr(visualize, "FONTS", ())
+    text, font = drawable(name, "class 3", 20)
+    assert boxes(font, text) == 0
+    assert text == (plain or "traffic light") or (installed and text == normalize("NFC", name))
+    legend.cache_clear()
+    assert legend(("road", name), tuple(map(tuple, COLORS)), 300).height > 11
+
+
+def test_plain_names_keep_the_font_of_pillow():
+    text, font = drawable("traffic light", "class 3", 20)
+    assert text == "traffic light" and font.getname() == ImageFont.load_default(20).getname()
+
+
+def test_a_caption_in_another_script_has_no_boxes(monkeypatch):
+    monkeypatch.setattr(visualize, "FONTS", ())
+    image = torch.zeros(3, 20, 90, dtype=torch.uint8)
+    for caption, shown in (("Straße, not Äcker", "Strasse, not Acker"), ("道路", "right")):
+        assert torch.equal(captioned(image, caption, True), captioned(image, shown, True))
 
 
 def test_score_table_reads_downwards():

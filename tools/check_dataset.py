@@ -44,10 +44,10 @@ def parse_args() -> argparse.Namespace:
     add("--datadir", type=file_path, required=True, help="folder of the data set")
     add("--classes", type=file_path, metavar="FILE",
         help="names of the classes of --dataset folder, as for main.py")
-    add("--split", nargs="+", help="splits to check; default: all that exist")
+    add("--split", "--subset", nargs="+", help="splits to check; default: all that exist")
     add("--fast", action="store_true",
         help="check headers, checksums and ends only, as main.py does before it trains")
-    add("--workers", type=natural_int, default=os.cpu_count(),
+    add("--workers", "--num-workers", type=natural_int, default=os.cpu_count(),
         help="processes that read; default: %(default)s, one for each core")
     # fmt: on
     args = parser.parse_args()

@@ -43,6 +43,8 @@ class ArgumentParser(argparse.ArgumentParser):
         )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
+        if "--local-rank" in message.replace("_", "-"):  # of torch.distributed.launch
+            message = "--local-rank is not needed: start with torchrun --nproc-per-node GPUS"
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 

@@ -12,6 +12,8 @@ A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts:
 
 import math
 import os
+import re
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +30,13 @@ from models.lednet import Encoder, ImageClassifier, LEDNet
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.original_names import original_names
+
+# Keys that checkpoints have their state_dict under, ours first.
+WEIGHTS = ("model", "state_dict", "model_state_dict", "network", "net", "weights", "params")
+# Parts of names that come from DataParallel and torch.compile.
+WRAPPERS = {"module", "_orig_mod"}
+# What the reader of weights says of files that Python could read only by running code.
+NEEDS_CODE = re.compile(r"GLOBAL (?P<object>\S+)|TorchScript|operand 149")
 
 
 class CheckpointError(UserError):
@@ -112,13 +121,15 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> N
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, without running code that it may contain.
 
-    A plain state_dict is accepted too, and returned as {"model": state_dict}.
+    The checkpoint may be a plain state_dict, or have it under any of `WEIGHTS`; it is returned
+    under "model", with the names that LEDNet has without what was wrapped around it.
 
     Raises:
         CheckpointError: the file is missing, damaged or something else.
     """
     if not os.path.isfile(path):
-        raise CheckpointError(f"{path} does not exist: give the path of a checkpoint file")
+        wrong = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise CheckpointError(f"{path} {wrong}: give the path of a checkpoint file")
     damaged = content = None
     try:
         # torch does not compare the checksums of its archives, and would load a flipped bit.
@@ -126,8 +137,15 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
         if not damaged:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of formats that are refused below
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises on other files is not documented
+        if found := NEEDS_CODE.search(str(error)):
+            raise CheckpointError(
+                f"{path} is not a checkpoint of weights alone but holds "
+                f"{found['object'] or 'a whole model'}, and to read it would run its code: if you "
+                "trust it, load it where it was made, and torch.save its state_dict"
+            ) from error
         raise CheckpointError(
             f"{path} is not a checkpoint, or was cut short: use another file or a copy"
         ) from error
@@ -135,17 +153,31 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged (checksum of {damaged}): use a copy")
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no weights but a {type(content).__name__}")
-    if "model" not in content:
-        wrapped = "state_dict" in content
-        content = {**content, "model": content["state_dict"]} if wrapped else {"model": content}
-    weights = content["model"]
-    if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()
-    ):
+    weights = _find_weights(content)
+    if weights is None:
         raise CheckpointError(f"{path} holds no weights: use a checkpoint that main.py wrote")
-    # DataParallel puts a prefix before every name.
-    content["model"] = {name.removeprefix("module."): w for name, w in weights.items()}
-    return content
+    return ({} if weights is content else content) | {"model": _plain_names(weights)}
+
+
+def _find_weights(content: Any, depth: int = 2) -> dict[str, Tensor] | None:
+    """Return the state_dict that a file consists of, has under a known key, or has only one of."""
+    if not isinstance(content, dict) or not content:
+        return None
+    if all(isinstance(name, str) and isinstance(w, Tensor) for name, w in content.items()):
+        return content
+    inside = {key: _find_weights(value, depth - 1) for key, value in content.items() if depth}
+    found = {key: weights for key, weights in inside.items() if weights is not None}
+    known = [key for key in WEIGHTS if key in found] or (list(found) if len(found) == 1 else [])
+    return found[known[0]] if known else None
+
+
+def _plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a network without what was around it, such as "model." and a loss."""
+    split = ((name.split("."), weight) for name, weight in weights.items())
+    plain = {".".join(part for part in parts if part not in WRAPPERS): w for parts, w in split}
+    plain.pop("n_averaged", None)  # of an AveragedModel
+    prefix, _ = _prefix(plain, ["encoder.0.conv.weight", "decoder.reduce.0.weight"])
+    return {name.removeprefix(prefix): w for name, w in plain.items() if name.startswith(prefix)}
 
 
 def load_network(path: str | os.PathLike) -> tuple[LEDNet, Description]:

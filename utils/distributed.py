@@ -49,7 +49,7 @@ def start(device: torch.device) -> None:
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
     _control = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if number > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="ignore")
 
 
 def stop() -> None:

@@ -46,7 +46,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         Path of an empty file in the same folder, with the same suffix, to write and close.
     """
     path = Path(path)
-    name = os.fsencode(path.name)[:100].decode(errors="ignore")  # names have at most 255 bytes
+    name = path.name.encode("ascii", "ignore")[:100].decode()  # names have at most 255 bytes
     unfinished = path.with_name(f".{name}-{secrets.token_hex(4)}.unfinished{path.suffix}")
     try:
         # With the permissions of any new file; tempfile would make it private.

@@ -268,10 +268,17 @@ def parse_options(
     settle(args)
     for name, value in stored.items():
         if not may_change.get(name) and getattr(args, name) != value:
-            raise UserError(
+            if name == "num_epochs":  # has set another option
+                name, value = "epochs", stored["epochs"]
+            message = (
                 f"the run in {args.savedir} has --{name.replace('_', '-')} {_shown(value)}: leave "
                 "the option out to resume, or start another run"
             )
+            if "epochs" in name:
+                message += "; a schedule cannot be lengthened once it has begun"
+            if "epochs" in name and "init" in may_change:
+                message += f": to train on, give the other run --init {Path(args.savedir, BEST)}"
+            raise UserError(message)
     return args
 
 

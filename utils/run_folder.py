@@ -129,7 +129,7 @@ class Run:
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(dict(content), indent=2)
         path = self.folder / name
-        if not path.exists() or path.read_text() != text:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             self._write_text(name, text)
 
     def record(self, row: Mapping[str, Any], step: int, pictures: Sequence[Tensor]) -> None:
@@ -159,7 +159,7 @@ class Run:
     def _write_text(self, name: str, text: str) -> None:
         path = self.folder / name
         with self.write_errors(path), atomic_write(path) as unfinished:
-            unfinished.write_text(text, newline="")
+            unfinished.write_text(text, encoding="utf-8", newline="")
 
 
 @contextmanager
@@ -290,7 +290,7 @@ def read_args(folder: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file; None if it is missing or damaged."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
@@ -300,7 +300,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a log as strings; none if there is no log yet."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 

@@ -7,6 +7,7 @@ import platform
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -46,6 +47,11 @@ def run_script(main: Callable[[], None], advice: Advice | None = None) -> None:
         advice: text to add to the message of each class of errors, such as the option that helps.
     """
     global received
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        # Several libraries take names of files for UTF-8 in any locale: let Python do so too.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    # The number of workers is the user's choice: it may be meant for slow disks.
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     name = os.path.basename(sys.argv[0])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
@@ -108,7 +114,7 @@ def lost_output(error: Exception) -> str | None:
         print(flush=True)  # something, since unbuffered output has nothing left to flush
     except OSError:
         # Or Python would try to flush the rest at exit, and complain.
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="ignore")
         return f"standard output cannot be written ({error.strerror})"
     return None
 
@@ -185,5 +191,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")  # on Linux
-    models = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    models = re.findall(r"model name\s*: (.+)", text)
     return f"{[*models, platform.machine()][0]}, {torch.get_num_threads()} threads"

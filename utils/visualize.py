@@ -1,7 +1,9 @@
 """Label maps as pictures and videos, and scores as a table."""
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from itertools import chain
@@ -15,6 +17,16 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from utils.files import atomic_write
 
 Colors = Sequence[Sequence[int]]  # RGB, 0 to 255, of each class
+
+# Fonts of common systems, for letters that Pillow's own lacks.
+FONTS = (
+    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc",
+    "Arial Unicode.ttf", "arial.ttf", "msyh.ttc", "malgun.ttf",
+)  # fmt: skip
+# What letters are written as that are no plain letter with an accent.
+PLAIN = str.maketrans("ØøĐđÐðĦħıŁłŊŋŦŧ", "OoDdDdHhiLlNnTt") | str.maketrans(
+    {"ß": "ss", "Æ": "AE", "æ": "ae", "Œ": "OE", "œ": "oe", "Þ": "Th", "þ": "th"}
+)
 
 
 def strip(
@@ -39,7 +51,8 @@ def captioned(image: Tensor, caption: str, right: bool) -> Tensor:
     page = Image.new("RGB", (picture.width, picture.height + 16), "white")
     page.paste(picture)
     color = "green" if right else "red"
-    ImageDraw.Draw(page).text((2, picture.height + 2), caption, fill=color)
+    text, font = drawable(caption, "right" if right else "wrong", 10)
+    ImageDraw.Draw(page).text((2, picture.height + 2), text, color, font)
     return pil_to_tensor(page)
 
 
@@ -60,21 +73,45 @@ def overlay(image: Tensor, labels: Tensor, names: Sequence[str], colors: Colors)
     return page
 
 
+def drawable(text: str, otherwise: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """Return a text and a font that has all its letters.
+
+    Without such a font the text loses its accents, or if that is not enough, is `otherwise`.
+    """
+    text = unicodedata.normalize("NFC", " ".join(text.split()))
+    parts = unicodedata.normalize("NFKD", text.translate(PLAIN))
+    plain = "".join(letter for letter in parts if not unicodedata.combining(letter))
+    for candidate in (text, plain):
+        for font in _fonts(size):
+            missing = bytes(font.getmask("\U0010ffff"))  # the box for what has no glyph
+            if all(bytes(font.getmask(letter)) != missing for letter in candidate):
+                return candidate, font
+    return otherwise, next(_fonts(size))
+
+
+def _fonts(size: int) -> Iterator[ImageFont.FreeTypeFont]:
+    yield ImageFont.load_default(size)
+    for name in FONTS:
+        with suppress(OSError):  # it is not installed
+            yield ImageFont.truetype(name, size)
+
+
 @lru_cache(maxsize=8)
 def legend(names: Sequence[str], colors: Colors, width: int) -> Image.Image:
     """Draw the names of classes beside their colours, in rows of `width` if the names fit."""
     size = min(40, max(11, width // 60))  # of the text, in pixels
-    font, margin = ImageFont.load_default(size), size // 2
+    texts = [drawable(name, f"class {number}", size) for number, name in enumerate(names)]
+    margin = size // 2
     row = size + margin
-    cell = row + margin + max(round(font.getlength(name)) for name in names)
+    cell = row + margin + max(round(font.getlength(text)) for text, font in texts)
     columns = min(len(names), max(1, (width - margin) // cell))
     rows = -(-len(names) // columns)
     page = Image.new("RGB", (margin + cell * columns, margin + row * rows), "white")
     draw = ImageDraw.Draw(page)
-    for number, (name, color) in enumerate(zip(names, colors, strict=True)):
+    for number, ((text, font), color) in enumerate(zip(texts, colors, strict=True)):
         left, top = margin + number % columns * cell, margin + number // columns * row
         draw.rectangle((left, top, left + size, top + size), tuple(color), outline="black")
-        draw.text((left + size + margin // 2, top + size / 2), name, "black", font, anchor="lm")
+        draw.text((left + size + margin // 2, top + size / 2), text, "black", font, anchor="lm")
     return page
 
 
