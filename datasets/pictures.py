@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from datasets.images import MIN_SIZE, DatasetError, decode, file_errors, to_rgb
+from datasets.listing import PICTURES, list_pictures
 
-PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 # Formats whose further images are an animation; those of others, such as the previews that cameras
 # put behind a photo, are passed over.
@@ -51,8 +51,8 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
     found: dict[str, str] = {}  # name by path
     for path in inputs:
         if os.path.isdir(path):
-            files = [file for file in sorted(Path(path).rglob("*")) if is_picture(file)]
-            names = {str(file): result_name(file.relative_to(path)) for file in files}
+            files = sorted(list_pictures(path, PICTURES | VIDEOS))
+            names = {file: result_name(Path(file).relative_to(path)) for file in files}
         else:
             # A file whose name looks like a glob is a file.
             files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
@@ -80,10 +80,6 @@ def result_name(path: str | os.PathLike) -> str:
     path = Path(path)
     parts = [UNPRINTABLE.sub("_", part) for part in (*path.parent.parts, path.stem)]
     return "/".join("_" * len(part) if set(part) == {"."} else part for part in parts)
-
-
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURES | VIDEOS and not path.name.startswith(".")
 
 
 def is_video(path: str) -> bool:
