@@ -40,6 +40,12 @@ def is_picture(name: str, kinds: Collection[str] = PICTURES) -> bool:
     return os.path.splitext(name)[1].lower() in kinds and not is_stray(name)
 
 
+def is_loop(folder: str, name: str) -> bool:
+    """Whether a folder in another is a link to what holds it."""
+    here, target = (os.path.realpath(path) for path in (folder, os.path.join(folder, name)))
+    return os.path.commonpath([here, target]) == target
+
+
 def list_pictures(root: str | os.PathLike, kinds: Collection[str] = PICTURES) -> list[str]:
     """Return the pictures of a folder at any depth, sorted by folder and name, without strays."""
 
@@ -48,7 +54,7 @@ def list_pictures(root: str | os.PathLike, kinds: Collection[str] = PICTURES) ->
 
     listed: list[tuple[str, list[str]]] = []
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not is_stray(name)]
+        folders[:] = [name for name in folders if not is_stray(name) and not is_loop(folder, name)]
         listed.append((folder, names))
     found: list[str] = []
     others: Counter[str] = Counter()

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from datasets.images import MIN_SIZE, DatasetError, decode, file_errors, to_rgb
-from datasets.listing import PICTURES, list_pictures
+from datasets.listing import NOTES, PICTURES, is_stray, list_pictures
 
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 # Formats whose further images are an animation; those of others, such as the previews that cameras
@@ -55,7 +55,7 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
             names = {file: result_name(Path(file).relative_to(path)) for file in files}
         else:
             # A file whose name looks like a glob is a file.
-            files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+            files = [path] if os.path.exists(path) else expand(path)
             names = {file: result_name(Path(file).name) for file in files if os.path.isfile(file)}
         if not names:
             what = "holds no picture or video" if os.path.isdir(path) else "is no file or folder"
@@ -69,6 +69,13 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
             found[path] = f"{name}-{twins[name] + 1}"
         taken.add(found[path])
     return list(found.items())
+
+
+def expand(pattern: str) -> list[str]:
+    """Return the files that a glob finds, sorted, without strays that it does not name."""
+    named, files = set(Path(pattern).parts), sorted(glob.glob(pattern, recursive=True))
+    files = [file for file in files if not any(map(is_stray, {*Path(file).parts} - named))]
+    return [file for file in files if Path(file).suffix.lower() not in NOTES - {""}]
 
 
 def result_name(path: str | os.PathLike) -> str:

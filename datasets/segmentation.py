@@ -89,8 +89,8 @@ class Segmentation(Dataset):
 
     CLASSES: ClassVar[Classes | None] = None
     SPLITS: ClassVar[Sequence[str]] = ("train", "val", "test")
-    # Folders from the root of the data set to the paths that results are named after.
-    DEPTH: ClassVar[int] = 0
+    # Where the names of results begin in the parts of an image's path; -1 is its name alone.
+    DEPTH: ClassVar[int] = -1
     # The splits to train on, by the name of the choice; the first is the default.
     TRAIN_ON: ClassVar[Mapping[str, Sequence[str]]] = {
         "train": ["train"],
@@ -141,7 +141,7 @@ class Segmentation(Dataset):
 
     def result_name(self, index: int) -> str:
         """Return the path of a predicted label map within a folder of results."""
-        path = Path(self.pairs[index][0]).relative_to(self.root)
+        path = Path(os.path.relpath(self.pairs[index][0], self.root))
         return Path(*path.parts[self.DEPTH :]).with_suffix(".png").as_posix()
 
     def __len__(self) -> int:

@@ -104,6 +104,8 @@ def test_strays_are_not_segmented(folders, capsys):
     images, _ = folders
     found = [path.removeprefix(f"{images}/") for path, _ in find_pictures([str(images)])]
     assert found == ["a.JPG", "b.png", "c.d.jpeg"] and not capsys.readouterr().err
+    found = [path.removeprefix(f"{images}/") for path, _ in find_pictures([f"{images}/**"])]
+    assert found == ["LICENSE", "a.JPG", "b.png", "c.d.jpeg"]
     # Whoever names one means it.
     assert find_pictures([str(images / "._x.png")]) == [(str(images / "._x.png"), "._x")]
 
@@ -124,6 +126,15 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("os.scandir", refuse)
     with pytest.raises(DatasetError, match=r"/a cannot be listed \(Permission denied\)"):
         list_pictures(tmp_path)
+
+
+def test_a_link_to_the_folder_around_it_is_not_followed(tmp_path):
+    put(tmp_path / "a", "b/c.png")
+    (tmp_path / "a/b/up").symlink_to(tmp_path)
+    (tmp_path / "a/here").symlink_to(".")
+    (tmp_path / "other").symlink_to("a")
+    found = [str(Path(path).relative_to(tmp_path)) for path in list_pictures(tmp_path)]
+    assert found == ["a/b/c.png", "other/b/c.png"]
 
 
 # Kinds of pictures
