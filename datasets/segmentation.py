@@ -131,9 +131,13 @@ class Segmentation(Dataset):
 
     def label_files(self) -> list[str]:
         """Return all label maps in the folders of the labels, also those without an image."""
-        folders = sorted({Path(label).parent for _, label in self.pairs if label is not None})
-        paths = [path for folder in folders for path in sorted(folder.glob("*"))]
-        return [str(path) for path in paths if is_picture(path.name, PICTURES - JPEG_SUFFIXES)]
+        folders = {os.path.dirname(label) for _, label in self.pairs if label is not None}
+        return [
+            os.path.join(folder, name)
+            for folder in sorted(filter(os.path.isdir, folders))
+            for name in sorted(os.listdir(folder))
+            if is_picture(name, PICTURES - JPEG_SUFFIXES)
+        ]
 
     def keep(self, indices: Iterable[int]) -> None:
         """Keep the pairs of these indices only, in this order."""

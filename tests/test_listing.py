@@ -300,7 +300,7 @@ def test_labels_of_another_name_are_trained_on(fields_copy):
     for path in (fields_copy / "labels/train").iterdir():
         Image.open(path).save(path.with_name(f"{path.stem}_mask.tif"))
         path.unlink()
-    train = Folder(fields_copy, "train", classes)
+    train = Folder(f"{fields_copy}/.", "train", classes)
     assert labels_without_image(train) == []
     for (_, label), before in zip(train, expected, strict=True):
         assert (label.numpy() == before).all()
