@@ -223,7 +223,8 @@ def label_problems(
         absent = absent_classes(found, classes)
         present = [name for name in classes.names if name not in absent]
         share = found.pixels[IGNORE_INDEX].item() / max(1, found.pixels.sum().item())
-        masks = file and share > MANY and IGNORE_INDEX not in classes.known_ids()
+        many = share > (MANY if len(present) > 1 else 0)
+        masks = file and many and IGNORE_INDEX not in classes.known_ids()
         if not present:
             problems.append(f"all labels of {split} are ignored: no pixel is of a class")
         elif masks and absent and (split != "val" or len(present) == 1):

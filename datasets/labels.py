@@ -75,8 +75,11 @@ def read_label(
         wrong = values.max() if values.max() > 255 else values.min()
         raise FileError(f"{path} holds the label id {wrong}: ids are 0 to 255", "unknown label")
     stored = values // scale
+    black_and_white = [(colors or {}).get((grey,) * 3) for grey in (0, 255)]
+    if scale == 255 and None not in black_and_white:
+        stored = np.array(black_and_white)[stored]
     # Programs that shrink PNGs store 0 and 255 in one bit.
-    if scale > 1 and not _within(stored, known) and _within(values, known):
+    elif scale > 1 and not _within(stored, known) and _within(values, known):
         stored = values
     return Label(stored.astype(np.uint8))
 

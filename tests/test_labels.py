@@ -180,6 +180,8 @@ def test_black_and_white_are_0_and_1_or_0_and_255(saved, as_palette):
     path = saved(image)
     assert (read_label(path, [0, 1]).ids == mask).all()
     assert (read_label(path, [0, 255]).ids == mask * 255).all()
+    colors = {(255, 255, 255): 0, (0, 0, 0): 1}
+    assert (read_label(path, [0, 1], colors).ids == ~mask).all()
 
 
 def test_white_before_black_is_refused_unless_it_is_known(saved):
