@@ -5,9 +5,9 @@
     python tools/check_dataset.py --classes FILE --datadir DIR      your own data
     python tools/check_dataset.py --dataset imagenet --datadir DIR  DIR/{train,val}/<class>/
 
-It decodes every image and label, verifies every checksum and looks up every label id. A line reads
-`problem: path: details`. The exit status is 0 if nothing is wrong, 1 if something is, 2 after a
-mistake on the command line.
+It decodes every image and label, verifies every checksum, looks up every label id and names classes
+without a pixel. A line reads `problem: path: details`. The exit status is 0 if nothing is wrong, 1
+if something is, 2 after a mistake on the command line.
 """
 
 import argparse
