@@ -11,13 +11,20 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from datasets.cache import cached
 from datasets.camvid import CamVid
-from datasets.check import check_files, leave_out_broken
+from datasets.check import (
+    absent_classes,
+    check_files,
+    label_problems,
+    leave_out_broken,
+    palette_note,
+)
 from datasets.cityscapes import Cityscapes
+from datasets.class_file import read_classes
 from datasets.drawn import draw_once
 from datasets.drawn.streets import make_synthetic
-from datasets.folder import Folder, read_classes
+from datasets.folder import Folder
 from datasets.images import MIN_SIZE, DatasetError
-from datasets.loading import count_pixels
+from datasets.loading import count_labels
 from datasets.segmentation import Classes, Segmentation, resized_size
 from datasets.transforms import Paper, Strong
 from utils import distributed
@@ -100,7 +107,7 @@ def open_splits(
             f"{args.datadir} has too few training images, {len(files)}: give 2{each}"
         )
     if counts is None:
-        counts = distributed.first(lambda: _count_classes(parts, val, classes, args.workers))
+        counts = distributed.first(lambda: _count_classes(parts, val, classes, args))
 
     def items() -> list[Dataset]:
         if args.cache == "off":
@@ -160,10 +167,19 @@ def _training_size(args: argparse.Namespace, sizes: set[Size]) -> Size:
 
 
 def _count_classes(
-    parts: list[Segmentation], val: Segmentation, classes: Classes, workers: int
+    parts: list[Segmentation], val: Segmentation, classes: Classes, args: argparse.Namespace
 ) -> dict[str, int]:
-    """Count the training pixels of each class, and find unknown label ids, in val as well."""
+    """Count the training pixels of each class, and check the labels, those of val as well."""
     print("class weights: counting the pixels of the labels", flush=True)
-    counts = count_pixels(parts, len(classes), workers)
-    count_pixels([val], len(classes), workers)
-    return dict(zip([*classes.names, "ignored"], counts.tolist(), strict=True))
+    train = count_labels(parts, args.workers)
+    counts = {" + ".join(part.split for part in parts): train}
+    counts["val"] = count_labels([val], args.workers)
+    if problems := label_problems(counts, classes, args.classes):
+        raise DatasetError(problems[0])
+    notes = [palette_note(counts.values(), classes)]
+    for split, found in counts.items():
+        if absent := absent_classes(found, classes):
+            notes.append(f"classes without a pixel in {split}: {', '.join(absent)}")
+    for note in filter(None, notes):
+        print(f"note: {note}", flush=True)
+    return dict(zip([*classes.names, "ignored"], train.by_class(classes).tolist(), strict=True))

@@ -197,6 +197,8 @@ def file_name(dataset: Segmentation) -> str:
         "height": dataset.height,
         "resize_labels": dataset.resize_labels,
         "train_ids": dataset.classes.to_train_ids().tolist(),
+        "label_ids": sorted(dataset.classes.known_ids()),
+        "label_colors": sorted(dataset.classes.ids_by_color().items()),
         "files": [(path, status.st_size, status.st_mtime_ns) for path, status in found],
     }
     content_hash = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

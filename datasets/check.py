@@ -7,7 +7,7 @@ deep one finds: damage that decoding shows, a PNG whose pixels end early, and un
 import sys
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -19,23 +19,27 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from datasets.images import (
+    IGNORE_INDEX,
     JPEG_END,
     JPEGS,
     BrokenFiles,
     FileError,
     NothingReadable,
-    check_label_mode,
     check_label_size,
     jpeg_ends_early,
     open_image,
     read_image,
     upright_size,
 )
-from datasets.loading import call_in_workers
-from datasets.segmentation import Segmentation
+from datasets.labels import check_label_format
+from datasets.loading import LabelCounts, call_in_workers
+from datasets.segmentation import Classes, Segmentation
 
 Pair = tuple[str, str | None]  # paths of an image and its label, if there is one
 Size = tuple[int, int]
+
+# The share of pixels of 255 above which masks may be of 0 and 255.
+MANY = 0.01
 
 ZEROS = bytes(512)
 # Markers of a JPEG.
@@ -46,7 +50,7 @@ HUFFMAN_TABLES, START_OF_SCAN, PROGRESSIVE = 0xC4, 0xDA, (0xC2, 0xC6, 0xCA, 0xCE
 class Problem:
     """Something that is wrong with a file."""
 
-    name: str  # that of a FileError, "image without label" or "label without image"
+    name: str  # that of a FileError, "image without label", "label without image", "labels"
     path: str
     message: str
     index: int | None = None  # of its image in the data set
@@ -95,7 +99,7 @@ def check_file(path: str, label: bool = False) -> Size:
     return the width and height of the upright image."""
     with open_image(path) as image:
         if label:
-            check_label_mode(path, image.mode)
+            check_label_format(path, image)
         size = upright_size(image)
         if image.format in JPEGS:
             _check_jpeg(image.fp)
@@ -197,6 +201,64 @@ def labels_without_image(dataset: Segmentation) -> list[Problem]:
     message = f"{dataset.split} has no image for it"
     lonely = [path for path in dataset.label_files() if path not in labels]
     return [Problem("label without image", path, message) for path in lonely]
+
+
+def absent_classes(counts: LabelCounts, classes: Classes) -> list[str]:
+    """Return the names of the classes that have no pixel."""
+    pixels = counts.by_class(classes).tolist()[:-1]
+    return [name for name, count in zip(classes.names, pixels, strict=True) if not count]
+
+
+def label_problems(
+    counts: Mapping[str, LabelCounts], classes: Classes, file: str | None
+) -> list[str]:
+    """Return why nothing can be learned from the labels as a whole, or something wrong.
+
+    Args:
+        counts: what the labels hold by the name of their split; "val" may lack classes.
+        file: file of the classes, if there is one.
+    """
+    problems = []
+    for split, found in counts.items():
+        absent = absent_classes(found, classes)
+        present = [name for name in classes.names if name not in absent]
+        share = found.pixels[IGNORE_INDEX].item() / max(1, found.pixels.sum().item())
+        many = share > (MANY if len(present) > 1 else 0)
+        masks = file and many and IGNORE_INDEX not in classes.known_ids()
+        if not present:
+            problems.append(f"all labels of {split} are ignored: no pixel is of a class")
+        elif masks and absent and (split != "val" or len(present) == 1):
+            problems.append(
+                f"no pixel of {split} is {absent[0]}, and {share:.1%} are 255, which is ignored: "
+                f"are these masks of 0 and 255? In {file}, `255 {absent[0]}` in place of "
+                f"`{absent[0]}` makes 255 that class, and a line `255 void` says that 255 is "
+                "ignored"
+            )
+        elif split != "val" and len(present) == 1:
+            problems.append(f"only {present[0]} has pixels in {split}: two classes are needed")
+    pairs = sorted(set().union(*(found.colors for found in counts.values())))
+    ids, colors = (Counter(pair[part] for pair in pairs) for part in (0, 1))
+    moved = [color for label_id, color in pairs if ids[label_id] > 1 and colors[color] > 1]
+    if moved:
+        places = " and ".join(str(label_id) for label_id, color in pairs if color == moved[0])
+        problems.append(
+            f"the label files have palettes in different orders: {moved[0]} is {places}; give each "
+            "class its colour, and ignored ones as well"
+        )
+    return problems
+
+
+def palette_note(counts: Iterable[LabelCounts], classes: Classes) -> str | None:
+    """Return a sentence if palettes do not have the colours of the classes, so that their indices
+    are the label ids."""
+    stated = classes.stated_colors()
+    for label_id, color in sorted(set().union(*(found.colors for found in counts))):
+        if stated.get(label_id, color) != color != (label_id,) * 3:
+            return (
+                f"{color} is the colour of {label_id} in a palette, not {stated[label_id]}: the "
+                "indices of palettes are taken as the label ids"
+            )
+    return None
 
 
 def leave_out_broken(dataset: Dataset, workers: int = 0, replace: bool = False) -> list[Problem]:

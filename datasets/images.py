@@ -1,4 +1,4 @@
-"""Reading of image and label files, and the errors of a data set."""
+"""Reading of image files, and the errors of a data set."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,13 +86,6 @@ def jpeg_ends_early(path: str) -> bool:
         return bool((pixels != np.asarray(longer)).any())
 
 
-def read_label(path: str) -> np.ndarray:
-    """Read a label map as it is stored, H x W, uint8."""
-    with open_image(path) as label:
-        check_label_mode(path, label.mode)
-        return np.array(label)
-
-
 @contextmanager
 def open_image(path: str) -> Iterator[Image.Image]:
     """Open an image file, to be decoded in the block."""
@@ -121,14 +114,6 @@ def file_errors(path: str) -> Iterator[None]:
         if isinstance(error, UnidentifiedImageError):
             reason = "Pillow does not read its format; 8-bit PNG is safe"
         raise FileError(f"{path} cannot be read as an image ({reason}): fetch it again") from error
-
-
-def check_label_mode(path: str, mode: str) -> None:
-    if mode not in ("L", "P"):  # in "P" the id is the palette index
-        raise FileError(
-            f"{path} has pixels of mode {mode}: a label map has one 8-bit channel of class ids",
-            "wrong mode",
-        )
 
 
 def check_label_size(path: str, size: tuple[int, int], image_size: tuple[int, int]) -> None:

@@ -7,6 +7,7 @@ import atexit
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from multiprocessing import active_children
@@ -18,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 from tqdm import tqdm
 
-from datasets.images import IGNORE_INDEX, DatasetError, NothingReadable
-from datasets.segmentation import Segmentation
+from datasets.images import DatasetError, NothingReadable
+from datasets.labels import Color
+from datasets.segmentation import Classes, Segmentation
 
 # After this many unreadable images in a row, the disk is more likely gone than the images broken.
 MAX_BROKEN = 10
@@ -194,16 +196,30 @@ def _kill_workers() -> None:
             process.kill()
 
 
-def count_pixels(parts: Sequence[Segmentation], num_classes: int, workers: int = 0) -> Tensor:
-    """Count the pixels of each class in all labels at full size, int64, the ignored ones last."""
-    total = torch.zeros(num_classes + 1, dtype=torch.int64)
+@dataclass
+class LabelCounts:
+    """What the label maps of some splits hold."""
+
+    pixels: Tensor  # of each of 256 label ids, int64
+    colors: set[tuple[int, Color]]  # label ids, and the colours they had in the files
+
+    def by_class(self, classes: Classes) -> Tensor:
+        """Return the pixels of each class, the ignored ones last."""
+        trained = self.pixels[list(classes.label_ids)]
+        return torch.cat([trained, (self.pixels.sum() - trained.sum())[None]])
+
+
+def count_labels(parts: Sequence[Segmentation], workers: int = 0) -> LabelCounts:
+    """Count the pixels of each label id in all labels at full size."""
+    total = LabelCounts(torch.zeros(256, dtype=torch.int64), set())
     for part in parts:
-        count = partial(_count_pixels, part, num_classes)
-        for counts in call_in_workers(count, len(part), workers, "counting label pixels"):
-            total += counts
+        count = partial(_count_label, part)
+        for pixels, colors in call_in_workers(count, len(part), workers, "counting label pixels"):
+            total.pixels += pixels
+            total.colors |= colors
     return total
 
 
-def _count_pixels(dataset: Segmentation, num_classes: int, index: int) -> Tensor:
-    counts = np.bincount(dataset.read_train_ids(index).ravel(), minlength=256)
-    return torch.from_numpy(np.append(counts[:num_classes], counts[IGNORE_INDEX]))
+def _count_label(dataset: Segmentation, index: int) -> tuple[Tensor, frozenset[tuple[int, Color]]]:
+    label, _ = dataset.read_label(index)
+    return torch.from_numpy(np.bincount(label.ids.ravel(), minlength=256)), label.colors

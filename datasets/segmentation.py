@@ -21,8 +21,8 @@ from datasets.images import (
     FileError,
     check_label_size,
     read_image,
-    read_label,
 )
+from datasets.labels import Color, Label, read_label
 from datasets.listing import JPEG_SUFFIXES, PICTURES, is_picture
 
 # Marks, in the table from label ids to trainIds, the ids that a data set does not have.
@@ -38,6 +38,8 @@ class Classes:
     label_ids: Sequence[int]  # value of each class in the label files, 0 to 255
     ignored_ids: Collection[int] = ()  # neither trained on nor scored, as 255 is
     categories: Sequence[str] = ()  # group of each class, for scores by group; may be empty
+    # Colours of label files by label id, of ignored ids as well; None: those of the classes.
+    label_colors: Mapping[int, Sequence[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -49,6 +51,25 @@ class Classes:
         table[list(self.label_ids)] = range(len(self))
         return table
 
+    def known_ids(self) -> set[int]:
+        """Return the label ids of all classes, and those that are stated to be ignored."""
+        return {*self.label_ids, *self.ignored_ids}
+
+    def stated_colors(self) -> dict[int, Color]:
+        """Return the colours of label files by label id, ignored ones as well."""
+        colors = self.label_colors
+        if colors is None:
+            colors = dict(zip(self.label_ids, self.colors, strict=False))
+        return {label_id: tuple(color) for label_id, color in colors.items()}
+
+    def ids_by_color(self) -> dict[Color, int]:
+        """Return the label id of each stated colour, except for those of several classes."""
+        stated, train_ids = self.stated_colors(), self.to_train_ids()
+        shared: dict[Color, set[int]] = {}
+        for label_id, color in stated.items():
+            shared.setdefault(color, set()).add(int(train_ids[label_id]))
+        return {color: label_id for label_id, color in stated.items() if len(shared[color]) == 1}
+
     def to_checkpoint(self) -> dict[str, Any]:
         """Return the classes as plain values for a checkpoint."""
         return {
@@ -58,6 +79,8 @@ class Classes:
             "label_ids": list(self.label_ids),
             "ignored_ids": sorted(self.ignored_ids),
             "categories": list(self.categories),
+            "label_colors": self.label_colors
+            and {label_id: list(color) for label_id, color in self.label_colors.items()},
         }
 
     @classmethod
@@ -68,6 +91,7 @@ class Classes:
             checkpoint["label_ids"],
             checkpoint.get("ignored_ids", ()),
             checkpoint.get("categories", ()),
+            checkpoint.get("label_colors", {}),
         )
 
 
@@ -123,6 +147,7 @@ class Segmentation(Dataset):
                 "them as their images, or remove the image"
             )
         self._to_train_ids = self.classes.to_train_ids()
+        self._known_ids, self._ids_by_color = self.classes.known_ids(), self.classes.ids_by_color()
 
     def files(self) -> list[tuple[str, str | None]]:
         """Return the paths of each image and its label, which need not exist; None for the label if
@@ -169,18 +194,26 @@ class Segmentation(Dataset):
 
     def read_train_ids(self, index: int) -> np.ndarray:
         """Read one label map as trainIds at its full size, H x W, uint8, 255 = ignore."""
+        return self.read_label(index)[1]
+
+    def read_label(self, index: int) -> tuple[Label, np.ndarray]:
+        """Read one label map as it is stored, and as trainIds."""
         path = self.pairs[index][1]
-        label_ids = read_label(path)
-        train_ids = self._to_train_ids[label_ids]
+        label = read_label(path, self._known_ids, self._ids_by_color)
+        train_ids = self._to_train_ids[label.ids]
         if (train_ids == UNKNOWN).any():
-            values = np.unique(label_ids[train_ids == UNKNOWN]).tolist()
-            known = sorted({*self.classes.label_ids, *self.classes.ignored_ids})
+            values = np.unique(label.ids[train_ids == UNKNOWN]).tolist()
+            also = "" if IGNORE_INDEX in self.classes.label_ids else ", and 255 is ignored"
+            hint = "" if self.CLASSES else "; a file of classes may give values (`60 road`)"
+            if len(values) > 5:
+                hint = "; so many come of resizing or JPEG: export the labels again"
             raise FileError(
                 f"{path} holds the label id {', '.join(map(str, values[:5]))}, which is not a "
-                f"class of this data set: its label ids are {ranges(known)}, and 255 is ignored",
+                f"class of this data set: its label ids are {ranges(sorted(self._known_ids))}"
+                f"{also}{hint}",
                 "unknown label",
             )
-        return train_ids
+        return label, train_ids
 
 
 def write_label(file: str | os.PathLike | BinaryIO, prediction: Tensor, classes: Classes) -> None:

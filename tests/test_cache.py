@@ -18,7 +18,8 @@ from datasets.cache import CacheError, CacheLost, CacheTooLarge, cached, file_na
 from datasets.camvid import CamVid
 from datasets.check import check_files
 from datasets.cityscapes import Cityscapes
-from datasets.folder import Folder, read_classes
+from datasets.class_file import read_classes
+from datasets.folder import Folder
 from datasets.images import DatasetError
 from datasets.segmentation import Classes, Segmentation
 
@@ -219,6 +220,7 @@ def name_of(root: Path, split: str = "train", classes: Classes | None = None, **
 def test_the_name_of_a_file_depends_on_all_that_its_bytes_do(camvid_copy, monkeypatch):
     ours = CamVid.CLASSES
     other_ids = Classes(ours.names, ours.colors, ours.label_ids[::-1], ours.ignored_ids)
+    other_colors = Classes(ours.names, ours.colors[::-1], ours.label_ids, ours.ignored_ids)
     names = [
         name_of(camvid_copy, height=36),
         name_of(camvid_copy),
@@ -226,6 +228,7 @@ def test_the_name_of_a_file_depends_on_all_that_its_bytes_do(camvid_copy, monkey
         name_of(camvid_copy, "val", height=36),
         name_of(camvid_copy, height=36, resize_labels=False),
         name_of(camvid_copy, classes=other_ids, height=36),
+        name_of(camvid_copy, classes=other_colors, height=36),
     ]
     folders = ("train", "trainannot")
     for path in [min((camvid_copy / folder).glob("*.png")) for folder in folders]:
@@ -243,7 +246,7 @@ def test_the_name_of_a_file_depends_on_all_that_its_bytes_do(camvid_copy, monkey
         with monkeypatch.context() as patch:
             patch.setattr(module, name, "99")
             names.append(name_of(camvid_copy, height=36))
-    assert len(set(names)) == len(names) == 13
+    assert len(set(names)) == len(names) == 14
 
 
 def test_the_name_of_a_file_depends_on_nothing_else(camvid_copy, tmp_path):

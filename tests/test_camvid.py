@@ -117,7 +117,9 @@ def test_other_splits_are_scored(run_folder, script, fails, camvid):
     argv = ("--checkpoint", run_folder / "best.pth", "--datadir", camvid, "--workers", 0)
     assert "scoring 2 images of test" in script(EVAL, *argv, "--subset", "test").out
     assert "scoring 9 images of trainval" in script(EVAL, *argv, "--subset", "trainval").out
-    assert "--subset train_extra: camvid has" in fails(EVAL, *argv, "--subset", "train_extra")
+    assert "camvid has no split train_extra, only train" in fails(
+        EVAL, *argv, "--subset", "train_extra"
+    )
 
 
 def test_training_learns_its_images(script, camvid, tmp_path):

@@ -27,9 +27,11 @@ from datasets.check import (
     summary,
 )
 from datasets.cityscapes import Cityscapes
-from datasets.folder import Folder, read_classes
+from datasets.class_file import read_classes
+from datasets.folder import Folder
 from datasets.imagenet import ImageFolder
-from datasets.images import BrokenFiles, FileError, NothingReadable, read_image, read_label
+from datasets.images import BrokenFiles, FileError, NothingReadable, read_image
+from datasets.labels import read_label
 from datasets.segmentation import Segmentation
 
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 70, 3)).astype(np.uint8)
@@ -99,6 +101,16 @@ def set_pixel(path: str, value: int) -> None:
     Image.fromarray(label).save(path)
 
 
+def save_as(path: str, kind: str, mode: str = "L") -> None:
+    with Image.open(path) as image:
+        image.convert(mode).save(path, kind)
+
+
+def paint(path: str, color: tuple[int, int, int]) -> None:
+    with Image.open(path) as image:
+        Image.new("RGB", image.size, color).save(path)
+
+
 def narrow(path: str) -> None:
     with Image.open(path) as image:
         part = image.crop((0, 0, image.width - 1, image.height))
@@ -121,7 +133,9 @@ DAMAGES = {
     "half a label": ("unreadable", 1, lambda image, label: end_early(label), False),
     "a folder": ("unreadable", 1, lambda image, label: (remove(label), Path(label).mkdir()), True),
     "size": ("wrong size", 1, lambda image, label: narrow(label), True),
-    "mode": ("wrong mode", 1, lambda image, label: Image.new("RGB", (96, 72)).save(label), True),
+    "jpeg": ("lossy label", 1, lambda image, label: save_as(label, "JPEG"), True),
+    "mode": ("wrong mode", 1, lambda image, label: save_as(label, "TIFF", "F"), True),
+    "colour": ("unknown colour", 1, lambda image, label: paint(label, (250, 1, 2)), False),
     "id": ("unknown label", 1, lambda image, label: set_pixel(label, 77), False),
     "absurd": ("absurd size", 0, lambda image, label: declare(image, 60000, 60000), True),
     "large": ("absurd size", 1, lambda image, label: declare(label, 10000, 10000), True),

@@ -4,14 +4,16 @@ import re
 
 import pytest
 from test_check import DAMAGES, cut
+from test_datasets import put_masks
 
 from datasets.camvid import CamVid
 from datasets.cityscapes import Cityscapes
-from datasets.folder import Folder, read_classes
+from datasets.class_file import read_classes
+from datasets.folder import Folder
 
 TOOL = "tools/check_dataset.py"
 # Each is found wherever it is.
-EACH = ("no label", "no image", "garbled", "size", "mode", "id", "absurd", "cut image", "checksum")
+EACH = ("no label", "no image", "garbled", "size", "jpeg", "id", "absurd", "cut image", "checksum")
 
 
 def lines_of(out: str) -> set[tuple[str, str]]:
@@ -65,6 +67,28 @@ def test_a_folder(script, fields_copy):
     assert lines_of(result.out) == expected and result.status == 1
     result = script(TOOL, *argv, "--split", "val")
     assert result.status == 0 and result.out.splitlines()[-1] == "problems: 0"
+
+
+def test_labels_as_a_whole(script, fields_copy):
+    classes = fields_copy / "classes.txt"
+    argv = ("--classes", classes, "--datadir", fields_copy, "--workers", 0)
+    classes.write_text("background\nobject\n")
+    put_masks(fields_copy, {"train": [0, 255], "val": [0, 255]})
+    result = script(TOOL, *argv)
+    assert lines_of(result.out) == {("labels", str(fields_copy))} and result.status == 1
+    assert "no pixel of train is object, and 49" in result.out
+    assert script(TOOL, *argv, "--fast").status == 0
+    classes.write_text("a\nb\nc\n")
+    put_masks(fields_copy, {"train": [0, 1], "val": [0, 2]})
+    (fields_copy / "labels/train/0.png").write_bytes(b"")
+    result = script(TOOL, *argv)
+    assert {name for name, _ in lines_of(result.out)} == {"unreadable", "labels"}
+    assert "classes without a pixel in train: c" in result.out
+    assert "note: classes without a pixel in val: b\n" in result.err
+    classes.write_text("a\nb\n")
+    put_masks(fields_copy, {"val": [0]})
+    result = script(TOOL, *argv, "--split", "val")
+    assert result.status == 0 and result.err == "note: classes without a pixel in val: b\n"
 
 
 def test_images_of_classes(script, shapes_copy):

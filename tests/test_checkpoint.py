@@ -68,6 +68,7 @@ def test_the_keys_on_disk_stay_what_they_were():
         "label_ids": [7, 8, 9],
         "ignored_ids": [3],
         "categories": ["flat", "air", "nature"],
+        "label_colors": None,
         "train_images": 12,
         "apn_channels": 4,
         "mean": [0.1, 0.2, 0.3],

@@ -108,10 +108,102 @@ def test_unknown_label_ids_are_found_before_training(fields_copy, split):
         opened(options("folder", fields_copy, **STRONG))
 
 
+def put_masks(root: Path, values: dict[str, list[int]], palettes: list | None = None) -> None:
+    """Replace the labels of the splits: blocks of these values, and a different share of each."""
+    for split, kinds in values.items():
+        for number, path in enumerate(sorted((root / "labels" / split).iterdir())):
+            with Image.open(path) as image:
+                width, height = image.size
+            columns = np.resize(np.repeat(kinds, 3), width).astype(np.uint8)
+            label = Image.fromarray(np.tile(columns, (height, 1)))
+            if palettes:
+                label.putpalette(np.array(palettes[number % len(palettes)], np.uint8).tobytes())
+            label.save(path)
+
+
+@pytest.mark.parametrize(
+    ("classes", "values", "message"),
+    [
+        (
+            "background\nobject\n",
+            {"train": [0, 255], "val": [0, 255]},
+            "no pixel of train is object, and 49.* are 255, which is ignored: are these masks of 0 "
+            r"and 255\? In .*classes.txt, `255 object` in place of `object` makes 255 that class",
+        ),
+        ("0 a\n1 b\n2 c\n", {"train": [0, 1, 255], "val": [0, 1]}, "no pixel of train is c, and"),
+        ("a\nb\nvoid\n", {"train": [0, 255], "val": [0, 1]}, "no pixel of train is b, and"),
+        ("a\nb\n", {"train": [0, 1], "val": [0, 255]}, "no pixel of val is b, and"),
+        ("a\nb\n", {"train": [255], "val": [0, 1]}, "all labels of train are ignored"),
+        ("void\na\nb\n", {"train": [0], "val": [1, 2]}, "all labels of train are ignored"),
+        ("a\nb\nvoid\n", {"train": [0, 1], "val": [2]}, "all labels of val are ignored"),
+        ("a\nb\n", {"train": [0], "val": [0, 1]}, "only a has pixels in train: two classes are"),
+    ],
+)
+def test_labels_that_teach_nothing_are_refused(fields_copy, classes, values, message):
+    (fields_copy / "classes.txt").write_text(classes)
+    put_masks(fields_copy, values)
+    with pytest.raises(DatasetError, match=message):
+        opened(options("folder", fields_copy, **STRONG))
+
+
+@pytest.mark.parametrize(
+    ("classes", "counted"),
+    [
+        ("background\n255 object\n", ["background", "object"]),
+        ("0 background\n1 object\n2 other\n255 void\n", ["background", "ignored"]),
+    ],
+)
+def test_255_is_what_the_file_of_classes_says(fields_copy, classes, counted, capsys):
+    (fields_copy / "classes.txt").write_text(classes)
+    values = [0, 255] if "object" in counted else [0, 1, 255]
+    put_masks(fields_copy, {"train": values, "val": values})
+    data = opened(options("folder", fields_copy, **STRONG))
+    assert all(data.counts[name] > 0 for name in counted)
+    assert ("without a pixel" in capsys.readouterr().out) == ("other" in classes)
+
+
+def test_classes_without_a_pixel_are_named(fields_copy, capsys):
+    (fields_copy / "classes.txt").write_text("a\nb\nc\nd\n")
+    put_masks(fields_copy, {"train": [0, 1, 2], "val": [0, 3]})
+    opened(options("folder", fields_copy, **STRONG))
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: classes without a pixel in train: d",
+        "note: classes without a pixel in val: b, c",
+    ]
+
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def test_palettes_of_other_colours_are_told(fields_copy, capsys):
+    (fields_copy / "classes.txt").write_text("a 9 9 8\nb\n")
+    values = {"train": [0, 1], "val": [0, 1]}
+    put_masks(fields_copy, values, [[RED, GREEN]])
+    assert opened(options("folder", fields_copy, **STRONG)).counts["b"] > 0
+    note = "note: (255, 0, 0) is the colour of 0 in a palette, not (9, 9, 8): the indices"
+    assert capsys.readouterr().out.count(note) == 1
+    (fields_copy / "classes.txt").write_text("a 0 255 0\nb 255 0 0\n")
+    put_masks(fields_copy, values, [[RED, GREEN], [GREEN, RED]])
+    opened(options("folder", fields_copy, **STRONG))
+    assert "palette" not in capsys.readouterr().out
+
+
+def test_palettes_in_different_orders_are_refused_without_colours(fields_copy):
+    (fields_copy / "classes.txt").write_text("a\nb\nc\n")
+    values = {"train": [0, 1, 2], "val": [0, 1, 2]}
+    put_masks(fields_copy, values, [[RED, GREEN, BLUE], [RED, BLUE, GREEN]])
+    message = r"palettes in different orders: \(0, 0, 255\) is 1 and 2; give each class its colour"
+    with pytest.raises(DatasetError, match=message):
+        opened(options("folder", fields_copy, **STRONG))
+    put_masks(fields_copy, values, [[RED, GREEN, BLUE], [(1, 2, 3), (4, 5, 6), (7, 8, 9)]])
+    opened(options("folder", fields_copy, **STRONG))
+
+
 def test_counts_that_are_known_are_not_counted_again(camvid, capsys, monkeypatch):
     counted = opened(options("camvid", camvid)).counts
     assert "counting the pixels of the labels" in capsys.readouterr().out
-    monkeypatch.setattr("datasets.count_pixels", None)
+    monkeypatch.setattr("datasets.count_labels", None)
     assert opened(options("camvid", camvid), counts=counted).counts == counted
 
 

@@ -9,7 +9,8 @@ from conftest import ROOT
 from fuzzing import chunks_of, joined
 from PIL import ExifTags, Image, ImageOps
 
-from datasets.images import FileError, orientation, read_image, read_label, upright_size
+from datasets.images import FileError, orientation, read_image, upright_size
+from datasets.labels import read_label
 
 NOISE = np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8)
 
@@ -138,23 +139,6 @@ def test_an_unknown_orientation_counts_as_upright():
     exif[ExifTags.Base.Orientation] = 9
     image.info["exif"] = exif.tobytes()
     assert orientation(image) == 1
-
-
-def test_a_palette_label_holds_its_indices(tmp_path):
-    path = str(tmp_path / "label.png")
-    label = Image.fromarray(np.array([[0, 7], [33, 7]], np.uint8))
-    label.putpalette(list(range(256)) * 3)
-    label.save(path)
-    assert Image.open(path).mode == "P"
-    assert read_label(path).tolist() == [[0, 7], [33, 7]]
-
-
-def test_a_colour_label_is_refused(tmp_path):
-    path = str(tmp_path / "label.png")
-    Image.fromarray(NOISE).save(path)
-    with pytest.raises(FileError, match="mode RGB") as error:
-        read_label(path)
-    assert error.value.problem == "wrong mode"
 
 
 @pytest.mark.parametrize("read", [read_image, read_label])

@@ -10,7 +10,8 @@ from PIL import Image
 from datasets.camvid import CamVid
 from datasets.check import labels_without_image
 from datasets.cityscapes import Cityscapes
-from datasets.folder import Folder, read_classes
+from datasets.class_file import read_classes
+from datasets.folder import Folder
 from datasets.imagenet import ImageFolder
 from datasets.images import DatasetError
 from datasets.listing import list_pictures, matched_files

@@ -14,7 +14,7 @@ from datasets.loading import (
     ShuffledSeeds,
     batch_loader,
     call_in_workers,
-    count_pixels,
+    count_labels,
 )
 
 CPU = torch.device("cpu")
@@ -242,6 +242,6 @@ def test_pixels_are_counted(cityscapes, workers):
     labels = [part.read_train_ids(index) for part in parts for index in range(len(part))]
     values, numbers = np.unique(labels, return_counts=True)
     expected = dict(zip(values.tolist(), numbers.tolist(), strict=True))
-    counts = count_pixels(parts, 19, workers)
+    counts = count_labels(parts, workers).by_class(Cityscapes.CLASSES)
     assert counts.dtype == torch.int64 and counts.sum() == 9 * 64 * 128
     assert counts.tolist() == [expected.get(value, 0) for value in (*range(19), 255)]

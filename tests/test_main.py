@@ -29,7 +29,7 @@ import utils.run_folder
 import utils.training
 from datasets import open_splits, read_classes_for
 from datasets.cityscapes import Cityscapes
-from datasets.loading import count_pixels
+from datasets.loading import count_labels
 from datasets.transforms import Paper, Strong
 from models.lednet import AuxiliaryHead, Encoder, EncoderClassifier, LEDNet
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network, save_checkpoint
@@ -200,7 +200,7 @@ def stages(cityscapes, monkeypatch, capsys) -> Callable[..., list[Stage]]:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_by_default_stages_are_trained_as_published(stages, cityscapes, loss):
     built = stages("--loss", loss, "--num-epochs", 2)
-    counts = count_pixels([Cityscapes(cityscapes, "train")], 19)
+    counts = count_labels([Cityscapes(cityscapes, "train")]).by_class(Cityscapes.CLASSES)
     expected = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4, "initial_lr": 5e-4}
     for stage, number, c, stride in zip(built, (1, 2), (1.20, 1.10), (8, 1), strict=True):
         assert (stage.number, stage.epochs, stage.steps) == (number, 2, 3)
@@ -241,7 +241,7 @@ def test_options_reach_the_stages(stages):
 
 @pytest.mark.parametrize("c", [0, 1.02])
 def test_class_weights_may_be_stronger_or_off(stages, cityscapes, c):
-    counts = count_pixels([Cityscapes(cityscapes, "train")], 19)
+    counts = count_labels([Cityscapes(cityscapes, "train")]).by_class(Cityscapes.CLASSES)
     for stage in stages("--weight-c", c):
         expected = class_weights(counts, c) if c else torch.ones(19)
         assert torch.equal(stage.loss.keywords["weight"], expected)

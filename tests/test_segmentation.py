@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,8 @@ from PIL import Image
 
 from datasets import DATASETS
 from datasets.camvid import CamVid
+from datasets.class_file import read_classes
+from datasets.folder import Folder
 from datasets.images import DatasetError
 from datasets.segmentation import Classes, ranges, resize_label, resized_size, write_label
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -31,7 +35,8 @@ def test_label_ids_become_train_ids():
     "classes", [CLASSES, *(kind.CLASSES for kind in DATASETS.values() if kind.CLASSES)]
 )
 def test_classes_come_back_from_a_checkpoint(classes, tmp_path):
-    save_checkpoint(classes.to_checkpoint() | {"model": {}}, tmp_path / "classes.pth")
+    weights = {"weight": torch.zeros(1)}
+    save_checkpoint(classes.to_checkpoint() | {"model": weights}, tmp_path / "classes.pth")
     back = Classes.from_checkpoint(load_checkpoint(tmp_path / "classes.pth"))
     assert (back.to_train_ids() == classes.to_train_ids()).all()
     assert list(back.names) == list(classes.names)
@@ -43,9 +48,20 @@ def test_classes_come_back_from_a_checkpoint(classes, tmp_path):
 
 def test_old_checkpoints_lack_categories_and_ignored_ids():
     stated = CLASSES.to_checkpoint()
-    del stated["ignored_ids"], stated["categories"]
+    del stated["ignored_ids"], stated["categories"], stated["label_colors"]
     back = Classes.from_checkpoint(stated)
     assert back.to_train_ids()[5] == 254 and not back.categories
+    assert back.ids_by_color() == {}  # some may have been picked
+
+
+def test_label_files_may_have_the_colours_of_classes():
+    assert CLASSES.ids_by_color() == {(1, 2, 3): 7, (4, 5, 6): 0, (7, 8, 9): 200}
+    colors = {7: (1, 2, 3), 5: (4, 5, 6), 255: (4, 5, 6), 200: (1, 2, 3)}
+    classes = dataclasses.replace(CLASSES, label_colors=colors)
+    # Of two classes; and of two ids that are ignored.
+    assert list(classes.ids_by_color()) == [(4, 5, 6)]
+    back = Classes.from_checkpoint(classes.to_checkpoint())
+    assert back.ids_by_color() == classes.ids_by_color()
 
 
 # Items
@@ -99,6 +115,29 @@ def test_unknown_label_ids_are_named_with_their_file(camvid_copy):
         train[3]
     put_ids(path, 255, 0, 0)
     assert train[3][1][0, :3].tolist() == [255, 0, 0]
+
+
+def test_unknown_label_ids_come_with_advice(camvid_copy, fields_copy):
+    fields = Folder(fields_copy, "train", read_classes(fields_copy / "classes.txt"))
+    put_ids(fields.pairs[0][1], 60)
+    with pytest.raises(DatasetError, match=r"a file of classes may give values \(`60 road`\)"):
+        fields[0]
+    train = CamVid(camvid_copy, "train")
+    put_ids(train.pairs[0][1], *range(40, 50))
+    with pytest.raises(DatasetError, match="so many come of resizing or JPEG"):
+        train[0]
+
+
+def test_every_data_set_takes_coloured_labels(camvid_copy):
+    train = CamVid(camvid_copy, "train")
+    expected = train[0][1]
+    path = train.pairs[0][1]
+    palette = np.zeros((256, 3), np.uint8)
+    palette[:11] = CamVid.CLASSES.colors
+    ids = np.array(Image.open(path))
+    ids[ids == 11] = 0
+    Image.fromarray(palette[ids]).save(path)
+    assert torch.equal(train[0][1], torch.where(expected == 255, 0, expected))
 
 
 def test_a_label_of_another_size_is_named(camvid_copy):

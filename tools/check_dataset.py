@@ -5,14 +5,16 @@
     python tools/check_dataset.py --classes FILE --datadir DIR      your own data
     python tools/check_dataset.py --dataset imagenet --datadir DIR  DIR/{train,val}/<class>/
 
-It decodes every image and label, verifies every checksum and looks up every label id. A line reads
-`problem: path: details`. The exit status is 0 if nothing is wrong, 1 if something is, 2 after a
-mistake on the command line.
+It decodes every image and label, verifies every checksum, looks up every label id and names classes
+without a pixel. A line reads `problem: path: details`. The exit status is 0 if nothing is wrong, 1
+if something is, 2 after a mistake on the command line.
 """
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
+from copy import copy
 from itertools import chain
 from pathlib import Path
 
@@ -23,9 +25,19 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets import DATASETS, ClassesError, read_classes_for
-from datasets.check import Problem, find_problems, labels_without_image, summary
+from datasets.check import (
+    Problem,
+    absent_classes,
+    find_problems,
+    label_problems,
+    labels_without_image,
+    palette_note,
+    summary,
+)
 from datasets.imagenet import ImageFolder
 from datasets.images import DatasetError, read_image
+from datasets.loading import count_labels
+from datasets.segmentation import Segmentation
 from utils.arguments import ArgumentParser, file_path, natural_int
 from utils.errors import UserError
 from utils.script import WorkerDied, run_script
@@ -65,6 +77,11 @@ def main() -> None:
         for problem in chain(found, labels_without_image(dataset)):
             problems.append(problem)
             tqdm.write(str(problem))
+    if args.dataset != IMAGENET and not args.fast:
+        broken = {problem.path for problem in problems}
+        for problem in problems_of_labels(datasets, broken, args):
+            problems.append(problem)
+            print(problem)
     for split, error in missing.items():
         if split in NEEDED:
             problems.append(Problem("split not checked", args.datadir, str(error)))
@@ -78,6 +95,32 @@ def main() -> None:
     print(f"checked {what} of {len(pairs)} images and {labels} labels")
     print(f"problems: {len(problems)}" + (f" ({summary(problems)})" if problems else ""))
     sys.exit(1 if problems else 0)
+
+
+def problems_of_labels(
+    datasets: Sequence[Segmentation], broken: set[str], args: argparse.Namespace
+) -> list[Problem]:
+    """Return what is wrong with the labels of train and val as a whole, and print notes."""
+    counts = {}
+    for dataset in datasets:
+        pairs = [pair for pair in dataset.pairs if pair[1] and broken.isdisjoint(pair)]
+        if dataset.split in NEEDED and pairs:
+            readable = copy(dataset)
+            readable.pairs = pairs
+            counts[dataset.split] = count_labels([readable], args.workers)
+    if not counts:
+        return []
+    classes = datasets[0].classes
+    problems = label_problems(counts, classes, args.classes)
+    notes = [palette_note(counts.values(), classes)]
+    for split, found in counts.items():
+        if absent := absent_classes(found, classes):
+            # Classes of its own file can be left out of it; a drawn Cityscapes is a part of it.
+            what = problems if args.classes and split == "train" and not problems else notes
+            what.append(f"classes without a pixel in {split}: {', '.join(absent)}")
+    for note in filter(None, notes):
+        print(f"note: {note}", file=sys.stderr)
+    return [Problem("labels", args.datadir, problem) for problem in problems]
 
 
 def open_splits(args: argparse.Namespace) -> tuple[list[Dataset], dict[str, DatasetError]]:
