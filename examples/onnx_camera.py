@@ -98,6 +98,7 @@ class Network:
         self.names, self.colors, self.label_ids, self.mean, self.std, self.height = (
             json.loads(stored[name]) for name in METADATA
         )
+        self.fixed = self.session.get_inputs()[0].shape[2:]  # names if the size is free
         self.seconds: list[float] = []
 
     def segment(self, frames: Iterator) -> Iterator[tuple[str, Image.Image, np.ndarray]]:
@@ -116,9 +117,11 @@ class Network:
             yield name, page, labels
 
     def prepare(self, picture: Image.Image) -> np.ndarray:
-        """Resize a picture to the working height and normalise it: 1 x 3 x h x w, float32."""
+        """Resize a picture to the input's size and normalise it: 1 x 3 x h x w, float32."""
         width = round(picture.width * self.height / picture.height)
         size = min(max(width, MIN_WIDTH), MAX_ASPECT * self.height), self.height
+        if isinstance(self.fixed[0], int):
+            size = self.fixed[1], self.fixed[0]
         pixels = np.asarray(picture.resize(size, Image.Resampling.BILINEAR), np.float32)
         mean, std = np.float32(self.mean), np.float32(self.std)
         return np.ascontiguousarray((pixels / (255 * std) - mean / std).transpose(2, 0, 1)[None])
