@@ -27,7 +27,7 @@ from datasets.segmentation import Segmentation, resized_size
 from utils.files import atomic_write, remove_unfinished
 
 # To be raised when the same files give other bytes, so that no older cache is read.
-FORMAT = 1
+FORMAT = 2
 
 Size = tuple[int, int]  # height and width
 Splits = Mapping[Segmentation, list[Size]]  # data sets with the sizes of their image files

@@ -8,11 +8,12 @@ the split into 367, 101 and 233 images of 480x360 is that of Badrinarayanan et a
 import os
 from typing import ClassVar
 
-from datasets.segmentation import Classes, Segmentation, matched_files
+from datasets.listing import matched_files
+from datasets.segmentation import Classes, Segmentation
 
 
 class CamVid(Segmentation):
-    """CamVid as <split>/<name>.png (or .jpg) and <split>annot/<name>.png; 11 = unlabelled."""
+    """CamVid as <split>/<name>.png (or .jpg, ...) and <split>annot/<name>.png; 11 = unlabelled."""
 
     CLASSES = Classes(
         names=[
@@ -27,6 +28,7 @@ class CamVid(Segmentation):
         label_ids=range(11),
         ignored_ids=[11],
     )
+    DEPTH = 1
     SPLITS = ("train", "val", "trainval", "test")
     TRAIN_ON: ClassVar = {"train": ["train"], "trainval": ["trainval"]}
 

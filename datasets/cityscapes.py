@@ -11,6 +11,7 @@ from typing import ClassVar
 import torchvision
 
 from datasets.images import IGNORE_INDEX, DatasetError
+from datasets.listing import list_pictures, tell_left_out
 from datasets.segmentation import Classes, Segmentation
 
 # The official class table, in the order of the trainIds 0 to 18. The license plate's -1 is left
@@ -20,6 +21,8 @@ TRAINED = sorted((c for c in OFFICIAL if 0 <= c.train_id < IGNORE_INDEX), key=la
 
 # Published with the data set and known to be broken.
 BROKEN_IMAGE = "troisdorf_000000_000073"
+
+IMAGE_END = "_leftImg8bit.png"
 
 
 class Cityscapes(Segmentation):
@@ -36,7 +39,6 @@ class Cityscapes(Segmentation):
         categories=[c.category for c in TRAINED],
     )
     SPLITS = ("train", "val", "test", "train_coarse", "val_coarse", "train_extra")
-    LABEL_NAMES = "*_labelIds.png"
     TRAIN_ON: ClassVar = {
         "fine": ["train"],
         "coarse": ["train_coarse", "train_extra"],
@@ -45,43 +47,40 @@ class Cityscapes(Segmentation):
 
     def files(self) -> list[tuple[str, str | None]]:
         coarse = self.split == "train_extra" or self.split.endswith("_coarse")
-        split, mode = self.split.removesuffix("_coarse"), "coarse" if coarse else "fine"
-        images, labels = f"leftImg8bit/{split}", f"gt{mode.capitalize()}/{split}"
-        # Checked first: where a folder is missing, torchvision unpacks archives unasked.
-        for folder in (images, labels):
-            if not os.path.isdir(os.path.join(self.root, folder)):
+        split, kind = self.split.removesuffix("_coarse"), "gtCoarse" if coarse else "gtFine"
+        images, labels = (os.path.join(self.root, name, split) for name in ("leftImg8bit", kind))
+        for folder in (images,) if split == "test" else (images, labels):
+            if not os.path.isdir(folder):
                 raise DatasetError(
-                    f"{self.root} has no folder {folder}: it must hold Cityscapes in its official "
-                    "layout, leftImg8bit/<split>/<city> and gtFine/<split>/<city> or "
-                    "gtCoarse/<split>/<city>"
+                    f"{self.root} has no folder {os.path.relpath(folder, self.root)}: it must hold "
+                    "Cityscapes in its official layout, leftImg8bit/<split>/<city> and "
+                    "gtFine/<split>/<city> or gtCoarse/<split>/<city>"
                 )
-        try:
-            listed = torchvision.datasets.Cityscapes(self.root, split, mode, "semantic")
-        except OSError as error:
-            raise DatasetError(
-                f"{error.filename} is not a folder that can be read: {images} must hold "
-                "a folder for each city, and nothing else"
-            ) from error
-        pairs = sorted(
-            (image, target[0])
-            for image, target in zip(listed.images, listed.targets, strict=True)
-            if image.endswith("_leftImg8bit.png")
-        )
-        if any(BROKEN_IMAGE in image for image, _ in pairs):
+        pictures = list_pictures(images)
+        found = sorted(path for path in pictures if path.endswith(IMAGE_END))
+        if len(found) < len(pictures):
+            reason = f"Cityscapes has <city>/*{IMAGE_END}"
+            tell_left_out(len(pictures) - len(found), found, images, reason)
+        if any(BROKEN_IMAGE in path for path in found):
             warnings.warn(f"{BROKEN_IMAGE} is known to be broken and is left out", stacklevel=3)
-            pairs = [pair for pair in pairs if BROKEN_IMAGE not in pair[0]]
-        if not pairs:
+            found = [path for path in found if BROKEN_IMAGE not in path]
+        if not found:
             raise DatasetError(
-                f"{os.path.join(self.root, images)} holds no <city>/*_leftImg8bit.png: "
-                "unpack the Cityscapes images there"
+                f"{images} holds no <city>/*{IMAGE_END}: unpack the Cityscapes images there"
             )
-        return [(image, None if split == "test" else label) for image, label in pairs]
+        if split == "test":
+            return [(path, None) for path in found]
+        end = f"_{kind}_labelIds.png"
+        return [
+            (path, labels + path[len(images) :].removesuffix(IMAGE_END) + end) for path in found
+        ]
 
     def label_files(self) -> list[str]:
-        return [path for path in super().label_files() if BROKEN_IMAGE not in path]
+        paths = [path for path in super().label_files() if path.endswith("_labelIds.png")]
+        return [path for path in paths if BROKEN_IMAGE not in path]
 
     def result_name(self, index: int) -> str:
         """Return the path that the official evaluation and the benchmark server look for."""
         image = Path(self.pairs[index][0])
-        name = image.name.replace("_leftImg8bit.png", "_pred_labelIds.png")
+        name = image.name.replace(IMAGE_END, "_pred_labelIds.png")
         return f"{image.parent.name}/{name}"

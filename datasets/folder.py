@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from datasets.images import DatasetError
-from datasets.segmentation import Classes, Segmentation, matched_files
+from datasets.listing import matched_files
+from datasets.segmentation import Classes, Segmentation
 
 # Classes of these names, in any case, are neither trained on nor scored.
 IGNORED = {"ignore", "ignored", "unlabeled", "unlabelled", "void"}
@@ -16,10 +17,11 @@ Row = tuple[str, list[int] | None]  # name and colour of a class
 
 
 class Folder(Segmentation):
-    """images/<split>/<name>.png or .jpg with labels/<split>/<name>.png; see `read_classes`.
-
-    The split "test" may come without labels.
+    """images/<split>/<name>.png, .jpg, ... with labels/<split>/<name>.png; see `read_classes` and
+    `matched_files`. The split "test" may come without labels.
     """
+
+    DEPTH = 2
 
     def files(self) -> list[tuple[str, str | None]]:
         images, labels = (

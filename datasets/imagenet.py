@@ -9,7 +9,9 @@ Decoding takes most of the time, so only the crop is decoded, and a JPEG with a 
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -32,6 +33,7 @@ from datasets.images import (
     orientation,
     upright_size,
 )
+from datasets.listing import PICTURES, is_stray, list_pictures, tell_left_out
 from utils import distributed
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1].
@@ -40,6 +42,8 @@ STD = (0.229, 0.224, 0.225)
 
 # Validation uses the centre of the shorter side, as in 224 of 256 pixels.
 CENTRAL_PART = 224 / 256
+
+TINY_VAL = "val_annotations.txt"  # of Tiny ImageNet: name and class of each image, and a box
 
 
 def open_images(
@@ -85,7 +89,8 @@ def validation_images(datadir: str | Path, size: int, classes: list[str]) -> "Im
 
 
 class ImageFolder(torchvision.datasets.ImageFolder):
-    """Images of one split with their class numbers, in the order of their names.
+    """Images of one split with their class numbers, in the order of their names; val may have the
+    form of Tiny ImageNet's, val/images and a table of the classes.
 
     Args:
         loader: function that reads an image file.
@@ -102,6 +107,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     ) -> None:
         root = Path(datadir) / split
         self.known_classes = classes
+        self.class_of: dict[str, str] = {}  # by name of the file, where folders do not tell
         if not Path(datadir).is_dir():
             raise DatasetError(f"{datadir} does not exist: give the folder that holds {split}")
         if not root.is_dir():
@@ -111,7 +117,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         empty = [root / name for name in self.classes if name not in found]
         empty = [folder for folder in empty if folder.is_dir()]
         if empty:
-            suffixes = ", ".join(IMG_EXTENSIONS)
+            suffixes = ", ".join(sorted(PICTURES))
             raise DatasetError(f"{empty[0]} holds no images ({suffixes}): add some or remove it")
 
     @property
@@ -125,9 +131,15 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         self.targets = [target for _, target in self.samples]
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        found = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir())
+        folders = [entry.name for entry in Path(directory).iterdir() if entry.is_dir()]
+        found = sorted(name for name in folders if not is_stray(name))
         if not found:
             raise DatasetError(f"{directory} holds no folder: images lie in {directory}/<class>/")
+        table = Path(directory, TINY_VAL)
+        if found == ["images"] and table.is_file():
+            rows = [line.split() for line in table.read_text(encoding="utf-8").splitlines()]
+            self.class_of = {row[0]: row[1] for row in rows if len(row) > 1}
+            found = sorted(set(self.class_of.values()))
         classes = self.known_classes or found
         unknown = sorted(set(found) - set(classes))
         if unknown:
@@ -136,6 +148,22 @@ class ImageFolder(torchvision.datasets.ImageFolder):
                 "train and val must have the same classes, remove the folder or rename it"
             )
         return classes, {name: number for number, name in enumerate(classes)}
+
+    def make_dataset(
+        self, directory: str, class_to_idx: dict[str, int], *_args: Any, **_options: Any
+    ) -> list[tuple[str, int]]:
+        """Return each image of any depth with the number of its class, by class."""
+        samples: list[tuple[str, int]] = []
+        pictures = list_pictures(directory)
+        for path in pictures:
+            folder = path[len(directory) + 1 :].partition(os.sep)[0]
+            name = self.class_of.get(os.path.basename(path)) if self.class_of else folder
+            if name in class_to_idx:
+                samples.append((path, class_to_idx[name]))
+        if len(samples) < len(pictures):
+            count = len(pictures) - len(samples)
+            tell_left_out(count, samples, directory, "they belong to no class")
+        return sorted(samples, key=itemgetter(1))
 
 
 class CropLoader:

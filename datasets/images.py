@@ -119,7 +119,7 @@ def file_errors(path: str) -> Iterator[None]:
     except Exception as error:  # PIL does not document what it raises on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            reason = "its format is not known"
+            reason = "Pillow does not read its format; 8-bit PNG is safe"
         raise FileError(f"{path} cannot be read as an image ({reason}): fetch it again") from error
 
 
@@ -149,13 +149,35 @@ def decode(image: Image.Image) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an image of any mode to 8-bit RGB; transparency is dropped."""
-    if image.mode == "RGB":
+    deep = ";16" in str(getattr(image, "tile", ())[:1])
+    if image.mode == "RGB" and not deep:
         image.load()  # convert would copy it
         return image
-    if image.mode.startswith("I"):  # 16-bit grey, where PIL would clip all above 255 to white
-        high_bytes = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(high_bytes).convert("RGB")
-    return image.convert("RGB")
+    if image.mode.startswith(("I", "F")):  # PIL would clip all above 255 to white
+        return Image.fromarray(to_8_bits(np.asarray(image))).convert("RGB")
+    rgb = image.convert("RGB")
+    if deep:  # PIL keeps the upper bytes of colours, which are nearly black if 12 bits are used
+        bits = max(high for _, high in rgb.getextrema()).bit_length()
+        rgb = rgb.point(lambda value: value << (8 - bits - bits % 2))
+    return rgb
+
+
+def to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Scale the grey values of an image to 0 to 255, uint8, by the range that they use.
+
+    Integers keep the upper 8 of the 8, 10, 12, 14, 16, ... bits that the largest one takes. Floats
+    are from 0 to 1, or from 0 to 255, if all lie there; else from their least to their greatest.
+    """
+    if values.dtype.kind != "f":
+        bits = int(values.max()).bit_length()
+        return (values >> max(0, bits + bits % 2 - 8)).clip(0, 255).astype(np.uint8)
+    values = values.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+    if low >= 0 and high <= 255:
+        low, high = 0, 1 if high <= 1 else 255
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    return np.round((values - low) * 255 / (high - low or 1)).astype(np.uint8)
 
 
 def orientation(image: Image.Image) -> int:

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from datasets.images import MIN_SIZE, DatasetError, decode, file_errors, to_rgb
+from datasets.listing import NOTES, PICTURES, is_stray, list_pictures
 
-PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 # Formats whose further images are an animation; those of others, such as the previews that cameras
 # put behind a photo, are passed over.
@@ -51,11 +51,11 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
     found: dict[str, str] = {}  # name by path
     for path in inputs:
         if os.path.isdir(path):
-            files = [file for file in sorted(Path(path).rglob("*")) if is_picture(file)]
-            names = {str(file): result_name(file.relative_to(path)) for file in files}
+            files = sorted(list_pictures(path, PICTURES | VIDEOS))
+            names = {file: result_name(Path(file).relative_to(path)) for file in files}
         else:
             # A file whose name looks like a glob is a file.
-            files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+            files = [path] if os.path.exists(path) else expand(path)
             names = {file: result_name(Path(file).name) for file in files if os.path.isfile(file)}
         if not names:
             what = "holds no picture or video" if os.path.isdir(path) else "is no file or folder"
@@ -71,6 +71,13 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
     return list(found.items())
 
 
+def expand(pattern: str) -> list[str]:
+    """Return the files that a glob finds, sorted, without strays that it does not name."""
+    named, files = set(Path(pattern).parts), sorted(glob.glob(pattern, recursive=True))
+    files = [file for file in files if not any(map(is_stray, {*Path(file).parts} - named))]
+    return [file for file in files if Path(file).suffix.lower() not in NOTES - {""}]
+
+
 def result_name(path: str | os.PathLike) -> str:
     """Return a path without its suffix, safe to use within a folder of results.
 
@@ -80,10 +87,6 @@ def result_name(path: str | os.PathLike) -> str:
     path = Path(path)
     parts = [UNPRINTABLE.sub("_", part) for part in (*path.parent.parts, path.stem)]
     return "/".join("_" * len(part) if set(part) == {"."} else part for part in parts)
-
-
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURES | VIDEOS and not path.name.startswith(".")
 
 
 def is_video(path: str) -> bool:

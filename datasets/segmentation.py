@@ -23,11 +23,10 @@ from datasets.images import (
     read_image,
     read_label,
 )
+from datasets.listing import JPEG_SUFFIXES, PICTURES, is_picture
 
 # Marks, in the table from label ids to trainIds, the ids that a data set does not have.
 UNKNOWN = 254
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,8 @@ class Segmentation(Dataset):
 
     CLASSES: ClassVar[Classes | None] = None
     SPLITS: ClassVar[Sequence[str]] = ("train", "val", "test")
-    LABEL_NAMES: ClassVar[str] = "[!.]*.png"
+    # Where the names of results begin in the parts of an image's path; -1 is its name alone.
+    DEPTH: ClassVar[int] = -1
     # The splits to train on, by the name of the choice; the first is the default.
     TRAIN_ON: ClassVar[Mapping[str, Sequence[str]]] = {
         "train": ["train"],
@@ -119,7 +119,8 @@ class Segmentation(Dataset):
         if missing:
             raise DatasetError(
                 f"{len(missing)} of {len(labels)} images of {split} have no label, first missing: "
-                f"{missing[0]}; unpack the labels again or remove the image"
+                f"{missing[0]} (there lies {beside(missing[0])}); unpack the labels again, name "
+                "them as their images, or remove the image"
             )
         self._to_train_ids = self.classes.to_train_ids()
 
@@ -130,8 +131,13 @@ class Segmentation(Dataset):
 
     def label_files(self) -> list[str]:
         """Return all label maps in the folders of the labels, also those without an image."""
-        folders = sorted({Path(label).parent for _, label in self.pairs if label is not None})
-        return [str(path) for folder in folders for path in sorted(folder.glob(self.LABEL_NAMES))]
+        folders = {os.path.dirname(label) for _, label in self.pairs if label is not None}
+        return [
+            os.path.join(folder, name)
+            for folder in sorted(filter(os.path.isdir, folders))
+            for name in sorted(os.listdir(folder))
+            if is_picture(name, PICTURES - JPEG_SUFFIXES)
+        ]
 
     def keep(self, indices: Iterable[int]) -> None:
         """Keep the pairs of these indices only, in this order."""
@@ -139,7 +145,8 @@ class Segmentation(Dataset):
 
     def result_name(self, index: int) -> str:
         """Return the path of a predicted label map within a folder of results."""
-        return f"{Path(self.pairs[index][0]).stem}.png"
+        path = Path(os.path.relpath(self.pairs[index][0], self.root))
+        return Path(*path.parts[self.DEPTH :]).with_suffix(".png").as_posix()
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -182,25 +189,12 @@ def write_label(file: str | os.PathLike | BinaryIO, prediction: Tensor, classes:
     Image.fromarray(to_label_ids[prediction.to("cpu", torch.uint8).numpy()]).save(file, "PNG")
 
 
-def matched_files(images: str, labels: str | None) -> list[tuple[str, str | None]]:
-    """Pair the PNG and JPEG files of a folder with the PNGs of another by their stems, sorted; None
-    stands for labels that do not exist."""
-    for folder in (images, labels):
-        if folder is not None and not os.path.isdir(folder):
-            raise DatasetError(f"{folder} does not exist: it must hold the files of this split")
-    found: dict[str, str] = {}
-    for name in sorted(os.listdir(images)):
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
-            continue
-        if stem in found:
-            raise DatasetError(f"{images} holds {stem} twice, as PNG and JPEG: remove one of them")
-        found[stem] = os.path.join(images, name)
-    if not found:
-        raise DatasetError(f"{images} holds no PNG or JPEG images: unpack the data set there")
-    if labels is None:
-        return [(path, None) for path in found.values()]
-    return [(path, os.path.join(labels, f"{stem}.png")) for stem, path in found.items()]
+def beside(path: str) -> str:
+    """Name some files of the folder of one that is missing, those with a similar name first."""
+    stem, folder = Path(path).stem, Path(path).parent
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    names.sort(key=lambda name: (stem not in name, name))
+    return ", ".join(names[:3]) or "no file"
 
 
 def resized_size(height: int, width: int, new_height: int) -> tuple[int, int]:

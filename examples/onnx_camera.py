@@ -29,7 +29,10 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+PICTURES = {
+    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+}
 # Of onnxruntime, the fastest first.
 PROVIDERS = [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "OpenVINO", "CPU")]
 METADATA = ("class_names", "colors", "label_ids", "mean", "std", "height")
@@ -49,10 +52,11 @@ def main() -> None:
     camera = args.input.startswith("camera:")
     if not camera and not os.path.exists(args.input):
         fail(f"--input {args.input} does not exist")
+    broken: list[str] = []
     network = Network(args.model, args.threads)
     try:
         if os.path.isdir(args.input) or Path(args.input).suffix.lower() in PICTURES:
-            results = network.segment(read_pictures(args.input))
+            results = network.segment(read_pictures(args.input, broken))
             save(results, new_folder(args), network.label_ids)
         else:
             frames, rate = open_video(args.input, camera)
@@ -69,6 +73,8 @@ def main() -> None:
     fps = 1 / np.mean(network.seconds[1:] or network.seconds)
     provider = network.session.get_providers()[0]
     print(f"{len(network.seconds)} pictures by {provider}, {fps:.1f} FPS with reading and writing")
+    if broken:
+        sys.exit(1)
 
 
 def fail(message: str) -> NoReturn:
@@ -141,18 +147,54 @@ class Network:
         return page
 
 
-def read_pictures(path: str) -> Iterator[tuple[str, Image.Image]]:
-    """Yield the name and the upright picture of a file, or of each one in a folder."""
+def read_pictures(path: str, broken: list[str]) -> Iterator[tuple[str, Image.Image]]:
+    """Yield the name and the upright picture of a file, or of each one in a folder; those that
+    cannot be read are reported and become `broken`."""
     paths = [Path(path)]
     if os.path.isdir(path):
-        paths = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in PICTURES)
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+        paths = [Path(path, name) for name in names if Path(name).suffix.lower() in PICTURES]
     for path in paths:
         try:
             with Image.open(path) as picture:
-                upright = ImageOps.exif_transpose(picture).convert("RGB")
+                upright = upright_rgb(picture)
         except Exception as error:  # what PIL raises on damaged files is not documented
-            fail(f"--input {path} cannot be read as a picture ({error})")
+            broken.append(f"--input {path} cannot be read as a picture ({error})")
+            if len(broken) == len(paths):
+                fail(broken[-1])
+            print(f"{Path(sys.argv[0]).name}: error: {broken[-1]}", file=sys.stderr)
+            continue
         yield path.stem, upright
+
+
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    deep = ";16" in str(picture.tile[:1])
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I", "F")):  # PIL would clip all above 255 to white
+        return Image.fromarray(to_8_bits(np.asarray(picture))).convert("RGB")
+    picture = picture.convert("RGB")
+    if deep:  # PIL keeps the upper bytes of colours, which are nearly black if 12 bits are used
+        bits = max(high for _, high in picture.getextrema()).bit_length()
+        picture = picture.point(lambda value: value << (8 - bits - bits % 2))
+    return picture
+
+
+def to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Scale the grey values of an image to 0 to 255, uint8, by the range that they use.
+
+    Integers keep the upper 8 of the 8, 10, 12, 14, 16, ... bits that the largest one takes. Floats
+    are from 0 to 1, or from 0 to 255, if all lie there; else from their least to their greatest.
+    """
+    if values.dtype.kind != "f":
+        bits = int(values.max()).bit_length()
+        return (values >> max(0, bits + bits % 2 - 8)).clip(0, 255).astype(np.uint8)
+    values = values.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+    if low >= 0 and high <= 255:
+        low, high = 0, 1 if high <= 1 else 255
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    return np.round((values - low) * 255 / (high - low or 1)).astype(np.uint8)
 
 
 def open_video(source: str, camera: bool) -> tuple[Iterator[tuple[str, Image.Image]], float]:

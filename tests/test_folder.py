@@ -152,7 +152,7 @@ def test_train_needs_its_labels(fields_copy):
 def test_an_image_without_its_label_is_named(fields_copy):
     classes, missing = read_classes(fields_copy / "classes.txt"), fields_copy / "labels/train/2.png"
     missing.unlink()
-    message = f"1 of 4 images of train have no label, first missing: {missing}; unpack"
+    message = f"1 of 4 images of train have no label, first missing: {missing} .*; unpack"
     with pytest.raises(DatasetError, match=message):
         Folder(fields_copy, "train", classes)
     assert len(Folder(fields_copy, "train", classes, need_labels=False)) == 4

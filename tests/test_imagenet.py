@@ -1,3 +1,4 @@
+import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -59,6 +60,25 @@ def test_items_are_images_with_the_number_of_their_class(folder):
 def test_val_is_numbered_as_train_even_where_it_lacks_a_class(folder):
     val = validation_images(folder, 16, ["cat", "dog"])
     assert val.classes == ["cat", "dog"] and [label for _, label in val.samples] == [1]
+
+
+def test_val_may_have_the_form_of_tiny_imagenet(folder, capsys):
+    shutil.rmtree(folder / "val")
+    (folder / "val/images").mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (40, 30)).save(folder / f"val/images/val_{number}.JPEG")
+    table = folder / "val/val_annotations.txt"
+    table.write_text("val_0.JPEG\tdog\t0\t0\t62\t57\nval_1.JPEG\tcat\t0\t0\t62\t57\n")
+    val = validation_images(folder, 16, ["cat", "dog"])
+    names = [(path.rsplit("/", 1)[1], number) for path, number in val.samples]
+    assert names == [("val_1.JPEG", 0), ("val_0.JPEG", 1)] and val.targets == [0, 1]
+    assert "note: 1 of 3 files of" in capsys.readouterr().err
+    table.write_text("val_0.JPEG\tfox\n")
+    with pytest.raises(DatasetError, match=r"not trained on \(fox\)"):
+        validation_images(folder, 16, ["cat", "dog"])
+    # Sorted by hand, the table does not matter.
+    (folder / "val/images").rename(folder / "val/cat")
+    assert validation_images(folder, 16, ["cat", "dog"]).targets == [0, 0, 0]
 
 
 def test_missing_folders_are_named(folder):

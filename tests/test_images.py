@@ -1,5 +1,7 @@
 import re
 import struct
+import zlib
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -30,6 +32,63 @@ def test_images_of_any_mode_become_rgb(tmp_path, mode):
     image = read_image(path)
     assert image.mode == "RGB" and image.size == (8, 6)
     assert (np.array(image) == expected).all()
+
+
+RAMP = np.linspace(0, 1, 256).reshape(16, 16)
+
+
+def save_grey(path, values: np.ndarray) -> str:
+    Image.fromarray(values).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_16_bit_files_keep_the_upper_bits_that_are_used(tmp_path, bits):
+    values = np.round(RAMP * (2**bits - 1)).astype(np.uint16)
+    for suffix in ("png", "tif"):
+        pixels = np.array(read_image(save_grey(tmp_path / f"a.{suffix}", values)))
+        assert (pixels == (values >> (bits - 8))[..., None]).all()
+    # A frame that is a little darker is not brighter.
+    darker = np.array(read_image(save_grey(tmp_path / "b.png", values // 16 * 14)))
+    assert darker.max() < 2**8 * 15 / 16
+
+
+def test_32_bit_integers_are_scaled_and_negative_ones_are_black(tmp_path):
+    values = np.array([[-5, 0], [2**23, 2**24 - 1]], np.int32)
+    pixels = np.array(read_image(save_grey(tmp_path / "a.tif", values)))
+    assert pixels[..., 0].tolist() == [[0, 0], [128, 255]]
+
+
+@pytest.mark.parametrize("scale, shift", [(1, 0), (255, 0), (4000, 0), (2, -1), (3e38, 0)])
+@pytest.mark.filterwarnings("error")
+def test_floats_are_scaled_by_their_range(tmp_path, scale, shift):
+    values = (RAMP * scale + shift).astype(np.float32)
+    pixels = np.array(read_image(save_grey(tmp_path / "a.tif", values)))
+    assert (pixels[..., 1] == np.arange(256).reshape(16, 16)).all()
+    values[3, 4], values[3, 5], values[3, 6] = np.nan, np.inf, -np.inf
+    pixels = np.array(read_image(save_grey(tmp_path / "b.tif", values)))
+    assert pixels[3, 4:7, 0].tolist() == [0, 255, 0] and pixels[5, 0, 0] == 80
+    for value in (np.nan, -7, 7000):
+        even = np.full((4, 4), value, np.float32)
+        assert (np.array(read_image(save_grey(tmp_path / "c.tif", even))) == 0).all()
+
+
+def test_16_bit_colours_use_the_upper_bits_too(tmp_path):
+    """Of which PIL decodes the upper byte."""
+    (tmp_path / "a.png").write_bytes(png_of_16_bits(NOISE.astype(np.uint16) << 4))
+    assert (np.array(read_image(str(tmp_path / "a.png"))) == NOISE & 0xF0).all()
+    (tmp_path / "b.png").write_bytes(png_of_16_bits(NOISE.astype(np.uint16) << 8))
+    assert (np.array(read_image(str(tmp_path / "b.png"))) == NOISE).all()
+
+
+def png_of_16_bits(values: np.ndarray) -> bytes:
+    """Return RGB values, H x W x 3, uint16, as a PNG, which PIL cannot write."""
+    file = BytesIO()
+    Image.fromarray(values.astype(np.uint8)).save(file, "PNG")
+    (name, header), *_, end = chunks_of(file.getvalue())
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = header[:8] + b"\x10" + header[9:]
+    return joined([(name, header), (b"IDAT", zlib.compress(rows)), end])
 
 
 @pytest.mark.parametrize("transparency", [None, 1, b"\xff\x00"])

@@ -14,8 +14,11 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from test_images import png_of_16_bits
+from test_listing import put_strays
 
 from datasets.cityscapes import Cityscapes
+from datasets.images import read_image
 from datasets.transforms import normalizer
 from utils.visualize import write_video
 
@@ -74,16 +77,19 @@ def test_labels_are_those_of_predict(exported, camera, script, scene, tmp_path):
     scene.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "in/turned.png", exif=exif)
     scene.resize((960, 720)).save(tmp_path / "in/large.png")
     scene.convert("CMYK").save(tmp_path / "in/cmyk.jpg")
-    (tmp_path / "in/notes.txt").write_text("no picture")
+    twelve = np.asarray(scene.convert("L")).astype(np.uint16) << 4
+    Image.fromarray(twelve).save(tmp_path / "in/twelve.png")
+    Image.fromarray((twelve / 4095).astype(np.float32)).save(tmp_path / "in/float.tif")
+    put_strays(tmp_path / "in")
     assert script("predict.py", "--input", "in", "--workers", 0, "--output", "torch").status == 0
     expected = labels_in(tmp_path / "torch")
     for output in ("logits", "labels"):
         result = camera("--model", exported / f"{output}.onnx", "--input", "in", "--output", output)
         assert result.status == 0 and not result.err, result.err
-        pattern = r"3 pictures by CPUExecutionProvider, [\d.]+ FPS with reading and writing\n"
+        pattern = r"5 pictures by CPUExecutionProvider, [\d.]+ FPS with reading and writing\n"
         assert re.fullmatch(pattern, result.out)
         labels = labels_in(tmp_path / output)
-        assert labels.keys() == expected.keys() == {"turned", "large", "cmyk"}
+        assert labels.keys() == expected.keys() == {"turned", "large", "cmyk", "twelve", "float"}
         for name, mine in labels.items():
             assert mine.shape == expected[name].shape
             # predict.py enlarges logits, which moves edges by a pixel.
@@ -92,6 +98,33 @@ def test_labels_are_those_of_predict(exported, camera, script, scene, tmp_path):
         assert len(np.unique(labels["turned"])) > 2
         with Image.open(tmp_path / output / "overlays/turned.jpg") as overlay:
             assert overlay.size == (480, 360)
+
+
+def test_pictures_are_read_as_predict_reads_them(tmp_path):
+    """Of any depth; the example repeats the rule of `to_8_bits`."""
+    read = runpy.run_path(str(ROOT / CAMERA))["upright_rgb"]
+    noise = np.random.default_rng(0)
+    for number, most in enumerate((255, 1000, 4095, 65_535, 1.0, 200.0, -3.0)):
+        values = noise.random((6, 8)) * most
+        Image.fromarray(values.astype(np.float32 if type(most) is float else np.uint16)).save(
+            tmp_path / f"{number}.tif"
+        )
+    (tmp_path / "colour.png").write_bytes(png_of_16_bits(noise.integers(4096, size=(6, 8, 3))))
+    for path in tmp_path.iterdir():
+        expected = np.asarray(read_image(str(path)))
+        assert expected.max() > 180 and (np.asarray(read(Image.open(path))) == expected).all()
+
+
+def test_a_broken_picture_does_not_end_the_run(exported, camera, refused, scene, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_text("hello")
+    argv = ("--model", exported / "labels.onnx", "--input", "in", "--output")
+    assert "a.png cannot be read as a picture" in refused(*argv, "none")
+    scene.save(tmp_path / "in/b.png")
+    result = camera(*argv, "out")
+    assert result.status == 1 and result.out.startswith("1 pictures")
+    assert result.err.startswith("onnx_camera.py: error: --input in/a.png cannot be read")
+    assert labels_in(tmp_path / "out").keys() == {"b"}
 
 
 def test_the_model_states_all_that_is_needed(exported, camera, scene, tmp_path):

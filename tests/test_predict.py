@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from conftest import full_disk
 from PIL import Image
+from test_listing import put_strays
 
 from datasets.cityscapes import Cityscapes
 from datasets.images import DatasetError
@@ -100,6 +101,20 @@ def test_files_of_every_kind_are_read_or_reported(predict, photo, tmp_path):
 
     plain, turned = (pixels(tmp_path / f"out/labels/{name}.png") for name in ("bitmap", "turned"))
     assert (plain == turned).all() and len(np.unique(plain)) > 2
+
+
+def test_strays_and_broken_pictures_end_no_run(predict, photo, tmp_path):
+    put_strays(tmp_path / "in", tmp_path / "in/deeper")
+    for name in ("a", "deeper/b"):
+        photo.save(tmp_path / f"in/{name}.tif")
+    assert predict("in").status == 0
+    assert sizes(tmp_path / "out/labels").keys() == {"a.png", "deeper/b.png"}
+    (tmp_path / "in/a0.webp").write_bytes(b"")
+    (tmp_path / "in/a1.heic").write_bytes(b"")
+    result = predict("in", argv=("--output", "more"))
+    assert result.status == 1 and "in/a0.webp cannot be read" in result.err
+    assert "note: 1 of 4 files of in are left out: .heic is not read" in result.err
+    assert "2 pictures of 2 files" in result.out
 
 
 def test_labels_are_those_of_the_evaluation(predict, script, street_network, cityscapes, tmp_path):

@@ -6,14 +6,7 @@ from PIL import Image
 from datasets import DATASETS
 from datasets.camvid import CamVid
 from datasets.images import DatasetError
-from datasets.segmentation import (
-    Classes,
-    matched_files,
-    ranges,
-    resize_label,
-    resized_size,
-    write_label,
-)
+from datasets.segmentation import Classes, ranges, resize_label, resized_size, write_label
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
 CLASSES = Classes(
@@ -53,53 +46,6 @@ def test_old_checkpoints_lack_categories_and_ignored_ids():
     del stated["ignored_ids"], stated["categories"]
     back = Classes.from_checkpoint(stated)
     assert back.to_train_ids()[5] == 254 and not back.categories
-
-
-# Files
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """Three images and their labels, and other files in each folder."""
-    images, labels = tmp_path / "images", tmp_path / "labels"
-    for folder in (images, labels):
-        folder.mkdir()
-    for name in ("b.png", "a.JPG", "c.d.jpeg"):
-        Image.new("RGB", (8, 6)).save(images / name, "PNG" if name == "b.png" else "JPEG")
-    for name in ("a.png", "b.png", "c.d.png", "unused.png"):
-        Image.new("L", (8, 6)).save(labels / name)
-    (images / "notes.txt").write_text("no picture")
-    (images / "._b.png").write_text("what a Mac leaves")
-    return images, labels
-
-
-def test_images_and_labels_are_matched_by_their_stems(folders):
-    images, labels = folders
-    assert matched_files(images, labels) == [
-        (str(images / "a.JPG"), str(labels / "a.png")),
-        (str(images / "b.png"), str(labels / "b.png")),
-        (str(images / "c.d.jpeg"), str(labels / "c.d.png")),
-    ]
-    assert [label for _, label in matched_files(images, None)] == [None] * 3
-
-
-def test_an_image_that_exists_twice_is_named(folders):
-    images, labels = folders
-    Image.new("RGB", (8, 6)).save(images / "b.jpg")
-    with pytest.raises(DatasetError, match=f"{images} holds b twice"):
-        matched_files(images, labels)
-
-
-def test_missing_and_empty_folders_are_named(folders, tmp_path):
-    images, labels = folders
-    for pair in ((images, tmp_path / "none"), (tmp_path / "none", labels)):
-        with pytest.raises(DatasetError, match="none does not exist"):
-            matched_files(*pair)
-    for path in images.iterdir():
-        if not path.name.startswith("."):
-            path.unlink()
-    with pytest.raises(DatasetError, match="holds no PNG or JPEG images"):
-        matched_files(images, labels)
 
 
 # Items

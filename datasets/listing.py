@@ -1,0 +1,162 @@
+"""Which files of a folder are pictures, and which label belongs to each image."""
+
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence, Sized
+
+from datasets.images import DatasetError
+
+# All kinds that Pillow reads by itself. JPEG blurs the ids of a label map.
+JPEG_SUFFIXES = {".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"}
+PICTURES = JPEG_SUFFIXES | {
+    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jp2", ".pbm", ".pgm", ".png", ".pnm"),
+    *(".ppm", ".tga", ".tif", ".tiff", ".webp"),
+}
+# Files that lie beside pictures and are not missed; any other kind that is not read is told.
+NOTES = {
+    *("", ".bak", ".cache", ".csv", ".db", ".doc", ".docx", ".htm", ".html", ".ini", ".json"),
+    *(".lnk", ".log", ".lst", ".md", ".md5", ".pdf", ".py", ".rst", ".rtf", ".sh", ".sha256"),
+    *(".tmp", ".tsv", ".txt", ".url", ".xls", ".xlsx", ".xml", ".yaml", ".yml", ".zip"),
+}
+# What file servers, macOS, Windows and Linux put into folders; hidden names begin with a dot.
+STRAYS = {
+    *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx"),
+    *("$recycle.bin", "system volume information", "lost+found"),
+}
+# Separates the name of an image from what the name of its label has more.
+SEPARATOR = r"[-_. /\\]"
+
+Pairs = list[tuple[str, str | None]]  # paths of images and labels
+
+
+def is_stray(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or was left there by another program."""
+    return name.startswith(".") or name.lower() in STRAYS
+
+
+def is_picture(name: str, kinds: Collection[str] = PICTURES) -> bool:
+    return os.path.splitext(name)[1].lower() in kinds and not is_stray(name)
+
+
+def is_loop(folder: str, name: str) -> bool:
+    """Whether a folder in another is a link to what holds it."""
+    here, target = (os.path.realpath(path) for path in (folder, os.path.join(folder, name)))
+    return os.path.commonpath([here, target]) == target
+
+
+def list_pictures(root: str | os.PathLike, kinds: Collection[str] = PICTURES) -> list[str]:
+    """Return the pictures of a folder at any depth, sorted by folder and name, without strays."""
+
+    def fail(error: OSError) -> None:
+        raise DatasetError(f"{error.filename} cannot be listed ({error.strerror})") from error
+
+    listed: list[tuple[str, list[str]]] = []
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not is_stray(name) and not is_loop(folder, name)]
+        listed.append((folder, names))
+    found: list[str] = []
+    others: Counter[str] = Counter()
+    for folder, names in sorted(listed):
+        for name in sorted(names):
+            if is_picture(name, kinds):
+                found.append(os.path.join(folder, name))
+            elif not is_stray(name):
+                others[os.path.splitext(name)[1].lower()] += 1
+    left_out = [(suffix, count) for suffix, count in others.most_common() if suffix not in NOTES]
+    if left_out:
+        suffixes = ", ".join(suffix for suffix, _ in left_out[:5])
+        tell_left_out(sum(count for _, count in left_out), found, root, f"{suffixes} is not read")
+    return found
+
+
+def tell_left_out(count: int, found: Sized, root: str | os.PathLike, reason: str) -> None:
+    """Say how many files of a folder are left out, beside those that were found."""
+    total = count + len(found)
+    print(f"note: {count} of {total} files of {root} are left out: {reason}", file=sys.stderr)
+
+
+def matched_files(images: str | os.PathLike, labels: str | os.PathLike | None) -> Pairs:
+    """Pair the pictures of a folder with the label maps of another by their paths without suffix,
+    sorted; None stands for labels that do not exist.
+
+    Where no image has a label of its own name, all labels may have more in their names, as
+    x_mask.png or masks/x.png for x.jpg.
+    """
+    for folder in (images, labels):
+        if folder is not None and not os.path.isdir(folder):
+            raise DatasetError(f"{folder} does not exist: it must hold the files of this split")
+    found = _by_name(images)
+    if not found:
+        raise DatasetError(f"{images} holds no images: unpack the data set there")
+    for name, (path, *twins) in found.items():
+        if twins:
+            kinds = " and ".join(os.path.splitext(twin)[1] for twin in (path, *twins))
+            raise DatasetError(f"{images} holds {name} twice, as {kinds}: remove one of them")
+    if labels is None:
+        return [(path, None) for (path,) in found.values()]
+    known = _by_name(labels)
+    before, behind = _naming(list(found), known, labels)
+    pairs: Pairs = []
+    for name, (path,) in found.items():
+        folder, stem = os.path.split(name)
+        label = os.path.join(folder, f"{before}{stem}{behind}")
+        pairs.append((path, _pick_label(os.path.join(labels, label), known.get(label, ()))))
+    return pairs
+
+
+def _by_name(root: str | os.PathLike) -> dict[str, list[str]]:
+    """Return the pictures of a folder by their path in it without suffix."""
+    root, found = os.fspath(root), {}
+    for path in list_pictures(root):
+        name = os.path.splitext(path)[0][len(root) :].lstrip(os.sep)
+        found.setdefault(name, []).append(path)
+    return found
+
+
+def _naming(
+    names: list[str], known: Mapping[str, list[str]], labels: str | os.PathLike
+) -> tuple[str, str]:
+    """Return what the names of all labels have before and behind those of their images."""
+    # Beside the labels may be pictures of them.
+    candidates = {name for name, paths in known.items() if not all(map(_is_jpeg, paths))}
+    candidates = candidates or set(known)
+    if not candidates.isdisjoint(names):
+        return "", ""
+    ways: Counter[tuple[str, str]] = Counter()
+    examples: dict[tuple[str, str], str] = {}
+    for name in names[:20]:
+        stem = os.path.basename(name)
+        folder = name.removesuffix(stem)
+        way = re.compile(f"(|.*{SEPARATOR}){re.escape(stem)}({SEPARATOR}.*|)")
+        for label in sorted(candidates):
+            if label.startswith(folder) and (match := way.fullmatch(label, len(folder))):
+                ways[match.groups()] += 1
+                examples.setdefault(match.groups(), f"{label} for {name}")
+    best = [way for way, count in ways.items() if count == max(ways.values())]
+    if len(best) > 1:
+        several = " or ".join(examples[way] for way in best[:3])
+        raise DatasetError(
+            f"{labels} holds {several}: name each label as its image, or remove the other"
+        )
+    return best[0] if best else ("", "")
+
+
+def _pick_label(expected: str, paths: Sequence[str]) -> str:
+    """Return which of the pictures of one name is the label, or its expected path if none is."""
+    plain = f"{expected}.png"
+    lossless = [path for path in paths if not _is_jpeg(path)]
+    if plain in paths or not paths:
+        return plain
+    if not lossless:
+        raise DatasetError(
+            f"{paths[0]} is a JPEG, which blurs class ids: save the labels as PNG from their source"
+        )
+    if len(lossless) > 1:
+        raise DatasetError(f"{lossless[0]} and {lossless[1]} are labels of one image: remove one")
+    return lossless[0]
+
+
+def _is_jpeg(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in JPEG_SUFFIXES
