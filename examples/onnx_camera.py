@@ -3,15 +3,17 @@
     python export.py --checkpoint weights/lednet_d20_camvid.pth --output lednet.onnx --labels
     python examples/onnx_camera.py --model lednet.onnx --input photo.jpg
     python examples/onnx_camera.py --model lednet.onnx --input camera:0
+    python examples/onnx_camera.py --model lednet.onnx --input rtsp://192.168.0.8/stream
 
 The robot needs this file, the model, Python 3.8 or newer and
 
     pip install onnxruntime numpy 'pillow>=10.1'      for videos and cameras also opencv-python
 
 Pictures become overlays/NAME.jpg and labels/NAME.png, with the label ids of the data set; a video
-becomes overlays.mp4. A camera is shown in a window until q is pressed; with --output it is filmed
-instead, until Ctrl-C. The model states its classes, colours, working height and normalisation.
-Labels are computed at the working height and enlarged without smoothing.
+becomes overlays.mp4. A camera or stream is shown in a window until q is pressed; with --output it
+is filmed instead, until Ctrl-C. The model states its classes, colours, working height and
+normalisation. Labels are computed at the working height, or at the size that the model is fixed to,
+and enlarged without smoothing.
 """
 
 from __future__ import annotations  # for Python 3.8, which older Jetsons have
@@ -19,6 +21,7 @@ from __future__ import annotations  # for Python 3.8, which older Jetsons have
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +38,7 @@ PICTURES = {
 }
 # Of onnxruntime, the fastest first.
 PROVIDERS = [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "OpenVINO", "CPU")]
+LIVE = re.compile(r"camera:.*|\d+|/dev/video\d+|\w+://.*")  # a camera or a stream
 METADATA = ("class_names", "colors", "label_ids", "mean", "std", "height")
 MIN_WIDTH = 64  # of the network
 MAX_ASPECT = 8  # wider pictures are squeezed, since they would not fit in memory
@@ -45,17 +49,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.error = fail  # one line, without the usage
     parser.add_argument("--model", required=True, metavar="FILE", help="model of export.py")
-    parser.add_argument("--input", required=True, help="a picture, a folder, a video or camera:0")
+    parser.add_argument("--input", required=True, help="picture, folder, video, camera:0 or URL")
     parser.add_argument("--output", metavar="DIR", help="new folder; default: results/INPUT")
     parser.add_argument("--threads", type=int, default=0, help="default: one for each core")
     args = parser.parse_args()
-    camera = args.input.startswith("camera:")
+    folder = os.path.isdir(args.input)
+    camera = not (folder or os.path.isfile(args.input)) and LIVE.fullmatch(args.input) is not None
     if not camera and not os.path.exists(args.input):
         fail(f"--input {args.input} does not exist")
     broken: list[str] = []
     network = Network(args.model, args.threads)
     try:
-        if os.path.isdir(args.input) or Path(args.input).suffix.lower() in PICTURES:
+        if folder or (not camera and Path(args.input).suffix.lower() in PICTURES):
             results = network.segment(read_pictures(args.input, broken))
             save(results, new_folder(args), network.label_ids)
         else:
@@ -206,10 +211,10 @@ def open_video(source: str, camera: bool) -> tuple[Iterator[tuple[str, Image.Ima
         import cv2
     except ImportError:
         fail(f"--input {source} is read with OpenCV: pip install opencv-python")
-    number = source[len("camera:") :]
-    capture = cv2.VideoCapture(int(number) if camera and number.isdigit() else source)
+    name = source[len("camera:") :] if source.startswith("camera:") else source
+    capture = cv2.VideoCapture(int(name) if camera and name.isdigit() else name)
     if not capture.isOpened():
-        fail(f"--input {source} cannot be opened as a {'camera' if camera else 'video'}")
+        fail(f"--input {source} cannot be opened as a {'camera or stream' if camera else 'video'}")
 
     def frames() -> Iterator[tuple[str, Image.Image]]:
         more, pixels = capture.read()
@@ -223,7 +228,9 @@ def open_video(source: str, camera: bool) -> tuple[Iterator[tuple[str, Image.Ima
 def new_folder(args: argparse.Namespace) -> Path:
     # Without its suffix, "...png" is "..", which would lead elsewhere.
     name = Path(args.input).resolve().stem.strip(".") or "pictures"
-    folder = Path(args.output or Path("results", name))
+    folder, number = Path(args.output or Path("results", name)), 2
+    while args.output is None and folder.exists():
+        folder, number = Path("results", f"{name}-{number}"), number + 1
     try:
         folder.mkdir(parents=True)
     except OSError as error:

@@ -312,6 +312,18 @@ def test_results_stay_in_their_folder_whatever_files_are_called(predict, photo, 
     assert {*sizes(tmp_path / "out/labels")} == {f"{name}.png" for name in (*stills, *moving)}
 
 
+def test_the_same_command_again_segments_the_same_and_writes_beside(script, photo, tmp_path):
+    photo.save(tmp_path / "a.png")
+    argv = ("predict.py", "--input", ".", "--workers", 0, "--height", 64)
+    expected = f"results/{tmp_path.name}"
+    for number in (1, 2, 3):
+        folder = expected if number == 1 else f"{expected}-{number}"
+        result = script(*argv)
+        assert result.status == 0 and "1 pictures of 1 files" in result.out, result
+        assert sizes(tmp_path / folder / "labels") == {"a.png": (128, 64)}
+        assert (f"{expected} holds results: these go to {folder}" in result.err) == (number > 1)
+
+
 @pytest.mark.parametrize(
     ("name", "given", "folder"),
     [("...png", "...png", "__"), ("a.png", "*.png", "pictures"), ("b.png", "b.png", "b")],
