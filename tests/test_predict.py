@@ -114,7 +114,7 @@ def test_strays_and_broken_pictures_end_no_run(predict, photo, tmp_path):
     result = predict("in", argv=("--output", "more"))
     assert result.status == 1 and "in/a0.webp cannot be read" in result.err
     assert "note: 1 of 4 files of in are left out: .heic is not read" in result.err
-    assert "2 pictures of 2 files" in result.out
+    assert "2 pictures of 3 files" in result.out
 
 
 def test_labels_are_those_of_the_evaluation(predict, script, street_network, cityscapes, tmp_path):
