@@ -59,9 +59,6 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1; default %(default)s")
     # fmt: on
     args = parser.parse_args()
-    if args.output is None:
-        name = pictures.result_name(Path(args.input[0]).resolve().name).strip("*")
-        args.output = str(Path("results") / (name or "pictures"))
     if args.height is not None and args.height < MIN_SIZE:
         raise UserError(f"--height {args.height} is too small: LEDNet needs {MIN_SIZE}x{MIN_SIZE}")
     return args
@@ -77,7 +74,7 @@ def main() -> None:
     inputs = pictures.find_pictures(args.input)
     videos = [file for file in inputs if pictures.is_video(file[0])]
     stills = [file for file in inputs if file not in videos]
-    output = Path(args.output)
+    output = Path(args.output) if args.output else default_output(args.input[0])
     files.make_results_folder(output)
 
     failures: list[str] = []
@@ -119,6 +116,16 @@ def main() -> None:
         f"end to end, on {device} at a height of {height}, {len(failures)} errors: {output}"
     )
     sys.exit(1 if failures else 0)
+
+
+def default_output(first: str) -> Path:
+    """Return results/ and the name of the first input, with a number if there are such already."""
+    name = pictures.result_name(Path(first).resolve().name).strip("*")
+    wanted = Path("results") / (name or "pictures")
+    output = files.unused_folder(wanted)
+    if output != wanted:
+        print(f"note: {wanted} holds results: these go to {output}", file=sys.stderr)
+    return output
 
 
 def read_stills(

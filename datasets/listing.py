@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 
 from datasets.images import DatasetError
 
@@ -46,8 +46,13 @@ def is_loop(folder: str, name: str) -> bool:
     return os.path.commonpath([here, target]) == target
 
 
-def list_pictures(root: str | os.PathLike, kinds: Collection[str] = PICTURES) -> list[str]:
-    """Return the pictures of a folder at any depth, sorted by folder and name, without strays."""
+def list_pictures(
+    root: str | os.PathLike,
+    kinds: Collection[str] = PICTURES,
+    leave: Callable[[str], bool] = lambda folder: False,
+) -> list[str]:
+    """Return the pictures of a folder at any depth, sorted by folder and name, without strays, and
+    without the folders in it that are to be left."""
 
     def fail(error: OSError) -> None:
         raise DatasetError(f"{error.filename} cannot be listed ({error.strerror})") from error
@@ -55,6 +60,7 @@ def list_pictures(root: str | os.PathLike, kinds: Collection[str] = PICTURES) ->
     listed: list[tuple[str, list[str]]] = []
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
         folders[:] = [name for name in folders if not is_stray(name) and not is_loop(folder, name)]
+        folders[:] = [name for name in folders if not leave(os.path.join(folder, name))]
         listed.append((folder, names))
     found: list[str] = []
     others: Counter[str] = Counter()

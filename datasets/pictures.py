@@ -3,8 +3,9 @@
 import glob
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,19 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from datasets.images import MIN_SIZE, DatasetError, decode, file_errors, to_rgb
-from datasets.listing import NOTES, PICTURES, is_stray, list_pictures
+from datasets.listing import NOTES, is_stray, list_pictures
 
+# Formats that Pillow opens but cannot draw, at least not without other programs.
+NOT_DRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+KNOWN = Image.registered_extensions().items()
+PICTURES = {suffix for suffix, kind in KNOWN if kind in set(Image.OPEN) - NOT_DRAWN}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 # Formats whose further images are an animation; those of others, such as the previews that cameras
 # put behind a photo, are passed over.
 ANIMATED = {"GIF", "PNG", "WEBP"}
+
+# A camera, by its number or device, and the address of a stream or a file.
+LIVE = re.compile(r"camera:.*|\d+|/dev/video\d+|\w+://.*", re.DOTALL)
 
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -47,20 +55,34 @@ class Animation:
 
 def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
     """Return the path of each picture and video in files, globs, and folders at any depth, with a
-    unique name for its results."""
+    unique name for its results. Results of earlier runs are found only by their own names."""
     found: dict[str, str] = {}  # name by path
+    results: set[str] = set()
+
+    def leave(folder: str) -> bool:
+        if holds_results(folder):
+            results.add(folder)
+        return folder in results
+
     for path in inputs:
         if os.path.isdir(path):
-            files = sorted(list_pictures(path, PICTURES | VIDEOS))
+            files = sorted(list_pictures(path, PICTURES | VIDEOS, leave))
             names = {file: result_name(Path(file).relative_to(path)) for file in files}
         else:
             # A file whose name looks like a glob is a file.
-            files = [path] if os.path.exists(path) else expand(path)
+            files = [path] if os.path.exists(path) else expand(path, leave)
             names = {file: result_name(Path(file).name) for file in files if os.path.isfile(file)}
         if not names:
+            if LIVE.fullmatch(path):
+                raise DatasetError(
+                    f"{path} is no file: examples/onnx_camera.py takes cameras and streams; "
+                    "download a picture or video first"
+                )
             what = "holds no picture or video" if os.path.isdir(path) else "is no file or folder"
             raise DatasetError(f"{path} {what}: give a picture, a folder, a glob or a video")
         found = found | names | found  # in their order, under the first name
+    if results:
+        print(f"note: results of earlier runs, as in {min(results)}, are left out", file=sys.stderr)
     taken: set[str] = set()
     twins: Counter[str] = Counter()
     for path, name in found.items():
@@ -71,11 +93,34 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def expand(pattern: str) -> list[str]:
-    """Return the files that a glob finds, sorted, without strays that it does not name."""
-    named, files = set(Path(pattern).parts), sorted(glob.glob(pattern, recursive=True))
-    files = [file for file in files if not any(map(is_stray, {*Path(file).parts} - named))]
-    return [file for file in files if Path(file).suffix.lower() not in NOTES - {""}]
+def expand(pattern: str, leave: Callable[[str], bool]) -> list[str]:
+    """Return the files that a glob finds, sorted, without strays that it does not name, and without
+    folders that it does not name and that are to be left.
+
+    Brackets in the names of folders that exist stand for themselves.
+    """
+    named = {*Path(pattern).parts}
+
+    def wanted(path: str) -> bool:
+        file = Path(path)
+        folders = [folder for folder in file.parents if folder.name not in named]
+        return (
+            not any(map(is_stray, {*file.parts} - named))
+            and not any(leave(str(folder)) for folder in folders)
+            and file.suffix.lower() not in NOTES - {""}
+        )
+
+    start = next(folder for folder in (*Path(pattern).parents, Path()) if folder.is_dir())
+    literal = Path(glob.escape(str(start)), Path(pattern).relative_to(start))
+    return sorted(filter(wanted, glob.glob(str(literal), recursive=True)))
+
+
+def holds_results(folder: str) -> bool:
+    """Whether a folder is the usual place of results, or one of those that predict.py fills."""
+    parent, name = os.path.split(folder)
+    if name not in ("overlays", "labels", "colors"):
+        return name == "results"
+    return all(os.path.isdir(os.path.join(parent, other)) for other in ("overlays", "labels"))
 
 
 def result_name(path: str | os.PathLike) -> str:

@@ -3,15 +3,17 @@
     python export.py --checkpoint weights/lednet_d20_camvid.pth --output lednet.onnx --labels
     python examples/onnx_camera.py --model lednet.onnx --input photo.jpg
     python examples/onnx_camera.py --model lednet.onnx --input camera:0
+    python examples/onnx_camera.py --model lednet.onnx --input rtsp://192.168.0.8/stream
 
 The robot needs this file, the model, Python 3.8 or newer and
 
     pip install onnxruntime numpy 'pillow>=10.1'      for videos and cameras also opencv-python
 
 Pictures become overlays/NAME.jpg and labels/NAME.png, with the label ids of the data set; a video
-becomes overlays.mp4. A camera is shown in a window until q is pressed; with --output it is filmed
-instead, until Ctrl-C. The model states its classes, colours, working height and normalisation.
-Labels are computed at the working height and enlarged without smoothing.
+becomes overlays.mp4. A camera or stream is shown in a window until q is pressed; with --output it
+is filmed instead, until Ctrl-C. The model states its classes, colours, working height and
+normalisation. Labels are computed at the working height, or at the size that the model is fixed to,
+and enlarged without smoothing.
 """
 
 from __future__ import annotations  # for Python 3.8, which older Jetsons have
@@ -19,6 +21,7 @@ from __future__ import annotations  # for Python 3.8, which older Jetsons have
 import argparse
 import json
 import os
+import re
 import sys
 import time
 import unicodedata
@@ -36,6 +39,7 @@ PICTURES = {
 }
 # Of onnxruntime, the fastest first.
 PROVIDERS = [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "OpenVINO", "CPU")]
+LIVE = re.compile(r"camera:.*|\d+|/dev/video\d+|\w+://.*")  # a camera or a stream
 METADATA = ("class_names", "colors", "label_ids", "mean", "std", "height")
 MIN_WIDTH = 64  # of the network
 MAX_ASPECT = 8  # wider pictures are squeezed, since they would not fit in memory
@@ -46,17 +50,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.error = fail  # one line, without the usage
     parser.add_argument("--model", required=True, metavar="FILE", help="model of export.py")
-    parser.add_argument("--input", required=True, help="a picture, a folder, a video or camera:0")
+    parser.add_argument("--input", required=True, help="picture, folder, video, camera:0 or URL")
     parser.add_argument("--output", metavar="DIR", help="new folder; default: results/INPUT")
     parser.add_argument("--threads", type=int, default=0, help="default: one for each core")
     args = parser.parse_args()
-    camera = args.input.startswith("camera:")
+    folder = os.path.isdir(args.input)
+    camera = not (folder or os.path.isfile(args.input)) and LIVE.fullmatch(args.input) is not None
     if not camera and not os.path.exists(args.input):
         fail(f"--input {args.input} does not exist")
     broken: list[str] = []
     network = Network(args.model, args.threads)
     try:
-        if os.path.isdir(args.input) or Path(args.input).suffix.lower() in PICTURES:
+        if folder or (not camera and Path(args.input).suffix.lower() in PICTURES):
             results = network.segment(read_pictures(args.input, broken))
             save(results, new_folder(args), network.label_ids)
         else:
@@ -112,6 +117,7 @@ class Network:
             json.loads(stored[name]) for name in METADATA
         )
         self.names = [plain(name, number) for number, name in enumerate(self.names)]
+        self.fixed = self.session.get_inputs()[0].shape[2:]  # names if the size is free
         self.seconds: list[float] = []
 
     def segment(self, frames: Iterator) -> Iterator[tuple[str, Image.Image, np.ndarray]]:
@@ -130,9 +136,11 @@ class Network:
             yield name, page, labels
 
     def prepare(self, picture: Image.Image) -> np.ndarray:
-        """Resize a picture to the working height and normalise it: 1 x 3 x h x w, float32."""
+        """Resize a picture to the input's size and normalise it: 1 x 3 x h x w, float32."""
         width = round(picture.width * self.height / picture.height)
         size = min(max(width, MIN_WIDTH), MAX_ASPECT * self.height), self.height
+        if isinstance(self.fixed[0], int):
+            size = self.fixed[1], self.fixed[0]
         pixels = np.asarray(picture.resize(size, Image.Resampling.BILINEAR), np.float32)
         mean, std = np.float32(self.mean), np.float32(self.std)
         return np.ascontiguousarray((pixels / (255 * std) - mean / std).transpose(2, 0, 1)[None])
@@ -211,10 +219,10 @@ def open_video(source: str, camera: bool) -> tuple[Iterator[tuple[str, Image.Ima
         import cv2
     except ImportError:
         fail(f"--input {source} is read with OpenCV: pip install opencv-python")
-    number = source[len("camera:") :]
-    capture = cv2.VideoCapture(int(number) if camera and number.isdigit() else source)
+    name = source[len("camera:") :] if source.startswith("camera:") else source
+    capture = cv2.VideoCapture(int(name) if camera and name.isdigit() else name)
     if not capture.isOpened():
-        fail(f"--input {source} cannot be opened as a {'camera' if camera else 'video'}")
+        fail(f"--input {source} cannot be opened as a {'camera or stream' if camera else 'video'}")
 
     def frames() -> Iterator[tuple[str, Image.Image]]:
         more, pixels = capture.read()
@@ -226,7 +234,11 @@ def open_video(source: str, camera: bool) -> tuple[Iterator[tuple[str, Image.Ima
 
 
 def new_folder(args: argparse.Namespace) -> Path:
-    folder = Path(args.output or Path("results", Path(args.input).resolve().stem))
+    # Without its suffix, "...png" is "..", which would lead elsewhere.
+    name = Path(args.input).resolve().stem.strip(".") or "pictures"
+    folder, number = Path(args.output or Path("results", name)), 2
+    while args.output is None and folder.exists():
+        folder, number = Path("results", f"{name}-{number}"), number + 1
     try:
         folder.mkdir(parents=True)
     except OSError as error:

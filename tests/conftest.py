@@ -293,10 +293,17 @@ def street_network(tmp_path_factory) -> Path:
     return path
 
 
+EXPORTS = {
+    "logits": (),
+    "labels": ("--labels",),
+    "sized": ("--labels", "--size", 96, 192),
+}
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory) -> Path:
-    """A folder of the shipped network as logits.onnx and labels.onnx, and of what export.py printed
-    as logits.txt and labels.txt; not to be changed.
+    """A folder of the shipped network as logits.onnx and so on, and of what export.py printed as
+    logits.txt and so on; not to be changed.
 
     All workers of pytest-xdist share it: an export takes 10 seconds and more.
     """
@@ -305,7 +312,7 @@ def exported(tmp_path_factory) -> Path:
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for name, options in (("logits", ()), ("labels", ("--labels",))):
+        for name, options in EXPORTS.items():
             path = folder / f"{name}.onnx"
             if not path.exists():
                 with path.with_suffix(".txt").open("w") as printed, redirect_stdout(printed):

@@ -138,7 +138,7 @@ DAMAGES = {
     "colour": ("unknown colour", 1, lambda image, label: paint(label, (250, 1, 2)), False),
     "id": ("unknown label", 1, lambda image, label: set_pixel(label, 77), False),
     "absurd": ("absurd size", 0, lambda image, label: declare(image, 60000, 60000), True),
-    "large": ("absurd size", 1, lambda image, label: declare(label, 10000, 10000), True),
+    "large": ("absurd size", 1, lambda image, label: declare(label, 14000, 14000), True),
 }
 
 
@@ -312,7 +312,7 @@ def test_the_size_is_that_of_the_upright_image(tmp_path):
 def test_files_that_would_fill_the_memory_are_refused(cityscapes_copy, kind, monkeypatch):
     path = Cityscapes(cityscapes_copy, "train").pairs[0][0]
     if kind == "absurd":
-        declare(path, 9500, 9500)
+        declare(path, 14000, 14000)
     else:
         head, *rest = chunks_of(Path(path).read_bytes())
         large = (b"zTXt", b"a\0\0" + zlib.compress(bytes(5_000_000)))

@@ -33,14 +33,43 @@ def test_any_size_and_batch(networks, size):
     assert (labels == logits.argmax(1)).float().mean() > 0.9999
 
 
-@pytest.mark.parametrize("name", ["logits", "labels"])
+def test_one_size_computes_what_a_free_size_does(networks, exported):
+    images = street_scenes(1, (96, 192))
+    labels = OnnxNetwork(exported / "sized.onnx")(images)
+    assert labels.dtype == torch.uint8 and (labels == networks[2](images)).float().mean() > 0.9999
+
+
+def test_a_model_of_one_size_has_only_nodes_that_every_runtime_knows(exported):
+    """OpenCV 4, ncnn, RKNN and TensorRT 8 fail on shapes that are computed, or on opset 18."""
+    model = onnx.load(exported / "sized.onnx")
+    assert {node.op_type for node in model.graph.node} == {
+        *("Conv", "Relu", "Add", "Mul", "Concat", "MaxPool", "GlobalAveragePool", "MatMul"),
+        *("Resize", "ArgMax", "Cast"),
+    }
+    shape = model.graph.input[0].type.tensor_type.shape
+    assert [axis.dim_value for axis in shape.dim] == [1, 3, 96, 192]
+    assert model.opset_import[0].version == 17 and model.ir_version == 8
+
+
+def test_opencv_runs_a_model_of_one_size(networks, tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    path, images = tmp_path / "sized.onnx", street_scenes(1, (97, 150))
+    export_onnx(*load_network(SHIPPED), path, size=(97, 150))
+    network = cv2.dnn.readNetFromONNX(str(path))
+    network.setInput(images.numpy())
+    expected = networks[1](images)
+    for result in (OnnxNetwork(path)(images), torch.from_numpy(network.forward())):
+        assert (result - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["logits", "labels", "sized"])
 def test_the_model_describes_itself(exported, name):
     checkpoint, model = load_checkpoint(SHIPPED), onnx.load(exported / f"{name}.onnx")
     onnx.checker.check_model(model, full_check=True)
     stated = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert stated == {key: checkpoint[key] for key in METADATA}
     assert [node.name for node in model.graph.input] == ["images"]
-    assert [node.name for node in model.graph.output] == [name]
+    assert [node.name for node in model.graph.output] == [name.replace("sized", "labels")]
     assert not {"BatchNormalization", "Split"} & {node.op_type for node in model.graph.node}
 
 
@@ -56,7 +85,8 @@ def test_export_compares_the_model_with_pytorch(exported):
     for name, text in (("logits", "logits differ from"), ("labels", "of labels agree with")):
         printed = (exported / f"{name}.txt").read_text()
         assert printed.count(f"{text} PyTorch") == 3 and f"{name}.onnx: 4.5 MB" in printed
-    assert len([path for path in exported.iterdir() if path.suffix == ".onnx"]) == 2
+    assert (exported / "sized.txt").read_text().count("1 x 192x96: 100.000 % of labels") == 1
+    assert len([path for path in exported.iterdir() if path.suffix == ".onnx"]) == 3
 
 
 @pytest.mark.parametrize("options", [(), ("--labels",)])
@@ -80,6 +110,7 @@ def test_the_default_output_is_not_overwritten(script, fails, quick_export, tmp_
 def test_impossible_requests_are_refused(fails, trained):
     assert "is not a folder" in fails("export.py", "--output", "no/such/l.onnx")
     assert "does not exist" in fails("export.py", "--checkpoint", "none.pth")
+    assert "needs 64x64" in fails("export.py", "--size", 360, 63)
     assert "encoder alone" in fails("export.py", "--checkpoint", trained / "encoder.pth")
 
 

@@ -20,12 +20,22 @@ from utils.files import (
     result_path,
     save_result,
     sync,
+    unused_folder,
     write_errors,
 )
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_unused_folder_is_new_or_empty(tmp_path):
+    assert unused_folder(tmp_path / "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    assert unused_folder(tmp_path / "a") == tmp_path / "a"
+    (tmp_path / "a/b").touch()
+    (tmp_path / "a-2").touch()
+    assert unused_folder(tmp_path / "a") == tmp_path / "a-3"
 
 
 # atomic_write

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SHIPPED
 from PIL import Image
 from test_images import png_of_16_bits
 from test_listing import put_strays
@@ -20,9 +20,12 @@ from test_listing import put_strays
 from datasets.cityscapes import Cityscapes
 from datasets.images import read_image
 from datasets.transforms import normalizer
+from utils.checkpoint import load_network
+from utils.onnx import OnnxNetwork
 from utils.visualize import write_video
 
 CAMERA = "examples/onnx_camera.py"
+URLS = ("rtsp://10.0.0.8:554/a", "https://example.org/live.m3u8", "http://10.0.0.8/shot.jpg")
 
 
 @pytest.fixture
@@ -152,7 +155,9 @@ def test_names_are_drawn_in_letters_that_the_font_has():
 
 
 def test_pictures_are_normalised_as_in_training(scene):
-    stated = SimpleNamespace(height=360, mean=[0.5, 0.4, 0.3], std=[0.25, 0.2, 0.3])
+    stated = SimpleNamespace(
+        height=360, mean=[0.5, 0.4, 0.3], std=[0.25, 0.2, 0.3], fixed=["height", "width"]
+    )
     normalize = normalizer(stated.mean, stated.std, torch.device("cpu"))
     expected = normalize(torch.from_numpy(np.array(scene)).permute(2, 0, 1)[None]).numpy()
     prepare = partial(runpy.run_path(str(ROOT / CAMERA))["Network"].prepare, stated)
@@ -222,6 +227,47 @@ def test_a_camera_needs_a_screen(exported, refused, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     line = refused("--model", exported / "labels.onnx", "--input", "camera:0")
     assert "no screen to show a camera on: give --output DIR" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "source"),
+    [("0", 0), ("camera:1", 1), ("/dev/video7", "/dev/video7"), *[(url, url) for url in URLS]],
+)
+def test_cameras_and_streams_go_to_opencv(exported, refused, monkeypatch, given, source):
+    cv2 = pytest.importorskip("cv2")
+    opened = []
+
+    class Closed:
+        def __init__(self, name):
+            opened.append(name)
+
+        def isOpened(self):
+            return False
+
+    monkeypatch.setattr(cv2, "VideoCapture", Closed)
+    line = refused("--model", exported / "labels.onnx", "--input", given)
+    assert f"{given} cannot be opened as a camera or stream" in line and opened == [source]
+
+
+def test_a_model_of_one_size_gets_pictures_of_that_size(exported, camera, scene, tmp_path):
+    (tmp_path / "in").mkdir()
+    small = scene.resize((192, 96))
+    small.save(tmp_path / "in/b.png")
+    scene.resize((320, 240)).save(tmp_path / "in/a.png")
+    model = exported / "sized.onnx"
+    assert camera("--model", model, "--input", "in", "--output", "out").status == 0
+    labels = labels_in(tmp_path / "out")
+    normalize = load_network(SHIPPED)[1].normalizer(torch.device("cpu"))
+    images = normalize(torch.from_numpy(np.array(small)).permute(2, 0, 1)[None])
+    assert (labels["b"] == OnnxNetwork(model)(images)[0].numpy()).mean() > 0.999
+    assert labels["a"].shape == (240, 320)
+
+
+def test_the_same_command_twice_writes_beside(exported, camera, scene, tmp_path):
+    scene.save(tmp_path / "a.png")
+    for _ in range(3):
+        assert camera("--model", exported / "labels.onnx", "--input", "a.png").status == 0
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["a", "a-2", "a-3"]
 
 
 def test_impossible_requests_are_refused(exported, refused, scene, monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from PIL import Image
 from datasets.check import check_files
 from datasets.images import DatasetError, read_image
 from datasets.pictures import (
+    PICTURES,
     Pictures,
     animation_frames,
     find_pictures,
@@ -41,6 +42,64 @@ def test_globs_and_files_keep_their_names(tmp_path, monkeypatch):
 def test_a_file_whose_name_looks_like_a_glob(tmp_path):
     make(tmp_path, "a[1].png")
     assert find_pictures([str(tmp_path / "a[1].png")])[0][1] == "a[1]"
+
+
+def found_in(folder, *inputs):
+    paths = [path for path, _ in find_pictures([str(folder / given) for given in inputs])]
+    return [path.removeprefix(f"{folder}/") for path in paths]
+
+
+@pytest.mark.parametrize("given", ["[2024] trip/*.jpg", "[2024] trip/[ab].jpg", "*[[]*/*.jpg"])
+def test_a_glob_in_a_folder_with_brackets(tmp_path, given):
+    make(tmp_path, "[2024] trip/a.jpg", "[2024] trip/b.jpg", "[2024] trip/c.txt", "2 trip/d.jpg")
+    assert found_in(tmp_path, given) == ["[2024] trip/a.jpg", "[2024] trip/b.jpg"]
+
+
+def test_results_of_earlier_runs_are_left_out(tmp_path, capsys):
+    run = ("overlays/a.jpg", "labels/a.png", "colors/a.png")
+    make(tmp_path, "a.jpg", "results/old.jpg", *(f"{out}/{name}" for out in "bc" for name in run))
+    make(tmp_path, "b/mine.jpg", "mine/labels/a.png", "d/overlays/a.jpg", "d/labels/a.png")
+    ours = ["a.jpg", "b/mine.jpg", "mine/labels/a.png"]
+    for given in (".", "**/*.*", "**"):
+        assert found_in(tmp_path, given) == ours
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("note: results of earlier runs, as in ")
+    # They are found by their names.
+    assert found_in(tmp_path, "results", "b/overlays", "c/labels/*.png") == [
+        *("results/old.jpg", "b/overlays/a.jpg", "c/labels/a.png")
+    ]
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:IM image format is deprecated")
+def test_every_kind_that_pillow_reads_is_taken(tmp_path, capsys):
+    modes = {"MSP": "1", "XBM": "1", "BLP": "P"}  # of those that cannot save RGB
+    names = set()
+    for suffix, kind in Image.registered_extensions().items():
+        if suffix in PICTURES and kind in Image.SAVE:
+            mode = "F" if suffix == ".pfm" else modes.get(kind, "RGB")
+            Image.new("RGB", (80, 64)).convert(mode).save(tmp_path / f"a{suffix}", kind)
+            names.add(f"a{suffix}")
+    assert {"a.jfif", "a.jpe", "a.tga", "a.jp2", "a.pcx", "a.dds", "a.ico", "a.sgi"} <= names
+    make(tmp_path, "a.heic", "b.svg", "c.eps", "notes.txt")
+    assert {*found_in(tmp_path, ".")} == names
+    assert not [name for name in names if isinstance(read(tmp_path / name), str)]
+    told = f"note: 3 of {len(names) + 3} files of {tmp_path}"
+    assert capsys.readouterr().err.startswith(told)
+
+
+@pytest.mark.parametrize(
+    "given", ["0", "camera:0", "/dev/video9", "rtsp://10.0.0.8/a", "https://example.org/a.jpg"]
+)
+def test_cameras_and_streams_are_sent_to_the_example(given):
+    with pytest.raises(DatasetError, match=f"{given} is no file: examples/onnx_camera.py takes"):
+        find_pictures([given])
+
+
+def test_a_file_may_be_called_like_a_camera(tmp_path, monkeypatch):
+    make(tmp_path, "0")
+    monkeypatch.chdir(tmp_path)
+    assert find_pictures(["0"]) == [("0", "0")]
 
 
 def test_results_have_unique_names(tmp_path):

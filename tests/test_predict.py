@@ -114,7 +114,7 @@ def test_strays_and_broken_pictures_end_no_run(predict, photo, tmp_path):
     result = predict("in", argv=("--output", "more"))
     assert result.status == 1 and "in/a0.webp cannot be read" in result.err
     assert "note: 1 of 4 files of in are left out: .heic is not read" in result.err
-    assert "2 pictures of 2 files" in result.out
+    assert "2 pictures of 3 files" in result.out
 
 
 def test_labels_are_those_of_the_evaluation(predict, script, street_network, cityscapes, tmp_path):
@@ -310,6 +310,18 @@ def test_results_stay_in_their_folder_whatever_files_are_called(predict, photo, 
     stills = ("a_b", "-rf", "a b;c", "c:d", "e\\f")
     moving = (f"{name}/00000{number}" for name in ("_", "__", "___") for number in range(2))
     assert {*sizes(tmp_path / "out/labels")} == {f"{name}.png" for name in (*stills, *moving)}
+
+
+def test_the_same_command_again_segments_the_same_and_writes_beside(script, photo, tmp_path):
+    photo.save(tmp_path / "a.png")
+    argv = ("predict.py", "--input", ".", "--workers", 0, "--height", 64)
+    expected = f"results/{tmp_path.name}"
+    for number in (1, 2, 3):
+        folder = expected if number == 1 else f"{expected}-{number}"
+        result = script(*argv)
+        assert result.status == 0 and "1 pictures of 1 files" in result.out, result
+        assert sizes(tmp_path / folder / "labels") == {"a.png": (128, 64)}
+        assert (f"{expected} holds results: these go to {folder}" in result.err) == (number > 1)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import BytesIO
+from itertools import chain, count
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
@@ -95,6 +96,17 @@ def make_results_folder(folder: Path) -> None:
         used = any(folder.iterdir())
     if used:
         raise UserError(f"{folder} is not empty: name a new folder")
+
+
+def unused_folder(folder: Path) -> Path:
+    """Return a folder that holds nothing yet: this one, or one beside it with a number."""
+    beside = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    with write_errors(folder):
+        return next(path for path in chain([folder], beside) if not path.exists() or empty(path))
+
+
+def empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def result_path(folder: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,39 +19,67 @@ from utils.files import atomic_write
 METADATA = ("dataset", "num_classes", "class_names", "colors", "label_ids", "apn_channels")
 METADATA += ("mean", "std", "height")
 
+# Those of ONNX 1.12, of 2022, for runtimes such as TensorRT 8.5. torch writes opset 18 and newer.
+OPSET, IR_VERSION = 17, 8
+
 
 class MissingExtra(UserError):
     """An optional package is not installed."""
 
 
 def export_onnx(
-    network: LEDNet, about: Description | None, path: str | os.PathLike, labels: bool = False
+    network: LEDNet,
+    about: Description | None,
+    path: str | os.PathLike,
+    labels: bool = False,
+    size: Sequence[int] | None = None,
 ) -> None:
     """Write a trained network as an ONNX model, whole or not at all.
 
     Args:
         about: content of the metadata; None for no metadata.
         labels: output "labels", N x H x W, uint8, trainIds, instead of "logits", N x C x H x W.
+        size: height and width of its images, which come one by one; None: any, in any batch.
 
     Raises:
         MissingExtra: packages of the exporter are not installed.
         OSError: the file cannot be written.
     """
     free = {0: Dim("batch"), 2: Dim("height", min=MIN_SIZE), 3: Dim("width", min=MIN_SIZE)}
+    images = torch.rand(2, 3, 2 * MIN_SIZE, 4 * MIN_SIZE)
+    if size is not None:
+        free, images = {}, torch.rand(1, 3, *size)
     try:
-        images = torch.rand(2, 3, 2 * MIN_SIZE, 4 * MIN_SIZE)
+        from onnxscript.optimizer import optimize
+
         program = torch.onnx.export(
-            Deployed(network, labels), (images,), dynamo=True, verbose=False,
+            Deployed(network, labels), (images,), dynamo=True, verbose=False, opset_version=18,
             input_names=["images"], output_names=["labels" if labels else "logits"],
             dynamic_shapes=(free,),
         )  # fmt: skip
     except ImportError as error:
         raise MissingExtra(f"{error}: pip install onnx onnxscript onnxruntime") from error
+    lower_opset(program.model)
+    # With a size, all that depends on it becomes constants, of any length.
+    optimize(program.model, input_size_limit=2**31, output_size_limit=2**31)
     if about is not None:
         stated = about.to_checkpoint()
         program.model.metadata_props.update({key: json.dumps(stated[key]) for key in METADATA})
     with atomic_write(path) as unfinished:
         program.save(unfinished)
+
+
+def lower_opset(model: "onnx_ir.Model") -> None:  # noqa: F821
+    """Turn an exported network of opset 18 into one of opset 17: two kinds of nodes differ."""
+    for node in model.graph:
+        if node.op_type == "Resize":
+            for name in ("antialias", "keep_aspect_ratio_policy"):  # at their defaults
+                node.attributes.pop(name, None)
+        elif node.op_type == "ReduceMean":  # over height and width, now given as an input
+            node.op_type = "GlobalAveragePool"
+            node.attributes.clear()
+            node.resize_inputs(1)
+    model.opset_imports[""], model.ir_version = OPSET, IR_VERSION
 
 
 class OnnxNetwork(nn.Module):
