@@ -29,6 +29,7 @@ from datasets.check import check_files
 from datasets.images import MIN_SIZE, BrokenFiles
 from datasets.loading import batch_loader
 from datasets.segmentation import Classes, Segmentation, resized_size, write_label
+from datasets.workers import WorkerError
 from models.deployed import deploy
 from models.lednet import LEDNet
 from utils import distributed, files, speed
@@ -38,7 +39,7 @@ from utils.errors import UserError
 from utils.evaluation import OutOfMemory, evaluate
 from utils.metrics import ConfusionMatrix, mean_score
 from utils.onnx import OnnxNetwork, export_onnx
-from utils.script import WorkerDied, device_name, pick_device, run_script
+from utils.script import device_name, pick_device, run_script
 from utils.visualize import score_table
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -46,7 +47,7 @@ ADVICE = {
     BrokenFiles: "python tools/check_dataset.py lists them all",
     EncoderOnly: "train stage 2 first, with main.py --pretrained-encoder",
     OutOfMemory: "give a smaller --batch-size or --height",
-    WorkerDied: "if the machine ran out of memory, give fewer --workers",
+    WorkerError: "give fewer --workers",
     files.WriteError: "make room, or give another --save-results or --json",
 }
 

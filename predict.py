@@ -29,13 +29,14 @@ from datasets import pictures
 from datasets.images import MIN_SIZE, DatasetError
 from datasets.loading import call_in_workers
 from datasets.segmentation import Classes, write_label
+from datasets.workers import WorkerError
 from models.deployed import deploy
 from utils import files
 from utils.arguments import ArgumentParser, file_path, natural_int, positive_int
 from utils.checkpoint import EncoderOnly, load_network
 from utils.errors import UserError
 from utils.evaluation import Normalize, label_map
-from utils.script import WorkerDied, pick_device, run_script
+from utils.script import pick_device, run_script
 from utils.visualize import overlay, paint, write_video
 
 SHIPPED = Path(__file__).parent / "weights" / "lednet_d20_camvid.pth"
@@ -43,7 +44,7 @@ JPEG_LIMIT = 65_500  # pixels each way
 FRAMES_PER_SECOND = 25  # of videos that do not say
 ADVICE = {
     EncoderOnly: "train stage 2 first, with main.py --pretrained-encoder",
-    WorkerDied: "if the machine ran out of memory, give fewer --workers",
+    WorkerError: "give fewer --workers",
     files.WriteError: "make room, or give another --output",
 }
 

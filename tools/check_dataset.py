@@ -27,9 +27,10 @@ from datasets import DATASETS, ClassesError, read_classes_for
 from datasets.check import Problem, find_problems, labels_without_image, summary
 from datasets.imagenet import ImageFolder
 from datasets.images import DatasetError, read_image
+from datasets.workers import WorkerError
 from utils.arguments import ArgumentParser, file_path, natural_int
 from utils.errors import UserError
-from utils.script import WorkerDied, run_script
+from utils.script import run_script
 
 IMAGENET = "imagenet"
 # Splits that every training needs; a download without one of the others is complete.
@@ -117,5 +118,5 @@ def open_splits(args: argparse.Namespace) -> tuple[list[Dataset], dict[str, Data
 
 
 if __name__ == "__main__":
-    advice = {WorkerDied: "give fewer --workers if memory is short", ClassesError: "see --classes"}
+    advice = {WorkerError: "give fewer --workers", ClassesError: "see --classes"}
     run_script(main, advice)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from utils import distributed, script
 from utils.errors import UserError
-from utils.script import Interrupted, worker_death
+from utils.script import Interrupted
 
 SAME_SIGNAL = 1.0  # seconds within which a repeated signal counts as the same one
 FILES_NAMED = 20  # files of a batch to name in a message
@@ -213,7 +213,6 @@ class Guard:
             sys.exit(2)
         if isinstance(failure, Diverged):
             raise failure
-        failure = worker_death(failure) or failure
         if not isinstance(failure, UserError):
             print(how, flush=True)  # a traceback follows
         failure.add_note(how)
