@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from datasets.workers import kill_workers
 from utils import distributed, script
 from utils.errors import UserError
 from utils.script import Interrupted
@@ -70,6 +71,7 @@ class StopSignals:
         if self.received is not None:
             # Not print, which this handler may have interrupted.
             os.write(2, f"{name}: stopped at once\n".encode())
+            kill_workers()  # those that start would miss this process, each in a traceback
             os._exit(128 + number)
         self.received, self.noted = number, time.monotonic()
         if distributed.is_first():
