@@ -3,25 +3,22 @@
 Random augmentation depends on a seed per image, not on which process reads the image, or when.
 """
 
-import atexit
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from multiprocessing import active_children
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 from tqdm import tqdm
 
 from datasets.images import DatasetError, NothingReadable
 from datasets.labels import Color
 from datasets.segmentation import Classes, Segmentation
+from datasets.workers import Loader
 
 # After this many unreadable images in a row, the disk is more likely gone than the images broken.
 MAX_BROKEN = 10
@@ -118,8 +115,8 @@ def collate(items: Sequence[Batch], stacked: bool = False) -> Batch:
     batch = Batch(*(list(chain(*column)) for column in zip(*items, strict=True)))
     if not stacked or not batch.images:
         return batch
-    images, labels = default_collate(batch.images), default_collate(batch.labels)
-    return batch._replace(images=images, labels=labels)
+    # Not by default_collate, which takes the memory for it from /dev/shm.
+    return batch._replace(images=torch.stack(batch.images), labels=torch.tensor(batch.labels))
 
 
 def batch_loader(
@@ -131,7 +128,7 @@ def batch_loader(
     skip_broken: bool = False,
     stacked: bool = False,
     drop_last: bool = False,
-) -> DataLoader:
+) -> Loader:
     """Return a loader of `Batch`.
 
     Args:
@@ -145,13 +142,13 @@ def batch_loader(
         drop_last: leave out a smaller last batch.
     """
     validating = sampler is None
-    return _loader(
+    return Loader(
         SeededItems(dataset, skip_broken, replace=not validating),
         workers,
+        partial(collate, stacked=stacked),
         sampler=[(index, 0) for index in range(len(dataset))] if validating else sampler,
         batch_size=batch_size,
         drop_last=drop_last,
-        collate_fn=partial(collate, stacked=stacked),
         pin_memory=device.type == "cuda",
     )
 
@@ -160,40 +157,8 @@ def call_in_workers(
     function: Callable[[int], T], count: int, workers: int, title: str
 ) -> Iterator[T]:
     """Yield function(0), function(1), ... of `count` images, computed by worker processes."""
-    loader = _loader(range(count), workers, batch_size=None, collate_fn=function)
+    loader = Loader(range(count), workers, function, batch_size=None)
     yield from tqdm(loader, title, unit="img", leave=False, disable=None)
-
-
-def _loader(dataset: Dataset | range, workers: int, **options: Any) -> DataLoader:
-    return DataLoader(
-        dataset,
-        num_workers=workers,
-        # Forking anew in every epoch would copy much of the memory that training on a CPU holds.
-        persistent_workers=workers > 0,
-        worker_init_fn=_leave_signals_to_parent,
-        # A DataLoader draws a number whenever it starts. From the global generator, a resumed run,
-        # which starts its loaders again, would train on other random numbers.
-        generator=torch.Generator(),
-        **options,
-    )
-
-
-def _leave_signals_to_parent(_worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM, which a terminal or cluster sends to all processes of a run.
-
-    The training process needs its workers to finish its step, and reports their errors itself.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    sys.excepthook = lambda *_: None
-
-
-@atexit.register  # after importing torch, so that this runs before Python's own handler
-def _kill_workers() -> None:
-    """Kill workers that an error left: Python would wait for them, as they ignore SIGTERM."""
-    for process in active_children():
-        if process.daemon:
-            process.kill()
 
 
 @dataclass

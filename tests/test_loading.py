@@ -1,6 +1,3 @@
-import signal
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -172,8 +169,6 @@ def test_a_broken_image_raises_its_error(workers):
     ):
         with pytest.raises(DatasetError, match=r"4\.png"):
             list(loader)
-        if workers:
-            loader._iterator._shutdown_workers()  # the garbage collector takes 10 seconds for it
 
 
 def test_the_next_image_replaces_a_broken_one_in_training():
@@ -212,25 +207,6 @@ def test_other_errors_are_raised():
 
     with pytest.raises(ZeroDivisionError):
         next(iter(batch_loader(Wrong(), None, 2, 0, CPU, skip_broken=True)))
-
-
-# Workers
-
-
-def ignores_signals(_index: int) -> bool:
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    return all(signal.getsignal(number) == signal.SIG_IGN for number in numbers)
-
-
-def fails_silently(_index: int) -> None:
-    # As a thread of multiprocessing does that hands over batches, when nobody takes them.
-    sys.excepthook(EOFError, EOFError(), None)
-
-
-def test_workers_leave_signals_and_errors_to_the_training_process(capfd):
-    assert list(call_in_workers(ignores_signals, 2, 1, "")) == [True, True]
-    list(call_in_workers(fails_silently, 1, 1, ""))
-    assert capfd.readouterr().err == ""
 
 
 # Counting

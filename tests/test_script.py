@@ -18,13 +18,11 @@ from utils.errors import UserError, one_line
 from utils.files import WriteError
 from utils.script import (
     Interrupted,
-    WorkerDied,
     pick_amp_dtype,
     pick_device,
     run_script,
     start_device,
     with_advice,
-    worker_death,
 )
 
 
@@ -94,13 +92,6 @@ class Broken(Dataset):
         raise DatasetError(f"file {index}.png: is broken")
 
 
-class Killed(Broken):
-    """Kills the worker that reads it."""
-
-    def __getitem__(self, index: int) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_an_error_in_a_worker_is_one_line_too():
     batches = iter(DataLoader(Broken(), num_workers=1))
     with pytest.raises(DatasetError) as error:
@@ -108,20 +99,6 @@ def test_an_error_in_a_worker_is_one_line_too():
     batches._shutdown_workers()  # the garbage collector would wait for them for 5 s
     assert "Traceback" in str(error.value)
     assert one_line(error.value) == "file 0.png: is broken"
-
-
-def test_a_killed_worker_is_reported_in_one_line(ended):
-    status, err = ended(
-        lambda: list(DataLoader(Killed(), num_workers=1)), advice={WorkerDied: "fewer --workers"}
-    )
-    (line,) = err.splitlines()
-    assert status == 2 and line.startswith("main.py: error: a process that loads data died (")
-    assert line.endswith("); fewer --workers")
-
-
-def test_a_worker_killed_while_it_hands_over_a_batch_is_recognised():
-    assert worker_death(ConnectionResetError(104, "Connection reset by peer")) is not None
-    assert worker_death(RuntimeError("something else")) is None
 
 
 @pytest.mark.parametrize("reason", ["No space left on device", "Broken pipe"])

@@ -38,9 +38,10 @@ from datasets.imagenet import ImageFolder
 from datasets.images import DatasetError, read_image
 from datasets.loading import count_labels
 from datasets.segmentation import Segmentation
+from datasets.workers import WorkerError
 from utils.arguments import ArgumentParser, file_path, natural_int
 from utils.errors import UserError
-from utils.script import WorkerDied, run_script
+from utils.script import run_script
 
 IMAGENET = "imagenet"
 # Splits that every training needs; a download without one of the others is complete.
@@ -154,5 +155,5 @@ def open_splits(args: argparse.Namespace) -> tuple[list[Dataset], dict[str, Data
 
 
 if __name__ == "__main__":
-    advice = {WorkerDied: "give fewer --workers if memory is short", ClassesError: "see --classes"}
+    advice = {WorkerError: "give fewer --workers", ClassesError: "see --classes"}
     run_script(main, advice)

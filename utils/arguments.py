@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from datasets.images import BrokenFiles
+from datasets.workers import WorkerError
 from utils.checkpoint import EncoderOnly
 from utils.errors import UserError
 from utils.evaluation import OutOfMemory
 from utils.files import WriteError
-from utils.script import WorkerDied
 
 SHIPPED = Path(__file__).parent.parent / "weights/lednet_d20_camvid.pth"
 
@@ -21,7 +21,7 @@ ADVICE = {
     BrokenFiles: "python tools/check_dataset.py lists them all",
     EncoderOnly: "train stage 2 first, with main.py --pretrained-encoder",
     OutOfMemory: "give a smaller --batch-size or --height",
-    WorkerDied: "if the machine ran out of memory, give fewer --workers",
+    WorkerError: "give fewer --workers",
     WriteError: "make room, or give another --output",
 }
 

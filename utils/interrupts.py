@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from datasets.workers import kill_workers
 from utils import distributed, script
 from utils.errors import UserError
-from utils.script import Interrupted, worker_death
+from utils.script import Interrupted
 
 SAME_SIGNAL = 1.0  # seconds within which a repeated signal counts as the same one
 FILES_NAMED = 20  # files of a batch to name in a message
@@ -70,6 +71,7 @@ class StopSignals:
         if self.received is not None:
             # Not print, which this handler may have interrupted.
             os.write(2, f"{name}: stopped at once\n".encode())
+            kill_workers()  # those that start would miss this process, each in a traceback
             os._exit(128 + number)
         self.received, self.noted = number, time.monotonic()
         if distributed.is_first():
@@ -206,7 +208,6 @@ class Guard:
             sys.exit(2)
         if isinstance(failure, Diverged):
             raise failure
-        failure = worker_death(failure) or failure
         if not isinstance(failure, UserError):
             print(how, flush=True)  # a traceback follows
         failure.add_note(how)

@@ -11,6 +11,7 @@ from datasets import DATASETS, ClassesError, MixedSizes
 from datasets.cache import CacheError, CacheLost, CacheTooLarge
 from datasets.drawn import DrawingError
 from datasets.images import MIN_SIZE, BrokenFiles, FileError, NothingReadable
+from datasets.workers import WorkerError
 from utils.arguments import (
     ArgumentParser,
     file_path,
@@ -30,7 +31,6 @@ from utils.interrupts import Diverged
 from utils.losses import LOSSES
 from utils.optim import SCHEDULES
 from utils.run_folder import BEST, FolderInUse, FolderLocked, NoRun, read_args, run_path
-from utils.script import WorkerDied
 
 # Where the embedded data sets are drawn.
 STREETS, SHAPES = Path("data/synthetic"), Path("data/shapes")
@@ -47,7 +47,7 @@ ADVICE = {
     MixedSizes: "give --augment strong and --crop HEIGHT WIDTH, to train on crops of one size",
     DrawingError: "run in a folder that can be written, or give --datadir",
     OutOfMemory: "give a smaller --batch-size, which may change on --resume, or smaller images",
-    WorkerDied: "if the machine ran out of memory, give fewer --workers",
+    WorkerError: "give fewer --workers",
     Diverged: "start another run with a smaller --lr",
     EncoderOnly: "give it as --pretrained-encoder",
     WrongWidth: "give --apn-channels as it was trained, or another file",

@@ -1,7 +1,5 @@
 """What training shows while it runs: a bar, lines in a log, and how long it waits for data."""
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -103,10 +101,6 @@ class Waiting:
         """Yield the same batches, and measure the time until each one."""
         start = self._now()
         iterator = iter(batches)  # may start workers
-        # The loader's handler would raise the error of a dead worker at any moment, even within a
-        # step. Waiting for a batch of that worker raises it too, which is soon enough.
-        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for batch in iterator:
             self.gaps.append((start, self._now()))
             yield batch

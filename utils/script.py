@@ -29,10 +29,6 @@ class Interrupted(Exception):
         self.status = 128 + number
 
 
-class WorkerDied(UserError):
-    """A process that loads data was killed."""
-
-
 # The signal that ends the program, for when Python drops the exception that its handler raised, as
 # in a destructor: training then ends at its next step.
 received: int | None = None
@@ -78,8 +74,7 @@ def run_script(main: Callable[[], None], advice: Advice | None = None) -> None:
     except Exception as error:
         reason = distributed.failure_elsewhere(error)
         if reason is None:
-            died = worker_death(error)
-            reason = with_advice(died, advice or {}) if died else lost_output(error)
+            reason = lost_output(error)
             distributed.announce(reason or one_line(error))
         if reason is None:
             raise
@@ -116,15 +111,6 @@ def lost_output(error: Exception) -> str | None:
         # Or Python would try to flush the rest at exit, and complain.
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="ignore")
         return f"standard output cannot be written ({error.strerror})"
-    return None
-
-
-def worker_death(error: Exception) -> WorkerDied | None:
-    """Return the error to report if a process that loads data has died."""
-    # A worker that dies while handing over a batch breaks the connection first.
-    broken = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
-    if broken or str(error).startswith("DataLoader worker"):
-        return WorkerDied(f"a process that loads data died ({one_line(error)})")
     return None
 
 
