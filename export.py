@@ -6,11 +6,10 @@ python export.py --size 360 480                       for OpenCV's dnn, ncnn, RK
 
 Input "images": N x 3 x H x W, float32, RGB in [0, 1], normalised with the mean and std of the
 model's metadata. Batch, height and width are free, from 64x64 up, or fixed by --size to one image
-of that size. Output "logits":
-N x C x H x W, float32; with --labels "labels": N x H x W, uint8, the class of each pixel. The
-metadata hold classes, colours, label ids, normalisation, and the height of the training images,
-each as JSON. The script needs `pip install onnx onnxscript onnxruntime`; examples/onnx_camera.py
-shows how to use the model without torch.
+of that size. Output "logits": N x C x H x W, float32; with --labels "labels": N x H x W, uint8, the
+class of each pixel. The metadata hold classes, colours, label ids, normalisation, and the height of
+the training images, each as JSON. The script needs `pip install onnx onnxscript onnxruntime`;
+examples/onnx_camera.py shows how to use the model without torch.
 """
 
 import argparse

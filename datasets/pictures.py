@@ -73,7 +73,7 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
             files = [path] if os.path.exists(path) else expand(path, leave)
             names = {file: result_name(Path(file).name) for file in files if os.path.isfile(file)}
         if not names:
-            if LIVE.fullmatch(path):
+            if LIVE.fullmatch(path) and not os.path.isdir(path):
                 raise DatasetError(
                     f"{path} is no file: examples/onnx_camera.py takes cameras and streams; "
                     "download a picture or video first"
@@ -110,7 +110,7 @@ def expand(pattern: str, leave: Callable[[str], bool]) -> list[str]:
             and file.suffix.lower() not in NOTES - {""}
         )
 
-    start = next(folder for folder in (*Path(pattern).parents, Path()) if folder.is_dir())
+    start = next((folder for folder in Path(pattern).parents if folder.is_dir()), Path())
     literal = Path(glob.escape(str(start)), Path(pattern).relative_to(start))
     return sorted(filter(wanted, glob.glob(str(literal), recursive=True)))
 

@@ -96,10 +96,13 @@ def test_cameras_and_streams_are_sent_to_the_example(given):
         find_pictures([given])
 
 
-def test_a_file_may_be_called_like_a_camera(tmp_path, monkeypatch):
-    make(tmp_path, "0")
+def test_files_and_folders_may_be_called_like_a_camera(tmp_path, monkeypatch):
+    make(tmp_path, "0", "2024/a.png")
+    (tmp_path / "2025").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert find_pictures(["0"]) == [("0", "0")]
+    assert find_pictures(["0", "2024"]) == [("0", "0"), ("2024/a.png", "a")]
+    with pytest.raises(DatasetError, match="2025 holds no picture or video"):
+        find_pictures(["2025"])
 
 
 def test_results_have_unique_names(tmp_path):
