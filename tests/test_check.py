@@ -33,6 +33,7 @@ from datasets.imagenet import ImageFolder
 from datasets.images import BrokenFiles, FileError, NothingReadable, read_image
 from datasets.labels import read_label
 from datasets.segmentation import Segmentation
+from datasets.workers import WorkerError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 70, 3)).astype(np.uint8)
 
@@ -224,7 +225,7 @@ def test_workers_find_the_same(cityscapes_copy):
 
 def test_the_death_of_a_worker_is_an_error(cityscapes, monkeypatch):
     monkeypatch.setattr(check, "check_file", lambda path: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+    with pytest.raises(WorkerError, match="a process that loads data died"):
         list(find_problems(Cityscapes(cityscapes, "train"), workers=1))
 
 

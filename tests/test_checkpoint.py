@@ -187,7 +187,7 @@ def test_objects_are_refused_by_name_with_the_way_out(
         load_checkpoint(path)
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.filterwarnings("error::UserWarning", "ignore:.*is deprecated:FutureWarning")
 def test_a_model_in_another_form_is_named_too(network, tmp_path):
     path = tmp_path / "whole.pth"
     with path.open("wb") as file:
