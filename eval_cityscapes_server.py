@@ -35,7 +35,7 @@ from utils import distributed, files, speed
 from utils.arguments import ADVICE, ArgumentParser, file_path, natural_int, new_file, positive_int
 from utils.checkpoint import Description, load_network
 from utils.errors import UserError
-from utils.evaluation import evaluate
+from utils.evaluation import evaluate, memory_errors
 from utils.metrics import ConfusionMatrix, mean_score
 from utils.onnx import OnnxNetwork, export_onnx
 from utils.script import device_name, pick_device, run_script
@@ -159,7 +159,9 @@ def score(
     # Before the clock starts, since torch.compile starts anew for the size of the last batch, and
     # records its CUDA graph in the third pass.
     for count in sorted(3 * list({min(batch_size, len(share)), len(share) % batch_size} - {0})):
-        model(normalize(torch.zeros(count, 3, *size, dtype=torch.uint8)))
+        images = torch.zeros(count, 3, *size, dtype=torch.uint8)
+        with memory_errors(images):
+            model(normalize(images))
     started = time.perf_counter()
     with files.ResultWriter(workers) as writer:
 
@@ -167,7 +169,7 @@ def score(
             encode = partial(write_label, prediction=prediction.cpu(), classes=about.classes)
             writer.put(files.save_result, Path(args.save_results), next(names), encode)
 
-        loader = batch_loader(share, None, batch_size, workers, device)
+        loader = batch_loader(share, None, batch_size, workers, on_gpu)
         _, confusion = evaluate(
             model, loader, normalize, len(about.classes), f"scoring {args.subset}", len(share),
             on_image=save if args.save_results else None,
@@ -204,7 +206,8 @@ def print_scores(confusion: ConfusionMatrix, classes: Classes) -> dict[str, Any]
 
 def measure(network: LEDNet, model: nn.Module, size: Size, setting: str) -> dict[str, Any]:
     """Measure and print the size of the network, and the latency of the model in its setting."""
-    latency = speed.measure_latency(model, size)
+    with memory_errors([torch.empty(3, *size)]):
+        latency = speed.measure_latency(model, size)
     total, encoder = speed.count_parameters(network), speed.count_parameters(network.encoder)
     multiply_adds = speed.count_multiply_adds(network, size)
     print(

@@ -11,11 +11,13 @@ python main.py --datadir CITYSCAPES --pretrained-encoder save/NAME/encoder.pth
 
 import argparse
 import shlex
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from datasets.imagenet import MEAN, STD, ImageFolder, open_images, validation_images
 from datasets.loading import Batch, ShuffledSeeds, batch_loader
@@ -28,7 +30,7 @@ from utils.evaluation import evaluate_classifier
 from utils.metrics import TopKAccuracy
 from utils.optim import PretrainingSchedule, average_of, build_optimizer, one_cycle
 from utils.options import ADVICE, PRETRAINING, parse_options, settle_pretraining
-from utils.run_folder import ARGS, BEST, ENCODER, Run, open_run
+from utils.run_folder import BEST, ENCODER, Run, open_run
 from utils.script import pick_amp_dtype, run_script, start_device
 from utils.speed import count_parameters
 from utils.training import Stage, Validation, fit, seed_process
@@ -45,7 +47,7 @@ def main() -> None:
         print_scores(args, device)
         return
     with open_run(args) as run:
-        train, val = open_images(args, check=run.stored(ARGS) is None)
+        train, val = open_images(args, check=not run.on_same_data())
         check_resumable(args, run, train)
         torch.manual_seed(args.seed)
         model = ImageClassifier(Encoder(), len(train.classes))
@@ -92,7 +94,7 @@ def build_stage(
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)
     sampler = ShuffledSeeds(len(train), args.seed, distributed.rank(), distributed.processes())
-    loading = (args.batch_size, args.workers, device, args.skip_broken)
+    loading = (args.batch_size, args.workers, device.type == "cuda", args.skip_broken)
     loader = batch_loader(train, sampler, *loading, stacked=True)
     if not loader:
         raise UserError(f"{args.datadir} has fewer training images than there are processes")
@@ -181,17 +183,25 @@ def print_scores(args: argparse.Namespace, device: torch.device) -> None:
         raise UserError(f"{args.evaluate} does not state its data set: give --datadir")
     val = validation_images(datadir, size, list(about.classes.names))
     shared = distributed.share(val)
-    loader = batch_loader(
-        shared, None, args.batch_size, args.workers, device, args.skip_broken, stacked=True
-    )
+    loading = (args.batch_size, args.workers, device.type == "cuda", args.skip_broken)
+    batches = readable(batch_loader(shared, None, *loading, stacked=True))
     scores = evaluate_classifier(
-        model.to(device), loader, about.normalizer(device), "val", len(shared),
+        model.to(device), batches, about.normalizer(device), "val", len(shared),
         pick_amp_dtype(args.amp, device),
     )  # fmt: skip
     print(
         f"{args.evaluate} on the {len(val)} images of {datadir}/val at {size}x{size}: loss "
         f"{scores['val_loss']:.4f}, top-1 {scores['val_top1']:.2%}, top-5 {scores['val_top5']:.2%}"
     )
+
+
+def readable(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches that hold images, and name the images that are left out."""
+    for batch in batches:
+        for reason in batch.left_out:
+            tqdm.write(f"left out: {reason}", file=sys.stderr)
+        if len(batch.images):
+            yield batch
 
 
 if __name__ == "__main__":

@@ -61,8 +61,7 @@ def main() -> None:
     with open_run(args) as run:
         classes = Classes.from_checkpoint(run.resumed) if run.resumed else read_classes_for(args)
         network, mean, std = start_network(args, classes, run.resumed)
-        counts = distributed.first(lambda: run.stored(COUNTS))
-        data = open_splits(args, classes, device, counts)
+        data = open_splits(args, classes, device, distributed.first(run.class_counts))
         about = Description(
             args.dataset, classes, mean, std, args.height, len(data.train_files),
             args.apn_channels, vars(args),
@@ -72,11 +71,11 @@ def main() -> None:
         distributed.first(lambda: run.write_json(COUNTS, data.counts))
         seed_process(args.seed)
         if args.encoder_epochs and not run.past_stage(1):
-            fit(build_stage(1, network, data, about, args, device), run)
+            fit(encoder_stage(network, data, about, args, device), run)
             encoder = {f"encoder.{name}": w for name, w in on_cpu(network.encoder).items()}
             checkpoint = about.to_checkpoint() | {"model": encoder, "stage": 1}
             distributed.first(lambda: run.save_network(checkpoint, ENCODER))
-        best = fit(build_stage(2, network, data, about, args, device), run)
+        best = fit(network_stage(network, data, about, args, device), run)
     report(best, classes, run)
 
 
@@ -137,22 +136,39 @@ def print_plan(
         print("val is trained on: its scores say nothing about new images")
 
 
+def encoder_stage(
+    network: LEDNet, data: Data, about: Description, args: argparse.Namespace, device: torch.device
+) -> Stage:
+    """Return stage 1: the encoder under a 1x1 head, on labels at 1/8 of the resolution."""
+    model = EncoderClassifier(network.encoder, len(data.classes))
+    return build_stage(1, args.encoder_epochs, model, model, data, about, args, device)
+
+
+def network_stage(
+    network: LEDNet, data: Data, about: Description, args: argparse.Namespace, device: torch.device
+) -> Stage:
+    """Return stage 2: the whole network, with an auxiliary head on the encoder if asked for."""
+    model = AuxiliaryHead(network, len(data.classes)) if args.aux_weight else network
+    stage = build_stage(2, args.epochs, model, network, data, about, args, device)
+    stage.best_files, stage.epochs_before = {BEST: on_cpu}, args.encoder_epochs
+    if args.aux_weight:
+        stage.loss = with_auxiliary(stage.loss, args.aux_weight)
+    if args.ema:
+        stage.average = average_of(network, args.epochs * stage.steps)
+    return stage
+
+
 def build_stage(
-    number: int, network: LEDNet, data: Data, about: Description, args: argparse.Namespace,
-    device: torch.device,
+    number: int, epochs: int, model: nn.Module, network: nn.Module, data: Data,
+    about: Description, args: argparse.Namespace, device: torch.device,
 ) -> Stage:  # fmt: skip
-    """Put together stage 1, which trains the encoder under a 1x1 head, or 2, all of it."""
-    first = number == 1
-    classes = len(data.classes)
-    scored = EncoderClassifier(network.encoder, classes) if first else network
-    model = AuxiliaryHead(network, classes) if args.aux_weight and not first else scored
+    """Put together what both stages have in common; `network` is the part of the model to score."""
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)
 
     sampler = ShuffledSeeds(len(data.train), args.seed, distributed.rank(), distributed.processes())
-    loading_device = device if data.pin_memory else torch.device("cpu")
-    loading = (args.batch_size, data.workers, loading_device, args.skip_broken)
+    loading = (args.batch_size, data.workers, data.pin_memory, args.skip_broken)
     # A last batch of one image cannot train the batch norm on the pooled plane.
     drop_last = len(sampler) % args.batch_size == 1
     loader = batch_loader(data.train, sampler, *loading, drop_last=drop_last)
@@ -161,10 +177,7 @@ def build_stage(
 
     c = WEIGHT_C[number] if args.weight_c is None else args.weight_c
     counts = torch.tensor(list(data.counts.values()))
-    weights = (class_weights(counts, c) if c else torch.ones(classes)).to(device)
-    loss = partial(LOSSES[args.loss], weight=weights)
-    epochs = args.encoder_epochs if first else args.epochs
-    steps = epochs * len(loader)
+    weights = (class_weights(counts, c) if c else torch.ones(len(counts) - 1)).to(device)
     optimizer = build_optimizer(args.optimizer, model, args.lr, weight_decay=args.weight_decay)
     amp_dtype = pick_amp_dtype(args.amp, device)
     val = distributed.share(data.val)
@@ -173,12 +186,12 @@ def build_stage(
         epochs=epochs,
         about=about,
         model=model,
-        network=scored,
+        network=network,
         loader=loader,
         prepare=Augment(data.augment, normalize, device, jitter, LABEL_STRIDE[number]),
-        loss=with_auxiliary(loss, args.aux_weight) if model is not scored else loss,
+        loss=partial(LOSSES[args.loss], weight=weights),
         optimizer=optimizer,
-        scheduler=SCHEDULES[args.schedule](optimizer, steps),
+        scheduler=SCHEDULES[args.schedule](optimizer, epochs * len(loader)),
         val_loader=batch_loader(val, None, *loading),
         validate=partial(
             validate, normalize=normalize, classes=data.classes, total=len(val),
@@ -186,11 +199,8 @@ def build_stage(
         ),
         score="miou",
         files=data.train_files.__getitem__,
-        best_files={} if first else {BEST: on_cpu},
-        average=average_of(network, steps) if args.ema and not first else None,
-        meter=partial(ConfusionMatrix, classes, device) if args.iouTrain else None,
+        meter=partial(ConfusionMatrix, len(data.classes), device) if args.iouTrain else None,
         amp_dtype=amp_dtype,
-        epochs_before=0 if first else args.encoder_epochs,
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from utils import files
 from utils.arguments import ADVICE, ArgumentParser, file_path, natural_int, positive_int
 from utils.checkpoint import load_network
 from utils.errors import UserError
-from utils.evaluation import Normalize, label_map
+from utils.evaluation import Normalize, label_map, memory_errors
 from utils.script import pick_device, run_script
 from utils.visualize import overlay, paint, write_video
 
@@ -159,7 +159,9 @@ def segment_frames(
     """Yield each frame with its classes, H x W, uint8, on the CPU, at the size of the picture."""
     for _, same_size in groupby(frames, lambda frame: frame.resized.shape):
         while batch := list(islice(same_size, batch_size)):
-            logits = model(normalize(torch.stack([frame.resized for frame in batch])))
+            images = torch.stack([frame.resized for frame in batch])
+            with memory_errors(images):
+                logits = model(normalize(images))
             for frame, planes in zip(batch, logits, strict=True):
                 yield frame, label_map(planes, frame.image.shape[-2:]).cpu()
 

@@ -61,7 +61,7 @@ class Data:
     summary: str  # "6 of train to train on, 3 of val to validate, 19 classes"
     trains_on_val: bool
     workers: int  # processes to load with: none if all is in memory
-    pin_memory: bool  # not if all is on the GPU
+    pin_memory: bool  # for a GPU, unless all is there already
 
 
 def read_classes_for(args: argparse.Namespace) -> Classes:
@@ -129,7 +129,7 @@ def open_splits(
         summary=f"{sources} to train on, {len(val)} of val to validate, {len(classes)} classes",
         trains_on_val=not set(files).isdisjoint(val.pairs),
         workers=0 if args.cache == "ram" else args.workers,
-        pin_memory=args.cache != "ram" or not val_items[0][0].is_cuda,
+        pin_memory=device.type == "cuda" and not (args.cache == "ram" and val_items[0][0].is_cuda),
     )
 
 

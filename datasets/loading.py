@@ -124,7 +124,7 @@ def batch_loader(
     sampler: ShuffledSeeds | None,
     batch_size: int,
     workers: int,
-    device: torch.device,
+    pin_memory: bool = False,
     skip_broken: bool = False,
     stacked: bool = False,
     drop_last: bool = False,
@@ -135,7 +135,7 @@ def batch_loader(
         dataset: data set of (image, label).
         sampler: order and seeds of training; None to validate, in the order of the data set.
         workers: processes that read.
-        device: device of the training; batches for a GPU are pinned.
+        pin_memory: put batches where a GPU can fetch them from.
         skip_broken: leave out unreadable images: training reads the next one in place of each, and
             a batch of validation is smaller, or empty.
         stacked: stack the images, which must be of one size; labels are class numbers.
@@ -149,7 +149,7 @@ def batch_loader(
         sampler=[(index, 0) for index in range(len(dataset))] if validating else sampler,
         batch_size=batch_size,
         drop_last=drop_last,
-        pin_memory=device.type == "cuda",
+        pin_memory=pin_memory,
     )
 
 
@@ -186,5 +186,5 @@ def count_labels(parts: Sequence[Segmentation], workers: int = 0) -> LabelCounts
 
 
 def _count_label(dataset: Segmentation, index: int) -> tuple[Tensor, frozenset[tuple[int, Color]]]:
-    label, _ = dataset.read_label(index)
+    label, _ = dataset.read_ids(index)
     return torch.from_numpy(np.bincount(label.ids.ravel(), minlength=256)), label.colors

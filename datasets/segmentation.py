@@ -194,10 +194,10 @@ class Segmentation(Dataset):
 
     def read_train_ids(self, index: int) -> np.ndarray:
         """Read one label map as trainIds at its full size, H x W, uint8, 255 = ignore."""
-        return self.read_label(index)[1]
+        return self.read_ids(index)[1]
 
-    def read_label(self, index: int) -> tuple[Label, np.ndarray]:
-        """Read one label map as it is stored, and as trainIds."""
+    def read_ids(self, index: int) -> tuple[Label, np.ndarray]:
+        """Read the label map of a pair: its label ids, and its trainIds; see `read_train_ids`."""
         path = self.pairs[index][1]
         label = read_label(path, self._known_ids, self._ids_by_color)
         train_ids = self._to_train_ids[label.ids]

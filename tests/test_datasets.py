@@ -46,7 +46,7 @@ def test_data_of_several_parts(cityscapes):
     assert data.size == (64, 128) and isinstance(data.augment, Paper)
     assert list(data.counts) == [*data.classes.names, "ignored"]
     assert sum(data.counts.values()) == 9 * 64 * 128
-    assert not data.trains_on_val and data.pin_memory and data.workers == 0
+    assert not data.trains_on_val and not data.pin_memory and data.workers == 0
 
 
 def test_images_are_resized_and_labels_of_val_are_not(camvid):
@@ -246,8 +246,8 @@ def test_neither_cache_nor_workers_change_a_batch(camvid, tmp_path, recipe):
         assert data.workers == (0 if data and changes["cache"] == "ram" else changes["workers"])
         augment = Augment(data.augment, normalizer([0.1] * 3, [0.2] * 3, CPU), CPU, jitter=0.4)
         sampler = ShuffledSeeds(len(data.train), seed=5)
-        loader = batch_loader(data.train, sampler, 4, data.workers, CPU)
-        validation = batch_loader(data.val, None, 2, data.workers, CPU)
+        loader = batch_loader(data.train, sampler, 4, data.workers)
+        validation = batch_loader(data.val, None, 2, data.workers)
         tensors = [tensor for batch in loader for tensor in augment(batch)]
         return tensors + [image for batch in validation for image in batch.images]
 

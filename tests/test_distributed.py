@@ -112,7 +112,7 @@ def gradients_of_loaded_batches() -> dict[str, Tensor]:
     count = distributed.processes()
     sampler = ShuffledSeeds(len(Noisy()), 5, distributed.rank(), count)
     sampler.begin(3)
-    loader = batch_loader(Noisy(), sampler, 4 // count, 0, CPU, drop_last=True)
+    loader = batch_loader(Noisy(), sampler, 4 // count, 0, drop_last=True)
     model = network()
     forward, loss_function = distributed.parallel(model, CPU), partial(cross_entropy, weight=WEIGHT)
     batches = list(loader)
@@ -132,7 +132,7 @@ def scores() -> tuple[float, Tensor]:
         label = torch.randint(CLASSES, size, generator=generator)
         label[place * 10 :, :50] = 255
         items.append((torch.rand(3, *size, generator=generator), label))
-    loader = batch_loader(distributed.share(items), None, 2, 0, CPU)
+    loader = batch_loader(distributed.share(items), None, 2, 0)
     model = network().float()
     loss, confusion = evaluate(model, loader, lambda i: i, CLASSES, "", len(items), WEIGHT)
     return loss, confusion.counts
@@ -142,7 +142,7 @@ def scores_of_a_classifier() -> dict[str, float]:
     inputs = torch.rand(7, 6, generator=torch.Generator().manual_seed(4))
     items = list(zip(inputs, [0, 1, 2, 3, 4, 5, 0], strict=True))
     torch.manual_seed(0)
-    loader = batch_loader(distributed.share(items), None, 2, 0, CPU, stacked=True)
+    loader = batch_loader(distributed.share(items), None, 2, 0, stacked=True)
     return evaluate_classifier(nn.Linear(6, 8), loader, lambda i: i, "", len(items))
 
 

@@ -352,7 +352,7 @@ def test_features_of_an_image_are_the_same_in_both_programs(pretrained, tmp_path
     model, about = load_classifier(pretrained / "best.pth")
     model.encoder.register_forward_hook(lambda *seen: features.update(pretraining=seen[2]))
     val = validation_images(tmp_path / "square", 224, list(about.classes.names))
-    loader = batch_loader(val, None, 1, 0, CPU, stacked=True)
+    loader = batch_loader(val, None, 1, 0, stacked=True)
     evaluate_classifier(model, loader, about.normalizer(CPU), "", 1)
 
     argv = ("main.py", "--datadir", "d", "--pretrained-encoder", str(pretrained / "encoder.pth"))
@@ -361,7 +361,7 @@ def test_features_of_an_image_are_the_same_in_both_programs(pretrained, tmp_path
     network, mean, std = main.start_network(args, Cityscapes.CLASSES, None)
     network.encoder.register_forward_hook(lambda *seen: features.update(training=seen[2]))
     central = Folder(tmp_path, "test", Cityscapes.CLASSES, height=224)
-    loader = batch_loader(central, None, 1, 0, CPU)
+    loader = batch_loader(central, None, 1, 0)
     evaluate(
         network, loader, main.Description("", None, mean, std, 224, 1).normalizer(CPU), 19, "", 1
     )

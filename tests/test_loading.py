@@ -37,7 +37,7 @@ def epoch_of(
 ) -> torch.Tensor:
     """The indices and random numbers of one epoch, as its batches bring them."""
     sampler = ShuffledSeeds(10, seed, process, of)
-    loader = batch_loader(Noise(), sampler, 3, workers, CPU, stacked=True)
+    loader = batch_loader(Noise(), sampler, 3, workers, stacked=True)
     sampler.begin(number, start)
     assert len(loader) == -(-len(sampler) // 3)
     batches = list(loader)
@@ -96,8 +96,8 @@ def test_processes_share_an_epoch(processes):
 
 def test_a_smaller_last_batch_may_be_left_out():
     sampler = ShuffledSeeds(10, 3)
-    assert [len(b.images) for b in batch_loader(Noise(), sampler, 3, 0, CPU)] == [3, 3, 3, 1]
-    loader = batch_loader(Noise(), sampler, 3, 0, CPU, drop_last=True)
+    assert [len(b.images) for b in batch_loader(Noise(), sampler, 3, 0)] == [3, 3, 3, 1]
+    loader = batch_loader(Noise(), sampler, 3, 0, drop_last=True)
     assert [len(batch.images) for batch in loader] == [3, 3, 3] and len(loader) == 3
 
 
@@ -106,8 +106,8 @@ def test_loading_leaves_the_random_state_alone(workers):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    list(batch_loader(Noise(), ShuffledSeeds(10, 3), 4, workers, CPU))
-    list(batch_loader(Noise(), None, 4, workers, CPU))
+    list(batch_loader(Noise(), ShuffledSeeds(10, 3), 4, workers))
+    list(batch_loader(Noise(), None, 4, workers))
     list(call_in_workers(Noise().__getitem__, 1, 1, ""))
     assert torch.equal(torch.rand(3), expected)
 
@@ -137,7 +137,7 @@ class Sizes(Dataset):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_of_any_size_come_with_their_seeds(workers):
     sampler = ShuffledSeeds(5, seed=3)
-    batches = list(batch_loader(Sizes(), sampler, 2, workers, CPU))
+    batches = list(batch_loader(Sizes(), sampler, 2, workers))
     assert [len(batch.images) for batch in batches] == [2, 2, 1]
     order = []
     for batch in batches:
@@ -150,10 +150,10 @@ def test_images_of_any_size_come_with_their_seeds(workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_validation_is_in_order(workers):
-    first, second = batch_loader(Sizes(), None, 3, workers, CPU)
+    first, second = batch_loader(Sizes(), None, 3, workers)
     assert isinstance(first, Batch) and first.indices == [0, 1, 2] and second.indices == [3, 4]
     assert [len(image) for image in second.images] == [4, 5]
-    stacked = list(batch_loader(Noise(), None, 4, workers, CPU, stacked=True))
+    stacked = list(batch_loader(Noise(), None, 4, workers, stacked=True))
     assert [batch.images.shape for batch in stacked] == [(4, 2), (4, 2), (2, 2)]
     assert torch.cat([batch.labels for batch in stacked]).tolist() == list(range(10))
 
@@ -164,8 +164,8 @@ def test_validation_is_in_order(workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_image_raises_its_error(workers):
     for loader in (
-        batch_loader(Noise(4), ShuffledSeeds(10, 3), 3, workers, CPU),
-        batch_loader(Noise(4), None, 3, workers, CPU),
+        batch_loader(Noise(4), ShuffledSeeds(10, 3), 3, workers),
+        batch_loader(Noise(4), None, 3, workers),
     ):
         with pytest.raises(DatasetError, match=r"4\.png"):
             list(loader)
@@ -178,7 +178,7 @@ def test_the_next_image_replaces_a_broken_one_in_training():
     last = SeededItems(Noise(9), skip_broken=True)[9, 0]
     assert last.indices == [0] and last.left_out == ["9.png is broken"]
     assert SeededItems(Noise(4), skip_broken=True)[5, 0].left_out == []
-    batches = list(batch_loader(Noise(4), ShuffledSeeds(10, 3), 5, 0, CPU, skip_broken=True))
+    batches = list(batch_loader(Noise(4), ShuffledSeeds(10, 3), 5, 0, skip_broken=True))
     assert [len(batch.images) for batch in batches] == [5, 5]
     assert [reason for batch in batches for reason in batch.left_out] == ["4.png is broken"]
 
@@ -191,7 +191,7 @@ def test_a_disk_that_is_gone_is_not_searched_forever():
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_validation_leaves_out_broken_images(workers, stacked):
-    loader = batch_loader(Noise(1, 4, 5), None, 2, workers, CPU, skip_broken=True, stacked=stacked)
+    loader = batch_loader(Noise(1, 4, 5), None, 2, workers, skip_broken=True, stacked=stacked)
     batches = list(loader)
     assert [batch.indices for batch in batches] == [[0], [2, 3], [], [6, 7], [8, 9]]
     assert [len(batch.images) for batch in batches] == [1, 2, 0, 2, 2]
@@ -206,7 +206,7 @@ def test_other_errors_are_raised():
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        next(iter(batch_loader(Wrong(), None, 2, 0, CPU, skip_broken=True)))
+        next(iter(batch_loader(Wrong(), None, 2, 0, skip_broken=True)))
 
 
 # Counting

@@ -192,7 +192,8 @@ def stages(cityscapes, monkeypatch, capsys) -> Callable[..., list[Stage]]:
         network, mean, std = main.start_network(args, classes, None)
         data = open_splits(args, classes, CPU)
         about = main.Description(args.dataset, classes, mean, std, args.height, len(data.train), 4)
-        return [main.build_stage(n, network, data, about, args, CPU) for n in (1, 2)]
+        parts = (network, data, about, args, CPU)
+        return [main.encoder_stage(*parts), main.network_stage(*parts)]
 
     return build
 

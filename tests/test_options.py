@@ -136,11 +136,13 @@ def test_stage_1_is_skipped_if_training_starts_from_a_network_or_an_encoder(main
         assert args.encoder_epochs == 0 and args.epochs == 300
 
 
-def test_num_epochs_is_the_default_of_both_stages(main):
+def test_num_epochs_is_the_default_of_each_stage(main):
     args = main("--datadir", "d", "--num-epochs", 7)
     assert (args.encoder_epochs, args.epochs) == (7, 7)
     args = main("--datadir", "d", "--num-epochs", 7, "--epochs", 3)
     assert (args.encoder_epochs, args.epochs) == (7, 3)
+    args = main("--num-epochs", 7)
+    assert (args.encoder_epochs, args.epochs) == (0, 7)  # quick has one stage
 
 
 def test_options_of_the_original_code_keep_their_meaning(main):

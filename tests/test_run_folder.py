@@ -203,17 +203,17 @@ def test_without_options_there_is_no_run_to_resume(tmp_path, content):
 
 def test_stored_results_count_only_for_the_same_data(tmp_path):
     with open_run(options(tmp_path, datadir="a")) as run:
-        assert run.stored("counts.json") is None
+        assert run.class_counts() is None
         run.begin()
-        run.write_json("counts.json", {"road": 3})
+        run.write_json("class_counts.json", {"road": 3})
     with open_run(options(tmp_path, resume=True, datadir="a")) as run:
-        assert run.stored("counts.json") == {"road": 3}
-        (tmp_path / "counts.json").write_text('{"road":')
-        assert run.stored("counts.json") is None
-        run.write_json("counts.json", {"road": 3})
-    assert json.loads((tmp_path / "counts.json").read_text()) == {"road": 3}
+        assert run.class_counts() == {"road": 3}
+        (tmp_path / "class_counts.json").write_text('{"road":')
+        assert run.class_counts() is None
+        run.write_json("class_counts.json", {"road": 3})
+    assert json.loads((tmp_path / "class_counts.json").read_text()) == {"road": 3}
     with open_run(options(tmp_path, resume=True, datadir="b")) as run:
-        assert run.stored("counts.json") is None
+        assert run.class_counts() is None
 
 
 # Checkpoints

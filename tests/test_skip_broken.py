@@ -35,8 +35,8 @@ def test_segmentation_is_scored_on_the_rest():
     torch.manual_seed(0)
     data = TensorDataset(torch.rand(5, 3, 8, 8), torch.randint(0, 4, (5, 8, 8)))
     network, images = torch.nn.Conv2d(3, 4, 1), lambda images: images
-    broken = batch_loader(Broken(data, 0, 3), None, 2, 0, CPU, skip_broken=True)
-    whole = batch_loader(Subset(data, [1, 2, 4]), None, 2, 0, CPU)
+    broken = batch_loader(Broken(data, 0, 3), None, 2, 0, skip_broken=True)
+    whole = batch_loader(Subset(data, [1, 2, 4]), None, 2, 0)
     (loss, confusion), (expected_loss, expected) = (
         evaluate(network, loader, images, 4, "", 5, torch.ones(4)) for loader in (broken, whole)
     )
@@ -48,8 +48,8 @@ def test_classification_is_scored_on_the_rest():
     torch.manual_seed(0)
     data = TensorDataset(torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 1, 0]))
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 6))
-    broken = batch_loader(Broken(data, 0, 3), None, 2, 0, CPU, skip_broken=True, stacked=True)
-    whole = batch_loader(Subset(data, [1, 2, 4]), None, 2, 0, CPU, stacked=True)
+    broken = batch_loader(Broken(data, 0, 3), None, 2, 0, skip_broken=True, stacked=True)
+    whole = batch_loader(Subset(data, [1, 2, 4]), None, 2, 0, stacked=True)
     scores, expected = (
         evaluate_classifier(network, loader, lambda images: images, "", 5)
         for loader in (broken, whole)

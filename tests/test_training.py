@@ -64,7 +64,7 @@ def stage_of(
         points = torch.rand(24, 3, generator=torch.Generator().manual_seed(1))
         items = [(point, int(point.sum() > 1.5)) for point in points]
     sampler = ShuffledSeeds(len(items), 7, distributed.rank(), distributed.processes())
-    loader = batch_loader(items, sampler, batch_size, 0, CPU, stacked=True)
+    loader = batch_loader(items, sampler, batch_size, 0, stacked=True)
     name, schedule = RECIPES[recipe]
     optimizer = build_optimizer(name, model, LR, weight_decay=0.1)
     defaults = {

@@ -99,7 +99,7 @@ def test_a_value_comes_as_it_was():
 @pytest.mark.parametrize("stacked", [False, True])
 def test_batches_are_those_of_this_process(stacked):
     plain = Plain(7, 5, 9, classes=stacked)
-    both = [batch_loader(plain, None, 3, count, CPU, stacked=stacked) for count in (0, 2)]
+    both = [batch_loader(plain, None, 3, count, stacked=stacked) for count in (0, 2)]
     for own, came in zip(*both, strict=True):
         assert own[2:] == came[2:]
         for a, b in zip([*own.images, *own.labels], [*came.images, *came.labels], strict=True):
@@ -107,7 +107,7 @@ def test_batches_are_those_of_this_process(stacked):
 
 
 def test_a_batch_comes_in_one_piece():
-    (batch,) = batch_loader(Plain(6, 5, 9), None, 6, 1, CPU)
+    (batch,) = batch_loader(Plain(6, 5, 9), None, 6, 1)
     storages = {tensor.untyped_storage().data_ptr() for tensor in batch.images + batch.labels}
     assert len(storages) == 1
 
@@ -125,10 +125,8 @@ def test_a_batch_is_pinned_in_one_piece(monkeypatch):
 
 CASES = {
     # As main.py trains by default; labels alone would fill it.
-    "segmentation": lambda: batch_loader(Plain(60, 512, 1024), None, 5, 4, CPU),
-    "classification": lambda: batch_loader(
-        Plain(768, 224, 224, True), None, 256, 2, CPU, stacked=True
-    ),
+    "segmentation": lambda: batch_loader(Plain(60, 512, 1024), None, 5, 4),
+    "classification": lambda: batch_loader(Plain(768, 224, 224, True), None, 256, 2, stacked=True),
     "photos": lambda: call_in_workers(Plain(3, 4000, 6000).__getitem__, 3, 2, ""),
 }
 
@@ -187,7 +185,7 @@ def test_programs_need_no_shared_memory(command, tmp_path, name):
 @pytest.mark.parametrize(("files", "size"), [(256, 100), (1024, 300)])
 def test_few_file_handles_are_enough(tmp_path, files, size):
     def program() -> None:
-        loader = batch_loader(Plain(2 * size, 8, 8), None, size, 2, CPU)
+        loader = batch_loader(Plain(2 * size, 8, 8), None, size, 2)
         assert [len(batch.images) for batch in loader] == [size, size]
 
     result = ended(program, tmp_path, files=files)
@@ -202,7 +200,7 @@ def test_few_file_handles_are_enough(tmp_path, files, size):
     ],
 )
 def test_workers_that_cannot_start_are_one_line(tmp_path, limits, reason):
-    result = ended(lambda: list(batch_loader(Plain(9, 8, 8), None, 1, 4, CPU)), tmp_path, **limits)
+    result = ended(lambda: list(batch_loader(Plain(9, 8, 8), None, 1, 4)), tmp_path, **limits)
     expected = f"main.py: error: processes that load data cannot start ({reason})\n"
     assert (result.status, result.err) == (2, expected)
 
@@ -212,7 +210,7 @@ def test_what_cannot_be_handed_over_is_one_line(tmp_path, monkeypatch):
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     monkeypatch.setattr(os, "memfd_create", memfd_create)
-    result = ended(lambda: list(batch_loader(Plain(9, 8, 8), None, 1, 2, CPU)), tmp_path)
+    result = ended(lambda: list(batch_loader(Plain(9, 8, 8), None, 1, 2)), tmp_path)
     reason = "what a worker read cannot be handed over (Cannot allocate memory)"
     assert (result.status, result.err) == (2, f"main.py: error: {reason}\n")
 

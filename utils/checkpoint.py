@@ -139,6 +139,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         if not damaged:
             with warnings.catch_warnings(action="ignore"):  # of formats that are refused below
                 content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # what torch.load raises on other files is not documented
         if found := NEEDS_CODE.search(str(error)):
             raise CheckpointError(

@@ -144,7 +144,7 @@ SEGMENTATION: Table = {
         Option("--encoder-epochs", natural_int, 300, "epochs of stage 1", one_stage(0)),
         Option("--epochs", positive_int, 300, "epochs of stage 2",
                dict(cityscapes=800, camvid=80, quick=10)),
-        Option("--num-epochs", positive_int, None, "epochs of each stage, in one option"),
+        Option("--num-epochs", positive_int, None, "epochs of each stage that the preset has"),
         Option("--batch-size", positive_int, 5, "images in a step of each process",
                dict(cityscapes=12, camvid=8, quick=4), may_change=True),
         Option("--optimizer", str, "adam", "optimizer", one_stage("adamw"),
@@ -314,11 +314,11 @@ def settle_segmentation(args: argparse.Namespace) -> None:
     skips_stage_1 = args.init or args.pretrained_encoder or args.decoder
     if skips_stage_1 and args.encoder_epochs and not args.resume:
         raise UserError("--encoder-epochs: --init, --pretrained-encoder and --decoder skip stage 1")
-    for name in ("encoder_epochs", "epochs"):
-        if getattr(args, name) is None:
-            setattr(args, name, args.num_epochs)
+    args.epochs = args.epochs or args.num_epochs
     needs_strong = [n for n in ("crop", "scale", "jitter") if getattr(args, n) is not None]
     args.preset = args.preset or ("quick" if args.datadir is None else "paper")
+    if args.encoder_epochs is None and args.preset == "paper":  # the others have one stage
+        args.encoder_epochs = args.num_epochs
     fill_defaults(args, SEGMENTATION, [args.preset])
     args.dataset = args.dataset or (
         "folder" if args.classes else "synthetic" if embedded else "cityscapes"

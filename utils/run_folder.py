@@ -72,11 +72,13 @@ class Run:
         before = self.args.encoder_epochs if self.resumed["stage"] == 2 else 0
         return before + self.resumed["epoch"]
 
-    def stored(self, name: str) -> dict[str, Any] | None:
-        """Return the JSON object that the resumed run has stored, if its data have not moved."""
-        if self.args.resume and read_args(self.folder)["datadir"] == self.args.datadir:
-            return read_json(self.folder / name)
-        return None
+    def on_same_data(self) -> bool:
+        """Return whether this resumes a run that began with the same folder of data."""
+        return self.args.resume and read_args(self.folder)["datadir"] == self.args.datadir
+
+    def class_counts(self) -> dict[str, int] | None:
+        """Return the training pixels by class if this run has counted them before."""
+        return read_json(self.folder / COUNTS) if self.on_same_data() else None
 
     def begin(self) -> None:
         """Start writing, and drop what the log has beyond the last checkpoint.

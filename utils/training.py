@@ -51,7 +51,7 @@ class Stage:
     score: str  # name in `Validation.best` of the score that decides which epoch is the best
     files: Callable[[int], Sequence[str]]  # returns the paths of a training item, for messages
     # Files that the best epoch is saved to, each with a function that returns its weights.
-    best_files: Mapping[str, Callable[[nn.Module], dict[str, Tensor]]]
+    best_files: Mapping[str, Callable[[nn.Module], dict[str, Tensor]]] = field(default_factory=dict)
     average: Average | None = None  # of the network's weights, scored and saved in its place
     meter: Callable[[], Meter] | None = None  # makes the meter of an epoch's training predictions
     amp_dtype: torch.dtype | None = None  # of mixed precision; None for full precision
@@ -122,10 +122,10 @@ class TrainState:
         self.totals, self.epoch, self.step = {}, self.epoch + 1, 0
         return scores
 
-    def checkpoint(self) -> dict[str, Any]:
-        """Return the checkpoint of the network that is scored."""
+    def checkpoint(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the checkpoint of a network with these weights."""
         return self.stage.about.to_checkpoint() | {
-            "model": on_cpu(self.stage.scored),
+            "model": weights,
             "stage": self.stage.number,
             "epoch": self.epoch,
             "best": self.best,
@@ -138,7 +138,7 @@ class TrainState:
         if stage.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(stage.device)
         totals = {name: value.cpu() for name, value in self.totals.items()}
-        return self.checkpoint() | {
+        return self.checkpoint(on_cpu(stage.scored)) | {
             "training_model": on_cpu(stage.model),
             "ema_updates": stage.average.n_averaged.item() if stage.average else 0,
             "optimizer": stage.optimizer.state_dict(),
@@ -276,7 +276,7 @@ def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Mo
 
     def record() -> None:
         for name, weights in files.items():
-            run.save_network(state.checkpoint() | {"model": weights(stage.scored)}, name)
+            run.save_network(state.checkpoint(weights(stage.scored)), name)
         run.record(row, stage.epochs_before + epoch, pictures)
 
     distributed.first(record)
