@@ -178,7 +178,7 @@ def command(cityscapes, shapes, street_network, tmp_path, monkeypatch) -> Callab
 def test_programs_need_no_shared_memory(command, tmp_path, name):
     """Only their locks lie there, a page each; the images take more."""
     argv = command(name)
-    result = ended(lambda: sys.exit(run_script(*argv)), tmp_path, shm="256k")
+    result = ended(lambda: sys.exit(run_script(*argv)), tmp_path, shm="128k")
     assert (result.status, result.err) == (0, "")
 
 
