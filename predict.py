@@ -31,7 +31,7 @@ from datasets.loading import call_in_workers
 from datasets.segmentation import Classes, write_label
 from models.deployed import deploy
 from utils import files
-from utils.arguments import ADVICE, ArgumentParser, file_path, natural_int, positive_int
+from utils.arguments import INFERENCE_ADVICE, ArgumentParser, file_path, natural_int, positive_int
 from utils.checkpoint import load_network
 from utils.errors import UserError
 from utils.evaluation import Normalize, label_map
@@ -181,4 +181,4 @@ def save_overlay(output: Path, frame: pictures.Frame, labels: Tensor, classes: C
 
 
 if __name__ == "__main__":
-    run_script(main, ADVICE)
+    run_script(main, INFERENCE_ADVICE)

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.images import DatasetError
+from datasets.images import DatasetError, Size
 from datasets.loading import call_in_workers
 from datasets.segmentation import Segmentation, resized_size
 from utils.files import atomic_write, remove_unfinished
@@ -29,7 +29,6 @@ from utils.files import atomic_write, remove_unfinished
 # To be raised when the same files give other bytes, so that no older cache is read.
 FORMAT = 2
 
-Size = tuple[int, int]  # height and width
 Splits = Mapping[Segmentation, list[Size]]  # data sets with the sizes of their image files
 
 
