@@ -213,7 +213,7 @@ def absent_classes(counts: LabelCounts, classes: Classes) -> list[str]:
 def label_problems(
     counts: Mapping[str, LabelCounts], classes: Classes, file: str | None
 ) -> list[str]:
-    """Return why nothing can be learned from the labels as a whole, or something wrong.
+    """Return what makes the labels of a split unusable or misleading, one sentence each.
 
     Args:
         counts: what the labels hold by the name of their split; "val" may lack classes.

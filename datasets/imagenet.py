@@ -92,6 +92,8 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     """Images of one split with their class numbers, in the order of their names; val may have the
     form of Tiny ImageNet's, val/images and a table of the classes.
 
+    An item is what `loader` returns, after `transform`, and the class number, an int.
+
     Args:
         loader: function that reads an image file.
         classes: names of the classes in the order of their numbers; default: sorted folders.

@@ -27,7 +27,7 @@ from datasets.images import (
 from datasets.labels import Color, Label, read_label
 from datasets.listing import JPEG_SUFFIXES, PICTURES, is_picture
 
-# Marks, in the table from label ids to trainIds, the ids that a data set does not have.
+# trainId of label ids that the data set does not define.
 UNKNOWN = 254
 
 
@@ -61,7 +61,7 @@ class Classes:
         """Return the colours of label files by label id, ignored ones as well."""
         colors = self.label_colors
         if colors is None:
-            colors = dict(zip(self.label_ids, self.colors, strict=False))
+            colors = dict(zip(self.label_ids, self.colors, strict=True))
         return {label_id: tuple(color) for label_id, color in colors.items()}
 
     def ids_by_color(self) -> dict[Color, int]:
@@ -93,6 +93,8 @@ class Classes:
             checkpoint["label_ids"],
             checkpoint.get("ignored_ids", ()),
             checkpoint.get("categories", ()),
+            # {}, not None: older checkpoints do not tell stated colours from those that the program
+            # picked, so their label files are not read by colour.
             checkpoint.get("label_colors", {}),
         )
 

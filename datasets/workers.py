@@ -1,4 +1,4 @@
-"""Processes that read data: what they read comes in one piece, and nothing waits for them forever.
+"""Loading data in worker processes: each result in one file, and no endless wait.
 
 torch sends each tensor as a file of its own in /dev/shm, of which Docker gives 64 MB, and with a
 file handle of its own. Where either runs out, the tensor is lost, and its receiver waits forever.
@@ -45,7 +45,7 @@ class Loader(DataLoader):
 
     Args:
         workers: processes that read.
-        collate_fn, options: of the DataLoader.
+        collate_fn, options: further arguments of DataLoader.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class _Watch:
 
 @atexit.register  # after importing torch, so that this runs before Python's own handler
 def kill_workers() -> None:
-    """Kill workers, which ignore SIGTERM; at exit, Python would wait for those an error left."""
+    """Kill workers, which ignore SIGTERM; at exit, Python would wait for those left by an error."""
     for process in active_children():
         if process.daemon:
             process.kill()

@@ -261,7 +261,8 @@ def parse_options(
         group = parser.add_argument_group(title)
         for row in rows:
             row.add_to(group)
-    parser.set_defaults(dataset=None)  # without an option in pretraining, which settles it alone
+    # Pretraining has no --dataset; settle_pretraining fills it in.
+    parser.set_defaults(dataset=None)
     may_change = {row.name: row.may_change for rows in table.values() for row in rows}
     stored = _stored_options(may_change.keys())
     parser.set_defaults(**stored)

@@ -49,13 +49,13 @@ class NoRun(UserError):
 
 
 class Run:
-    """A training run in its folder. Only the first process of several writes."""
+    """A training run in its folder. Call its write methods through `distributed.first`."""
 
     def __init__(
         self, args: argparse.Namespace, folder: Path, resumed: dict[str, Any] | None
     ) -> None:
         self.args, self.folder, self.last = args, folder, folder / LAST
-        self.resumed = resumed  # checkpoint to go on from; None for a new run
+        self.resumed = resumed  # checkpoint to resume from; None for a new run
         self.signals = StopSignals()  # handled from `begin` on
         self.command = resume_command(folder)
         self.writer: SummaryWriter | None = None
@@ -117,6 +117,7 @@ class Run:
     def save(self, checkpoint: Mapping[str, Any]) -> None:
         """Write last.pth, and keep the one before it as previous.pth."""
         with self.write_errors(self.last):
+            # Copied, not renamed: last.pth exists at every moment.
             if self.last.exists():
                 copy_whole(self.last, self.folder / PREVIOUS)
             save_checkpoint(checkpoint, self.last)
