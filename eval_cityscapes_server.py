@@ -187,7 +187,7 @@ def score(
     figures = {"processes": distributed.processes(), "scored_images_per_second": rate}
     if confusion.counts.any():
         return figures | print_scores(confusion, about.classes)
-    print(f"{args.subset} has no labels, and so no scores")
+    print(f"{args.subset} has no labels, so there are no scores")
     return figures
 
 

@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--input", nargs="+", required=True, type=file_path, metavar="PATH",
-        help="pictures, videos, globs, or folders, which are searched for them")
+        help="pictures, videos, globs, or folders (searched recursively)")
     add("--output", type=file_path, metavar="DIR",
         help="new folder for the results; default: results/ and the name of the first input")
     add("--height", type=positive_int, help="height of the input; default: as in training")

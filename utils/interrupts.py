@@ -200,7 +200,7 @@ class Guard:
             self.save()
         if action == Action.SAVE:
             return
-        how = f"saved after {self.state.place()}, to go on: {self.run.command}"
+        how = f"saved after {self.state.place()}; resume with: {self.run.command}"
         if action in SIGNALS:
             name = "Ctrl-C" if action == Action.STOP_ON_SIGINT else "SIGTERM"
             raise Interrupted(f"stopped by {name}, {how}", SIGNALS[action])

@@ -118,7 +118,7 @@ MACHINE = (
     Option("--amp", str, "auto", "mixed precision; auto: on a GPU only", may_change=True,
            argparse_options={"choices": ("auto", "off", "bf16", "fp16")}),
     Option("--compile", "flag", False, "train through torch.compile, which takes minutes to start "
-           "and pays on a GPU", may_change=True),
+           "and speeds up training on a GPU", may_change=True),
     Option("--seed", seed_int, 0, "seed of everything random"),
     Option("--sync-bn", "flag", False, "synchronise batch norm across processes; GPUs only"),
     Option("--skip-broken", "flag", False, "leave out images and labels that cannot be read, and "
@@ -133,8 +133,8 @@ OUTPUT = (
            "epoch; one more follows each epoch", may_change=True),
     Option("--steps-loss", natural_int, 50, "steps between lines of progress in a log; 0: none",
            may_change=True),
-    Option("--epochs-save", natural_int, 0, "epochs between weights that are kept; 0: only the "
-           "last and the best", may_change=True),
+    Option("--epochs-save", natural_int, 0, "keep the weights of every Nth epoch; 0: only the last "
+           "and the best", may_change=True),
 )  # fmt: skip
 
 SEGMENTATION: Table = {

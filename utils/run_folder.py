@@ -85,7 +85,7 @@ class Run:
         """
         print(f"output: {self.folder}", flush=True)
         if self.args.resume and not self.resumed:
-            print("resuming from the start: nothing had been saved")
+            print("no checkpoint was saved: starting again")
         self.opened.enter_context(self.signals)
         if not distributed.is_first():
             return
@@ -111,7 +111,7 @@ class Run:
             with write_errors(path):
                 yield
         except WriteError as error:
-            error.add_note(f"then go on with: {self.command}")
+            error.add_note(f"then resume with: {self.command}")
             raise
 
     def save(self, checkpoint: Mapping[str, Any]) -> None:
@@ -229,7 +229,7 @@ def load_run(folder: Path) -> dict[str, Any] | None:
         if not previous.exists():
             raise
         checkpoint = _load_state(previous)
-        print(f"{error}; going on from {previous}")
+        print(f"{error}; resuming from {previous}")
         # Otherwise the next save would copy the damaged file over the good one.
         with write_errors(last):
             if last.exists():
