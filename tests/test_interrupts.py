@@ -325,9 +325,9 @@ def test_an_error_of_the_loader_saves_first(loop):
 @LOOPS
 def test_images_that_are_left_out_are_counted_and_named(loop, capsys):
     (guard, _), count = guarded(), torch.tensor(0)
-    loader = Loader([batch(0, left_out=["a.png is broken"]), batch(2)])
+    loader = Loader([batch(0, left_out=["a\n.png is broken"]), batch(2)])
     assert [found.indices for found in loop(guard, loader, count)] == [[0], [2]]
-    assert count == 1 and capsys.readouterr().err == "left out: a.png is broken\n"
+    assert count == 1 and capsys.readouterr().err == "left out: a\n.png is broken\n"
 
 
 def test_validation_needs_an_image_that_can_be_read():
