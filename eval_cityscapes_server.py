@@ -24,15 +24,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasets import Size
 from datasets.check import check_files
-from datasets.images import MIN_SIZE
+from datasets.images import MIN_SIZE, Size
 from datasets.loading import batch_loader
 from datasets.segmentation import Classes, Segmentation, resized_size, write_label
 from models.deployed import deploy
 from models.lednet import LEDNet
 from utils import distributed, files, speed
-from utils.arguments import ADVICE, ArgumentParser, file_path, natural_int, new_file, positive_int
+from utils.arguments import (
+    INFERENCE_ADVICE,
+    ArgumentParser,
+    file_path,
+    natural_int,
+    new_file,
+    positive_int,
+)
 from utils.checkpoint import Description, load_network
 from utils.errors import UserError
 from utils.evaluation import evaluate, memory_errors
@@ -183,7 +189,7 @@ def score(
     figures = {"processes": distributed.processes(), "scored_images_per_second": rate}
     if confusion.counts.any():
         return figures | print_scores(confusion, about.classes)
-    print(f"{args.subset} has no labels, and so no scores")
+    print(f"{args.subset} has no labels, so there are no scores")
     return figures
 
 
@@ -224,4 +230,4 @@ def measure(network: LEDNet, model: nn.Module, size: Size, setting: str) -> dict
 
 if __name__ == "__main__":
     own_advice = {files.WriteError: "make room, or give another --save-results or --json"}
-    run_script(main, ADVICE | own_advice)
+    run_script(main, INFERENCE_ADVICE | own_advice)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from datasets.images import MIN_SIZE
 from models.lednet import LEDNet
-from utils.arguments import ADVICE, ArgumentParser, new_file, positive_int
+from utils.arguments import INFERENCE_ADVICE, ArgumentParser, new_file, positive_int
 from utils.checkpoint import load_network
 from utils.errors import UserError
 from utils.files import atomic_write, write_errors
@@ -102,4 +102,4 @@ def blurred_noise(count: int, size: list[int]) -> Tensor:
 
 
 if __name__ == "__main__":
-    run_script(main, ADVICE)
+    run_script(main, INFERENCE_ADVICE)

@@ -29,7 +29,7 @@ from utils.errors import UserError
 from utils.evaluation import evaluate_classifier
 from utils.metrics import TopKAccuracy
 from utils.optim import PretrainingSchedule, average_of, build_optimizer, one_cycle
-from utils.options import ADVICE, PRETRAINING, parse_options, settle_pretraining
+from utils.options import PRETRAINING, TRAINING_ADVICE, parse_options, settle_pretraining
 from utils.run_folder import BEST, ENCODER, Run, open_run
 from utils.script import pick_amp_dtype, run_script, start_device
 from utils.speed import count_parameters
@@ -205,4 +205,4 @@ def readable(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 if __name__ == "__main__":
-    run_script(main, ADVICE)
+    run_script(main, TRAINING_ADVICE)

@@ -42,7 +42,7 @@ from utils.evaluation import evaluate
 from utils.losses import LOSSES, class_weights, with_auxiliary
 from utils.metrics import ConfusionMatrix, mean_score
 from utils.optim import SCHEDULES, average_of, build_optimizer
-from utils.options import ADVICE, SEGMENTATION, parse_options, settle_segmentation
+from utils.options import SEGMENTATION, TRAINING_ADVICE, parse_options, settle_segmentation
 from utils.run_folder import BEST, COUNTS, ENCODER, LAST, Run, open_run
 from utils.script import pick_amp_dtype, run_script, start_device
 from utils.speed import count_parameters
@@ -240,4 +240,4 @@ def report(best: dict[str, Any], classes: Classes, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, ADVICE)
+    run_script(main, TRAINING_ADVICE)

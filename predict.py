@@ -31,7 +31,7 @@ from datasets.loading import call_in_workers
 from datasets.segmentation import Classes, write_label
 from models.deployed import deploy
 from utils import files
-from utils.arguments import ADVICE, ArgumentParser, file_path, natural_int, positive_int
+from utils.arguments import INFERENCE_ADVICE, ArgumentParser, file_path, natural_int, positive_int
 from utils.checkpoint import load_network
 from utils.errors import UserError
 from utils.evaluation import Normalize, label_map, memory_errors
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--input", nargs="+", required=True, type=file_path, metavar="PATH",
-        help="pictures, videos, globs, or folders, which are searched for them")
+        help="pictures, videos, globs, or folders (searched recursively)")
     add("--output", type=file_path, metavar="DIR",
         help="new folder for the results; default: results/ and the name of the first input")
     add("--height", type=positive_int, help="height of the input; default: as in training")
@@ -183,4 +183,4 @@ def save_overlay(output: Path, frame: pictures.Frame, labels: Tensor, classes: C
 
 
 if __name__ == "__main__":
-    run_script(main, ADVICE)
+    run_script(main, INFERENCE_ADVICE)

@@ -23,7 +23,7 @@ from datasets.class_file import read_classes
 from datasets.drawn import draw_once
 from datasets.drawn.streets import make_synthetic
 from datasets.folder import Folder
-from datasets.images import MIN_SIZE, DatasetError
+from datasets.images import MIN_SIZE, DatasetError, FilePair, Size
 from datasets.loading import count_labels
 from datasets.segmentation import Classes, Segmentation, resized_size
 from datasets.transforms import Paper, Strong
@@ -35,8 +35,6 @@ DATASETS = {
     "camvid": CamVid,
     "folder": Folder,
 }
-
-Size = tuple[int, int]  # height and width
 
 
 class ClassesError(DatasetError):
@@ -54,7 +52,7 @@ class Data:
     classes: Classes
     train: Dataset  # of (image, label), cached if the options say so
     val: Dataset
-    train_files: list[tuple[str, str | None]]  # image and label of each index of train
+    train_files: list[FilePair]  # image and label of each index of train
     counts: dict[str, int]  # training pixels by name of the class, then "ignored"
     size: Size  # height and width that is trained on
     augment: Paper | Strong  # recipe of transforms.Augment
@@ -96,9 +94,9 @@ def open_splits(
     Raises:
         DatasetError: the data cannot be trained on; see its subclasses.
     """
-    sizes = distributed.first(lambda: _find_splits(args, classes))
-    *parts, val = sizes
-    size = _training_size(args, {size for part in parts for size in sizes[part]})
+    splits = distributed.first(lambda: _find_splits(args, classes))
+    *parts, val = splits
+    size = _training_size(args, {size for part in parts for size in splits[part]})
     files = [pair for part in parts for pair in part.pairs]
     processes = distributed.processes()
     if len(files) < 2 * processes:
@@ -112,7 +110,7 @@ def open_splits(
     def items() -> list[Dataset]:
         if args.cache == "off":
             return [*parts, val]
-        return cached(sizes, args.cache, args.workers, device, distributed.local_processes())
+        return cached(splits, args.cache, args.workers, device, distributed.local_processes())
 
     if args.cache not in ("off", "ram"):
         distributed.first(lambda: bool(items()))  # the other processes find the files

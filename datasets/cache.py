@@ -21,15 +21,14 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.images import DatasetError
+from datasets.images import DatasetError, Size
 from datasets.loading import call_in_workers
 from datasets.segmentation import Segmentation, resized_size
 from utils.files import atomic_write, remove_unfinished
 
-# To be raised when the same files give other bytes, so that no older cache is read.
+# Increase when the same files decode to other bytes, so that older caches are not read.
 FORMAT = 2
 
-Size = tuple[int, int]  # height and width
 Splits = Mapping[Segmentation, list[Size]]  # data sets with the sizes of their image files
 
 
@@ -85,6 +84,7 @@ class Cached(Dataset):
         return pixels.view(image).permute(2, 0, 1), classes.view(label)
 
     def item_bytes(self, index: int) -> Tensor:
+        """Return the bytes of an item, the image and then the label, without a copy."""
         start, end = self.starts[index], self.starts[index + 1]
         if self.array is not None:
             return self.array[start:end]
@@ -105,16 +105,19 @@ class Cached(Dataset):
             yield torch.cat([image.flatten(), label.flatten()])
 
     def load(self, workers: int, device: torch.device) -> None:
+        """Decode all items into the memory of a device."""
         self.array = torch.empty(self.length, dtype=torch.uint8, device=device)
         for index, values in enumerate(self.decode(workers)):
             self.item_bytes(index).copy_(values)
 
     def write(self, workers: int) -> None:
+        """Decode all items into the file, whole or not at all."""
         with atomic_write(self.path) as unfinished, unfinished.open("wb") as file:
             for values in self.decode(workers):
                 file.write(values.numpy())
 
     def is_written(self) -> bool:
+        """Whether the file exists, at its full length."""
         return self.path.is_file() and self.path.stat().st_size == self.length
 
 

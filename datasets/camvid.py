@@ -8,6 +8,7 @@ the split into 367, 101 and 233 images of 480x360 is that of Badrinarayanan et a
 import os
 from typing import ClassVar
 
+from datasets.images import FilePair
 from datasets.listing import matched_files
 from datasets.segmentation import Classes, Segmentation
 
@@ -32,7 +33,7 @@ class CamVid(Segmentation):
     SPLITS = ("train", "val", "trainval", "test")
     TRAIN_ON: ClassVar = {"train": ["train"], "trainval": ["trainval"]}
 
-    def files(self) -> list[tuple[str, str | None]]:
+    def files(self) -> list[FilePair]:
         parts = ("train", "val") if self.split == "trainval" else (self.split,)
         paths = [os.path.join(self.root, part) for part in parts]
         return [pair for path in paths for pair in matched_files(path, f"{path}annot")]

@@ -24,7 +24,9 @@ from datasets.images import (
     JPEGS,
     BrokenFiles,
     FileError,
+    FilePair,
     NothingReadable,
+    Size,
     check_label_size,
     jpeg_ends_early,
     open_image,
@@ -34,9 +36,6 @@ from datasets.images import (
 from datasets.labels import check_label_format
 from datasets.loading import LabelCounts, call_in_workers
 from datasets.segmentation import Classes, Segmentation
-
-Pair = tuple[str, str | None]  # paths of an image and its label, if there is one
-Size = tuple[int, int]
 
 # The share of pixels of 255 above which masks may be of 0 and 255.
 MANY = 0.01
@@ -60,7 +59,7 @@ class Problem:
         return text if text.isprintable() else repr(text)[1:-1]  # file names may hold newlines
 
 
-def check_files(pairs: Sequence[Pair]) -> list[Size]:
+def check_files(pairs: Sequence[FilePair]) -> list[Size]:
     """Check all images and labels in threads, without decoding pixels.
 
     Returns:
@@ -83,28 +82,28 @@ def check_files(pairs: Sequence[Pair]) -> list[Size]:
     return sizes
 
 
-def _check_pair(pair: Pair) -> Size | FileError:
+def _check_pair(pair: FilePair) -> Size | FileError:
     image_path, label_path = pair
     try:
-        width, height = size = check_file(image_path)
+        size = check_file(image_path)
         if label_path is not None:
             check_label_size(label_path, check_file(label_path, label=True), size)
-        return height, width
+        return size
     except FileError as error:
         return error
 
 
 def check_file(path: str, label: bool = False) -> Size:
     """Check the header of an image or label, the checksums of a PNG, the end marker of a JPEG, and
-    return the width and height of the upright image."""
+    return the height and width of the upright image."""
     with open_image(path) as image:
         if label:
             check_label_format(path, image)
-        size = upright_size(image)
+        width, height = upright_size(image)
         if image.format in JPEGS:
             _check_jpeg(image.fp)
         image.verify()  # every checksum of a PNG
-    return size
+    return height, width
 
 
 def _check_jpeg(file: BinaryIO) -> None:
@@ -147,7 +146,9 @@ def find_problems(
     return call_in_workers(find, len(dataset), workers, "checking files")
 
 
-def _problems_of(dataset: Dataset, pairs: Sequence[Pair], fast: bool, index: int) -> list[Problem]:
+def _problems_of(
+    dataset: Dataset, pairs: Sequence[FilePair], fast: bool, index: int
+) -> list[Problem]:
     image_path, label_path = pairs[index]
     problems: list[Problem] = []
 
@@ -212,7 +213,7 @@ def absent_classes(counts: LabelCounts, classes: Classes) -> list[str]:
 def label_problems(
     counts: Mapping[str, LabelCounts], classes: Classes, file: str | None
 ) -> list[str]:
-    """Return why nothing can be learned from the labels as a whole, or something wrong.
+    """Return what makes the labels of a split unusable or misleading, one sentence each.
 
     Args:
         counts: what the labels hold by the name of their split; "val" may lack classes.

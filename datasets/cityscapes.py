@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import torchvision
 
-from datasets.images import IGNORE_INDEX, DatasetError
-from datasets.listing import list_pictures, tell_left_out
+from datasets.images import IGNORE_INDEX, DatasetError, FilePair
+from datasets.listing import list_pictures, report_left_out
 from datasets.segmentation import Classes, Segmentation
 
 # The official class table, in the order of the trainIds 0 to 18. The license plate's -1 is left
@@ -45,7 +45,7 @@ class Cityscapes(Segmentation):
         "fine+coarse": ["train", "train_extra"],
     }
 
-    def files(self) -> list[tuple[str, str | None]]:
+    def files(self) -> list[FilePair]:
         coarse = self.split == "train_extra" or self.split.endswith("_coarse")
         split, kind = self.split.removesuffix("_coarse"), "gtCoarse" if coarse else "gtFine"
         images, labels = (os.path.join(self.root, name, split) for name in ("leftImg8bit", kind))
@@ -60,7 +60,7 @@ class Cityscapes(Segmentation):
         found = sorted(path for path in pictures if path.endswith(IMAGE_END))
         if len(found) < len(pictures):
             reason = f"Cityscapes has <city>/*{IMAGE_END}"
-            tell_left_out(len(pictures) - len(found), found, images, reason)
+            report_left_out(len(pictures) - len(found), found, images, reason)
         if any(BROKEN_IMAGE in path for path in found):
             warnings.warn(f"{BROKEN_IMAGE} is known to be broken and is left out", stacklevel=3)
             found = [path for path in found if BROKEN_IMAGE not in path]

@@ -2,6 +2,7 @@
 
 import os
 
+from datasets.images import FilePair
 from datasets.listing import matched_files
 from datasets.segmentation import Segmentation
 
@@ -13,7 +14,7 @@ class Folder(Segmentation):
 
     DEPTH = 2
 
-    def files(self) -> list[tuple[str, str | None]]:
+    def files(self) -> list[FilePair]:
         images, labels = (
             os.path.join(self.root, kind, self.split) for kind in ("images", "labels")
         )

@@ -33,7 +33,7 @@ from datasets.images import (
     orientation,
     upright_size,
 )
-from datasets.listing import PICTURES, is_stray, list_pictures, tell_left_out
+from datasets.listing import PICTURES, is_stray, list_pictures, report_left_out
 from utils import distributed
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1].
@@ -91,6 +91,8 @@ def validation_images(datadir: str | Path, size: int, classes: list[str]) -> "Im
 class ImageFolder(torchvision.datasets.ImageFolder):
     """Images of one split with their class numbers, in the order of their names; val may have the
     form of Tiny ImageNet's, val/images and a table of the classes.
+
+    An item is what `loader` returns, after `transform`, and the class number, an int.
 
     Args:
         loader: function that reads an image file.
@@ -162,7 +164,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
                 samples.append((path, class_to_idx[name]))
         if len(samples) < len(pictures):
             count = len(pictures) - len(samples)
-            tell_left_out(count, samples, directory, "they belong to no class")
+            report_left_out(count, samples, directory, "they belong to no class")
         return sorted(samples, key=itemgetter(1))
 
 

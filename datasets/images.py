@@ -14,6 +14,9 @@ from utils.errors import UserError
 # PIL refuses images of more than 179 megapixels, and only warns of those above half of that.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
+Size = tuple[int, int]  # height and width
+FilePair = tuple[str, str | None]  # paths of an image and its label, if there is one
+
 # The label of pixels that are neither trained on nor scored.
 IGNORE_INDEX = 255
 # The smallest height and width that LEDNet takes.
@@ -115,11 +118,15 @@ def file_errors(path: str) -> Iterator[None]:
         raise FileError(f"{path} cannot be read as an image ({reason}): fetch it again") from error
 
 
-def check_label_size(path: str, size: tuple[int, int], image_size: tuple[int, int]) -> None:
-    """Compare the width and height of a label with those of its image."""
+def check_label_size(path: str, size: Size, image_size: Size) -> None:
+    """Compare the size of a label with that of its image.
+
+    Raises:
+        FileError: they differ.
+    """
     if size != image_size:
         raise FileError(
-            f"{path} is {size[0]}x{size[1]} but its image is {image_size[0]}x{image_size[1]}: "
+            f"{path} is {size[1]}x{size[0]} but its image is {image_size[1]}x{image_size[0]}: "
             "fetch them again",
             "wrong size",
         )

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 
-from datasets.images import DatasetError
+from datasets.images import DatasetError, FilePair
 
 # All kinds that Pillow reads by itself. JPEG blurs the ids of a label map.
 JPEG_SUFFIXES = {".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"}
@@ -14,8 +14,8 @@ PICTURES = JPEG_SUFFIXES | {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jp2", ".pbm", ".pgm", ".png", ".pnm"),
     *(".ppm", ".tga", ".tif", ".tiff", ".webp"),
 }
-# Files that lie beside pictures and are not missed; any other kind that is not read is told.
-NOTES = {
+# Suffixes passed over in silence; other unread kinds are reported.
+UNREPORTED = {
     *("", ".bak", ".cache", ".csv", ".db", ".doc", ".docx", ".htm", ".html", ".ini", ".json"),
     *(".lnk", ".log", ".lst", ".md", ".md5", ".pdf", ".py", ".rst", ".rtf", ".sh", ".sha256"),
     *(".tmp", ".tsv", ".txt", ".url", ".xls", ".xlsx", ".xml", ".yaml", ".yml", ".zip"),
@@ -27,8 +27,6 @@ STRAYS = {
 }
 # Separates the name of an image from what the name of its label has more.
 SEPARATOR = r"[-_. /\\]"
-
-Pairs = list[tuple[str, str | None]]  # paths of images and labels
 
 
 def is_stray(name: str) -> bool:
@@ -49,10 +47,10 @@ def is_loop(folder: str, name: str) -> bool:
 def list_pictures(
     root: str | os.PathLike,
     kinds: Collection[str] = PICTURES,
-    leave: Callable[[str], bool] = lambda folder: False,
+    skip_folder: Callable[[str], bool] = lambda folder: False,
 ) -> list[str]:
-    """Return the pictures of a folder at any depth, sorted by folder and name, without strays, and
-    without the folders in it that are to be left."""
+    """Return the pictures of a folder at any depth, sorted by folder and name, without strays and
+    without the folders in it for which `skip_folder` is true."""
 
     def fail(error: OSError) -> None:
         raise DatasetError(f"{error.filename} cannot be listed ({error.strerror})") from error
@@ -60,7 +58,7 @@ def list_pictures(
     listed: list[tuple[str, list[str]]] = []
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
         folders[:] = [name for name in folders if not is_stray(name) and not is_loop(folder, name)]
-        folders[:] = [name for name in folders if not leave(os.path.join(folder, name))]
+        folders[:] = [name for name in folders if not skip_folder(os.path.join(folder, name))]
         listed.append((folder, names))
     found: list[str] = []
     others: Counter[str] = Counter()
@@ -70,20 +68,22 @@ def list_pictures(
                 found.append(os.path.join(folder, name))
             elif not is_stray(name):
                 others[os.path.splitext(name)[1].lower()] += 1
-    left_out = [(suffix, count) for suffix, count in others.most_common() if suffix not in NOTES]
+    left_out = [
+        (suffix, count) for suffix, count in others.most_common() if suffix not in UNREPORTED
+    ]
     if left_out:
         suffixes = ", ".join(suffix for suffix, _ in left_out[:5])
-        tell_left_out(sum(count for _, count in left_out), found, root, f"{suffixes} is not read")
+        report_left_out(sum(count for _, count in left_out), found, root, f"{suffixes} is not read")
     return found
 
 
-def tell_left_out(count: int, found: Sized, root: str | os.PathLike, reason: str) -> None:
-    """Say how many files of a folder are left out, beside those that were found."""
+def report_left_out(count: int, found: Sized, root: str | os.PathLike, reason: str) -> None:
+    """Report how many files of a folder are left out, beside those that were found."""
     total = count + len(found)
     print(f"note: {count} of {total} files of {root} are left out: {reason}", file=sys.stderr)
 
 
-def matched_files(images: str | os.PathLike, labels: str | os.PathLike | None) -> Pairs:
+def matched_files(images: str | os.PathLike, labels: str | os.PathLike | None) -> list[FilePair]:
     """Pair the pictures of a folder with the label maps of another by their paths without suffix,
     sorted; None stands for labels that do not exist.
 
@@ -103,11 +103,11 @@ def matched_files(images: str | os.PathLike, labels: str | os.PathLike | None) -
     if labels is None:
         return [(path, None) for (path,) in found.values()]
     known = _by_name(labels)
-    before, behind = _naming(list(found), known, labels)
-    pairs: Pairs = []
+    prefix, suffix = _label_affixes(list(found), known, labels)
+    pairs: list[FilePair] = []
     for name, (path,) in found.items():
         folder, stem = os.path.split(name)
-        label = os.path.join(folder, f"{before}{stem}{behind}")
+        label = os.path.join(folder, f"{prefix}{stem}{suffix}")
         pairs.append((path, _pick_label(os.path.join(labels, label), known.get(label, ()))))
     return pairs
 
@@ -121,10 +121,10 @@ def _by_name(root: str | os.PathLike) -> dict[str, list[str]]:
     return found
 
 
-def _naming(
+def _label_affixes(
     names: list[str], known: Mapping[str, list[str]], labels: str | os.PathLike
 ) -> tuple[str, str]:
-    """Return what the names of all labels have before and behind those of their images."""
+    """Return the prefix and suffix that label names add to image names."""
     # Beside the labels may be pictures of them.
     candidates = {name for name, paths in known.items() if not all(map(_is_jpeg, paths))}
     candidates = candidates or set(known)

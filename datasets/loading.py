@@ -157,6 +157,7 @@ def call_in_workers(
     function: Callable[[int], T], count: int, workers: int, title: str
 ) -> Iterator[T]:
     """Yield function(0), function(1), ... of `count` images, computed by worker processes."""
+    # With batch_size=None a DataLoader applies collate_fn to each item: here, to each index.
     loader = Loader(range(count), workers, function, batch_size=None)
     yield from tqdm(loader, title, unit="img", leave=False, disable=None)
 

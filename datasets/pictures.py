@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from datasets.images import MIN_SIZE, DatasetError, decode, file_errors, to_rgb
-from datasets.listing import NOTES, is_stray, list_pictures
+from datasets.images import MIN_SIZE, DatasetError, Size, decode, file_errors, to_rgb
+from datasets.listing import UNREPORTED, is_stray, list_pictures
 
 # Formats that Pillow opens but cannot draw, at least not without other programs.
 NOT_DRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 KNOWN = Image.registered_extensions().items()
-PICTURES = {suffix for suffix, kind in KNOWN if kind in set(Image.OPEN) - NOT_DRAWN}
+DRAWABLE = {suffix for suffix, kind in KNOWN if kind in set(Image.OPEN) - NOT_DRAWN}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 # Formats whose further images are an animation; those of others, such as the previews that cameras
 # put behind a photo, are passed over.
@@ -59,18 +59,18 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
     found: dict[str, str] = {}  # name by path
     results: set[str] = set()
 
-    def leave(folder: str) -> bool:
+    def skip_folder(folder: str) -> bool:
         if holds_results(folder):
             results.add(folder)
         return folder in results
 
     for path in inputs:
         if os.path.isdir(path):
-            files = sorted(list_pictures(path, PICTURES | VIDEOS, leave))
+            files = sorted(list_pictures(path, DRAWABLE | VIDEOS, skip_folder))
             names = {file: result_name(Path(file).relative_to(path)) for file in files}
         else:
             # A file whose name looks like a glob is a file.
-            files = [path] if os.path.exists(path) else expand(path, leave)
+            files = [path] if os.path.exists(path) else expand(path, skip_folder)
             names = {file: result_name(Path(file).name) for file in files if os.path.isfile(file)}
         if not names:
             if LIVE.fullmatch(path) and not os.path.isdir(path):
@@ -93,9 +93,9 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def expand(pattern: str, leave: Callable[[str], bool]) -> list[str]:
-    """Return the files that a glob finds, sorted, without strays that it does not name, and without
-    folders that it does not name and that are to be left.
+def expand(pattern: str, skip_folder: Callable[[str], bool]) -> list[str]:
+    """Return the files that a glob finds, sorted, without strays and folders to skip, unless it
+    names them.
 
     Brackets in the names of folders that exist stand for themselves.
     """
@@ -106,8 +106,8 @@ def expand(pattern: str, leave: Callable[[str], bool]) -> list[str]:
         folders = [folder for folder in file.parents if folder.name not in named]
         return (
             not any(map(is_stray, {*file.parts} - named))
-            and not any(leave(str(folder)) for folder in folders)
-            and file.suffix.lower() not in NOTES - {""}
+            and not any(skip_folder(str(folder)) for folder in folders)
+            and file.suffix.lower() not in UNREPORTED - {""}
         )
 
     start = next((folder for folder in Path(pattern).parents if folder.is_dir()), Path())
@@ -138,7 +138,7 @@ def is_video(path: str) -> bool:
     return Path(path).suffix.lower() in VIDEOS
 
 
-def working_size(height: int, width: int, new_height: int) -> tuple[int, int]:
+def working_size(height: int, width: int, new_height: int) -> Size:
     """Return the height and width of the network's input: in proportion, within its limits."""
     new_width = round(width * new_height / height)
     return new_height, min(max(new_width, MIN_SIZE), MAX_ASPECT * new_height)

@@ -19,13 +19,15 @@ from datasets.images import (
     IGNORE_INDEX,
     DatasetError,
     FileError,
+    FilePair,
+    Size,
     check_label_size,
     read_image,
 )
 from datasets.labels import Color, Label, read_label
 from datasets.listing import JPEG_SUFFIXES, PICTURES, is_picture
 
-# Marks, in the table from label ids to trainIds, the ids that a data set does not have.
+# trainId of label ids that the data set does not define.
 UNKNOWN = 254
 
 
@@ -59,7 +61,7 @@ class Classes:
         """Return the colours of label files by label id, ignored ones as well."""
         colors = self.label_colors
         if colors is None:
-            colors = dict(zip(self.label_ids, self.colors, strict=False))
+            colors = dict(zip(self.label_ids, self.colors, strict=True))
         return {label_id: tuple(color) for label_id, color in colors.items()}
 
     def ids_by_color(self) -> dict[Color, int]:
@@ -91,6 +93,8 @@ class Classes:
             checkpoint["label_ids"],
             checkpoint.get("ignored_ids", ()),
             checkpoint.get("categories", ()),
+            # {}, not None: older checkpoints do not tell stated colours from those that the program
+            # picked, so their label files are not read by colour.
             checkpoint.get("label_colors", {}),
         )
 
@@ -149,7 +153,7 @@ class Segmentation(Dataset):
         self._to_train_ids = self.classes.to_train_ids()
         self._known_ids, self._ids_by_color = self.classes.known_ids(), self.classes.ids_by_color()
 
-    def files(self) -> list[tuple[str, str | None]]:
+    def files(self) -> list[FilePair]:
         """Return the paths of each image and its label, which need not exist; None for the label if
         the split has none."""
         raise NotImplementedError
@@ -183,7 +187,7 @@ class Segmentation(Dataset):
             train_ids = np.full(image.size[::-1], IGNORE_INDEX, np.uint8)
         else:
             train_ids = self.read_train_ids(index)
-            check_label_size(label_path, train_ids.shape[::-1], image.size)
+            check_label_size(label_path, train_ids.shape, image.size[::-1])
         label = torch.from_numpy(train_ids)
         if self.height is not None:
             size = resized_size(image.height, image.width, self.height)
@@ -230,13 +234,13 @@ def beside(path: str) -> str:
     return ", ".join(names[:3]) or "no file"
 
 
-def resized_size(height: int, width: int, new_height: int) -> tuple[int, int]:
+def resized_size(height: int, width: int, new_height: int) -> Size:
     """Return the height and width of an image that is resized in proportion."""
     new_height = max(1, new_height)
     return new_height, max(1, round(width * new_height / height))
 
 
-def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_label(label: Tensor, size: Size) -> Tensor:
     """Resize labels, ... x H x W, to the nearest pixel of each centre; no new value appears.
 
     v2.Resize would take the top-left pixel of each block and shift the label against its image.

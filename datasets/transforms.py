@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from datasets.images import IGNORE_INDEX
+from datasets.images import IGNORE_INDEX, Size
 from datasets.loading import Batch
 from datasets.segmentation import resize_label
 
-Pair = tuple[Tensor, Tensor]
+TensorPair = tuple[Tensor, Tensor]
 
 
 def normalizer(
@@ -46,13 +46,13 @@ def normalizer(
 class Augment:
     """Augment a batch and normalise its images, on the device."""
 
-    recipe: Callable[[Tensor, Tensor, torch.Generator], Pair]  # augments an image and its label
+    recipe: Callable[[Tensor, Tensor, torch.Generator], TensorPair]  # augments image and label
     normalize: Callable[[Tensor], Tensor]  # turns uint8 images into the input of the network
     device: torch.device
     jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
     label_stride: int = 1  # by which labels are made smaller; 8 for the encoder's resolution
 
-    def __call__(self, batch: Batch) -> Pair:
+    def __call__(self, batch: Batch) -> TensorPair:
         """Return images, N x 3 x h x w, float32, and labels, N x h x w, int64, where h and w of the
         labels are divided by label_stride and rounded up."""
         pairs, factors = [], []
@@ -78,7 +78,7 @@ class Paper:
 
     max_shift = 2
 
-    def __call__(self, image: Tensor, label: Tensor, random: torch.Generator) -> Pair:
+    def __call__(self, image: Tensor, label: Tensor, random: torch.Generator) -> TensorPair:
         if uniform(0, 1, random)[0] < 0.5:
             image, label = image.flip(-1), label.flip(-1)
         limits = -self.max_shift, self.max_shift + 1
@@ -90,10 +90,10 @@ class Paper:
 class Strong:
     """A random scale, log-uniform from `scale`, a random crop of `size`, and a random flip."""
 
-    size: tuple[int, int]
+    size: Size
     scale: tuple[float, float] = (0.5, 2.0)
 
-    def __call__(self, image: Tensor, label: Tensor, random: torch.Generator) -> Pair:
+    def __call__(self, image: Tensor, label: Tensor, random: torch.Generator) -> TensorPair:
         low, high = (math.log(factor) for factor in self.scale)
         factor = math.exp(uniform(low, high, random)[0])
         # Cropped first, then resized: far fewer pixels than the other way around.

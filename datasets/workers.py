@@ -1,4 +1,4 @@
-"""Processes that read data: what they read comes in one piece, and nothing waits for them forever.
+"""Loading data in worker processes: each result in one file, and no endless wait.
 
 torch sends each tensor as a file of its own in /dev/shm, of which Docker gives 64 MB, and with a
 file handle of its own. Where either runs out, the tensor is lost, and its receiver waits forever.
@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import UserError, one_line
 
-PATIENCE = 600  # seconds to wait for one batch: storage may be slow
+MAX_WAIT = 600  # seconds to wait for one batch: storage may be slow
 ALIGNMENT = 64  # bytes
-DEATHS = ("DataLoader worker", "Pin memory thread")  # as torch reports them
+DEATH_MESSAGES = ("DataLoader worker", "Pin memory thread")  # as torch reports them
 HINTS = {errno.EMFILE: ": raise ulimit -n", errno.ENOSPC: ": is /dev/shm full?"}
 
 
@@ -45,7 +45,7 @@ class Loader(DataLoader):
 
     Args:
         workers: processes that read.
-        collate_fn, options: of the DataLoader.
+        collate_fn, options: further arguments of DataLoader.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class Loader(DataLoader):
         if not self.num_workers:
             return super().__iter__()
         watch = _Watch()
-        with _errors("processes that load data cannot start"), watch, _signals_held_back():
+        with _system_errors("processes that load data cannot start"), watch, _signals_held_back():
             batches = super().__iter__()  # starts workers, the first time
-        return _answers(batches, watch)
+        return _watched_batches(batches, watch)
 
 
 @contextmanager
-def _errors(what: str) -> Iterator[None]:
+def _system_errors(what: str) -> Iterator[None]:
     """Turn errors of the system into a WorkerError."""
     try:
         yield
@@ -87,7 +87,7 @@ def _errors(what: str) -> Iterator[None]:
         raise WorkerError(f"{what} ({error.strerror or error}{hint})") from error
 
 
-def _answers(batches: Iterator[Any], watch: "_Watch") -> Iterator[Any]:
+def _watched_batches(batches: Iterator[Any], watch: "_Watch") -> Iterator[Any]:
     end = object()
     try:
         while True:
@@ -99,46 +99,46 @@ def _answers(batches: Iterator[Any], watch: "_Watch") -> Iterator[Any]:
                 return
             yield batch
     finally:
-        watch.over.set()
+        watch.stopped.set()
 
 
 class _Watch:
-    """A context in which workers have PATIENCE to answer; an error within it kills them.
+    """A context in which workers have MAX_WAIT to answer; an error within it kills them.
 
     The `timeout` of a DataLoader will not do: it would pass before a dead worker is noticed.
     """
 
     def __init__(self) -> None:
-        self.question, self.waiting, self.stuck = 0, False, False
-        self.over = threading.Event()
+        self.wait_number, self.waiting, self.stuck = 0, False, False
+        self.stopped = threading.Event()
         threading.Thread(target=self._kill_if_stuck, daemon=True).start()
 
     def __enter__(self) -> None:
-        self.question, self.waiting = self.question + 1, True
+        self.wait_number, self.waiting = self.wait_number + 1, True
 
     def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
         self.waiting = False
         if error is None:
             return
-        self.over.set()
+        self.stopped.set()
         kill_workers()  # or the end of the program waits for what they still read
         if self.stuck:
             raise WorkersStuck(
-                f"no data came for {PATIENCE // 60} minutes: is the disk or the network gone?"
+                f"no data came for {MAX_WAIT // 60} minutes: is the disk or the network gone?"
             ) from error
         # A worker that dies while handing over a batch breaks the connection first.
-        if isinstance(error, ConnectionError | EOFError) or str(error).startswith(DEATHS):
+        if isinstance(error, ConnectionError | EOFError) or str(error).startswith(DEATH_MESSAGES):
             raise WorkerError(
                 f"a process that loads data died ({one_line(error)}), perhaps for want of memory"
             ) from error
 
     def _kill_if_stuck(self) -> None:
-        question, seconds = 0, 0
+        wait_number, seconds = 0, 0
         # Counted, as time in which the whole program is suspended must not matter.
-        while not self.over.wait(1):
-            seconds = seconds + 1 if self.waiting and self.question == question else 0
-            question = self.question
-            if seconds >= PATIENCE:
+        while not self.stopped.wait(1):
+            seconds = seconds + 1 if self.waiting and self.wait_number == wait_number else 0
+            wait_number = self.wait_number
+            if seconds >= MAX_WAIT:
                 self.stuck = True
                 kill_workers()  # which the DataLoader notices
                 return
@@ -146,7 +146,7 @@ class _Watch:
 
 @atexit.register  # after importing torch, so that this runs before Python's own handler
 def kill_workers() -> None:
-    """Kill workers, which ignore SIGTERM; at exit, Python would wait for those an error left."""
+    """Kill workers, which ignore SIGTERM; at exit, Python would wait for those left by an error."""
     for process in active_children():
         if process.daemon:
             process.kill()
@@ -226,7 +226,7 @@ class Parcel:
                 file.write(dense.numpy())
                 return _Place(start, file.tell(), dense.dtype, tuple(dense.shape), order)
 
-            rest = _with_each(Tensor, write, value)
+            rest = _map_instances(Tensor, write, value)
             self.rest = file.tell()
             # Not left to the queue: a long message can be cut short if this process is killed.
             file.write(reduction.ForkingPickler.dumps(rest))
@@ -255,7 +255,7 @@ class Parcel:
             return dense.permute(sorted(range(dense.dim()), key=place.order.__getitem__))
 
         rest = reduction.ForkingPickler.loads(memory[self.rest :].numpy())
-        return _with_each(_Place, read, rest)
+        return _map_instances(_Place, read, rest)
 
     def pin_memory(self) -> Any:
         return self.unpack(pin=True)
@@ -264,19 +264,19 @@ class Parcel:
 def _packed(function: Callable[[Any], Any], argument: Any) -> Any:
     """Call a function in a worker, and pack its result if it holds tensors."""
     value, tensors = function(argument), []
-    _with_each(Tensor, tensors.append, value)
+    _map_instances(Tensor, tensors.append, value)
     # Elsewhere than on Linux, torch does not need /dev/shm.
     if not tensors or not hasattr(os, "memfd_create"):
         return value
-    with _errors("what a worker read cannot be handed over"):
+    with _system_errors("what a worker read cannot be handed over"):
         return Parcel(value)
 
 
-def _with_each(kind: type, change: Callable[[Any], Any], value: Any) -> Any:
+def _map_instances(kind: type, change: Callable[[Any], Any], value: Any) -> Any:
     """Return lists, tuples and dataclasses of any depth with each object of a kind changed."""
     if isinstance(value, kind):
         return change(value)
-    again = partial(_with_each, kind, change)
+    again = partial(_map_instances, kind, change)
     if isinstance(value, list):
         return [again(item) for item in value]
     if isinstance(value, tuple):

@@ -318,6 +318,6 @@ def test_a_failure_may_name_a_file_of_any_name(monkeypatch):
 
 
 def test_a_failure_elsewhere_is_reported(in_two):
-    silent = "another process ended without a word: was it killed, or out of memory?"
+    silent = "another process ended without reporting an error: was it killed, or out of memory?"
     for found in in_two("failures"):
         assert found == [None, silent, "process 1: the disk is full"]

@@ -98,7 +98,7 @@ def test_a_signal_lets_the_step_finish_and_saves(capfd, number, name):
             guard.poll()
     assert signal.getsignal(number) == before
     assert saved == ["step 1 of epoch 1"] and raised.value.status == 128 + number
-    how = "saved after step 1 of epoch 1, to go on: python main.py"
+    how = "saved after step 1 of epoch 1; resume with: python main.py"
     assert str(raised.value) == f"stopped by {name}, {how}"
     assert capfd.readouterr().err.endswith(": finishing the step to save; again to stop at once\n")
 
@@ -262,7 +262,7 @@ def test_a_users_mistake_saves_first_and_says_how_to_go_on():
     with pytest.raises(UserError, match=r"^a\.png is broken\n") as raised:
         guard.poll(DatasetError("a.png is broken"))
     assert saved == ["step 1 of epoch 1"]
-    assert raised.value.__notes__ == ["saved after step 1 of epoch 1, to go on: python main.py"]
+    assert raised.value.__notes__ == ["saved after step 1 of epoch 1; resume with: python main.py"]
 
 
 def test_a_bug_saves_first_and_keeps_its_traceback(capsys):
@@ -271,7 +271,7 @@ def test_a_bug_saves_first_and_keeps_its_traceback(capsys):
     with pytest.raises(ZeroDivisionError):
         guard.poll(ZeroDivisionError("division by zero"))
     assert saved == ["step 1 of epoch 1"]
-    assert capsys.readouterr().out == "saved after step 1 of epoch 1, to go on: python main.py\n"
+    assert capsys.readouterr().out == "saved after step 1 of epoch 1; resume with: python main.py\n"
 
 
 def test_a_failure_of_another_process_ends_this_one(monkeypatch):
@@ -325,9 +325,9 @@ def test_an_error_of_the_loader_saves_first(loop):
 @LOOPS
 def test_images_that_are_left_out_are_counted_and_named(loop, capsys):
     (guard, _), count = guarded(), torch.tensor(0)
-    loader = Loader([batch(0, left_out=["a.png is broken"]), batch(2)])
+    loader = Loader([batch(0, left_out=["a\n.png is broken"]), batch(2)])
     assert [found.indices for found in loop(guard, loader, count)] == [[0], [2]]
-    assert count == 1 and capsys.readouterr().err == "left out: a.png is broken\n"
+    assert count == 1 and capsys.readouterr().err == "left out: a\n.png is broken\n"
 
 
 def test_validation_needs_an_image_that_can_be_read():
@@ -376,7 +376,7 @@ def test_ctrl_c_in_a_terminal_prints_the_command_that_goes_on(argv, whole, tmp_p
     first, last = err.splitlines()
     assert first == f"{PROGRAM}: finishing the step to save; again to stop at once"
     assert last.startswith(f"{PROGRAM}: stopped by Ctrl-C, saved after ")
-    command = last.split("to go on: python ")[1]
+    command = last.split("resume with: python ")[1]
     assert command == f"{PROGRAM} --savedir '{folder}' --resume"
     assert run_script(*shlex.split(command), "--workers", 0) == 0
     assert differences(folder, whole) == []

@@ -433,7 +433,7 @@ def test_an_image_that_breaks_in_training_is_named_and_nothing_is_lost(
         patch.setattr(utils.run_folder, "save_checkpoint", save_and_break)
         result = script(NAME, *argv, "--savedir", "a")
     (line,) = result.err.splitlines()
-    assert result.status == 2 and f"train/rings/{path.name}" in line and "to go on: " in line
+    assert result.status == 2 and f"train/rings/{path.name}" in line and "resume with: " in line
     path.write_bytes(good)
     assert script(NAME, "--savedir", "a", "--resume").status == 0
     assert len(read_log(tmp_path / "save/a")) == 2

@@ -457,7 +457,7 @@ def test_an_image_that_breaks_in_training_is_named_and_nothing_is_lost(
         result = Forked(lambda: run_script(*run), tmp_path).finish()
     (line,) = result.err.splitlines()
     assert result.status == 2 and image.name in line and "--skip-broken leaves it out" in line
-    assert "to go on: python " in line
+    assert "resume with: python " in line
     assert load_checkpoint(folder / "last.pth")["epoch"] == 1
     load_network(folder / "best.pth")
     image.write_bytes(good)

@@ -11,10 +11,10 @@ import pytest
 
 from utils.errors import UserError
 from utils.options import (
-    ADVICE,
     PRESETS,
     PRETRAINING,
     SEGMENTATION,
+    TRAINING_ADVICE,
     Option,
     Table,
     parse_options,
@@ -283,7 +283,7 @@ def test_impossible_options_of_pretraining_are_refused(pretrain, tmp_path, argv,
 
 
 def test_advice_is_for_mistakes_of_users():
-    assert all(issubclass(error, UserError) and text for error, text in ADVICE.items())
+    assert all(issubclass(error, UserError) and text for error, text in TRAINING_ADVICE.items())
 
 
 # Resuming

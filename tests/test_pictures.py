@@ -8,7 +8,7 @@ from PIL import Image
 from datasets.check import check_files
 from datasets.images import DatasetError, read_image
 from datasets.pictures import (
-    PICTURES,
+    DRAWABLE,
     Pictures,
     animation_frames,
     find_pictures,
@@ -76,7 +76,7 @@ def test_every_kind_that_pillow_reads_is_taken(tmp_path, capsys):
     modes = {"MSP": "1", "XBM": "1", "BLP": "P"}  # of those that cannot save RGB
     names = set()
     for suffix, kind in Image.registered_extensions().items():
-        if suffix in PICTURES and kind in Image.SAVE:
+        if suffix in DRAWABLE and kind in Image.SAVE:
             mode = "F" if suffix == ".pfm" else modes.get(kind, "RGB")
             Image.new("RGB", (80, 64)).convert(mode).save(tmp_path / f"a{suffix}", kind)
             names.add(f"a{suffix}")

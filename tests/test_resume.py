@@ -99,8 +99,8 @@ def test_stopped_by_sigterm_after_any_step(start, resumed, tmp_path, capsys, rec
     folder = tmp_path / "run"
     with after_step(place, send(signal.SIGTERM)):
         assert start(recipe, folder) == 128 + signal.SIGTERM
-    how = f"to go on: {command(recipe, folder)}\n"
-    assert f"stopped by SIGTERM, saved after {place}, {how}" in capsys.readouterr().err
+    how = f"resume with: {command(recipe, folder)}\n"
+    assert f"stopped by SIGTERM, saved after {place}; {how}" in capsys.readouterr().err
     assert f"resuming after {place}" in resumed(recipe, folder)
 
 
@@ -203,7 +203,7 @@ def test_killed_at_the_end_of_an_epoch(killed, resumed, recipe, stage, epoch, wr
     folder = killed(recipe, "last.pth", (stage, epoch, 0), written)
     out = resumed(recipe, folder)
     done = epoch if written else epoch - 1
-    assert ("resuming after epoch" if done else "resuming from the start") in out
+    assert ("resuming after epoch" if done else "no checkpoint was saved: starting again") in out
 
 
 def test_killed_between_the_stages(killed, resumed):
@@ -250,7 +250,7 @@ def test_a_damaged_checkpoint_costs_a_step_and_changes_nothing(
     last.unlink() if damage == "removed" else last.write_bytes(content)
     capsys.readouterr()
     assert run_script(CLASSIFIER, "--savedir", folder, "--resume", *SELDOM) == 0
-    assert f"going on from {folder}/previous.pth" in capsys.readouterr().out
+    assert f"resuming from {folder}/previous.pth" in capsys.readouterr().out
     left = ["damaged-last.pth was left behind"] if damage != "removed" else []
     assert differences(folder, whole(recipe)) == left
 
@@ -266,7 +266,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(start, resumed, tmp_path, caps
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (line,) = capsys.readouterr().err.splitlines()
     assert "cannot be written (File too large)" in line
-    assert f"then go on with: {command(recipe, folder)}" in line
+    assert f"then resume with: {command(recipe, folder)}" in line
     assert load_checkpoint(folder / "last.pth")["epoch"] == 1
     assert not list(folder.glob(".*.unfinished.*"))
     assert "resuming after epoch 1 of stage 2" in resumed(recipe, folder)

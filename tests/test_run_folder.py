@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path, capsys, ho
     with open_run(options(tmp_path, resume=True)) as run:
         assert run.resumed["epoch"] == 1
         out = capsys.readouterr().out
-        assert "last.pth" in out and f"going on from {tmp_path / 'previous.pth'}" in out
+        assert "last.pth" in out and f"resuming from {tmp_path / 'previous.pth'}" in out
         assert (tmp_path / "damaged-last.pth").exists() == (how != "missing")
         # The damaged file is not copied over the good one.
         run.save(state(2))
@@ -299,7 +299,7 @@ def test_a_full_disk_keeps_the_checkpoints(tmp_path, monkeypatch):
         with full_disk(20_000):
             run.save(large)
     assert str(raised.value) == f"{tmp_path / 'last.pth'} cannot be written (File too large)"
-    how = f"then go on with: python main.py --savedir {tmp_path} --resume"
+    how = f"then resume with: python main.py --savedir {tmp_path} --resume"
     assert raised.value.__notes__ == [how]
     assert load_run(tmp_path)["epoch"] == 1
     assert names_in(tmp_path) == {"last.pth", "previous.pth"}
@@ -340,9 +340,9 @@ def test_a_full_disk_under_tensorboard_is_neither_silent_nor_endless(tmp_path, r
 
     end = Forked(main, tmp_path).finish(60)
     assert (end.status, end.err) == (0, "")
-    message = f"{tmp_path}/run/events.out.tfevents.* cannot be written (File too large); then go on"
+    message = f"{tmp_path}/run/events.out.tfevents.* cannot be written (File too large)"
     _, line = end.out.splitlines()  # after the folder of the run
-    assert line.startswith(message)
+    assert line.startswith(f"{message}; then resume with: ")
 
 
 def test_errors_of_other_threads_are_printed(tmp_path, capsys):

@@ -175,8 +175,8 @@ def test_a_second_sigterm_does_not_keep_the_last_line_from_being_printed(monkeyp
 
     monkeypatch.setattr(sys, "stderr", Terminal())
     with pytest.raises(SystemExit) as end:
-        run_script(raising(Interrupted("to go on: python main.py", signal.SIGTERM)))
-    assert end.value.code == 143 and "".join(printed) == "main.py: to go on: python main.py\n"
+        run_script(raising(Interrupted("resume with: python main.py", signal.SIGTERM)))
+    assert end.value.code == 143 and "".join(printed) == "main.py: resume with: python main.py\n"
     assert signal.getsignal(signal.SIGTERM) == before
 
 

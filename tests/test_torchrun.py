@@ -104,8 +104,9 @@ def test_a_signal_to_one_process_stops_both_and_prints_how_to_go_on(stopped):
     assert result.status != 0
     (line,) = re.findall(r"^main\.py: stopped.*$", result.err, re.MULTILINE)
     assert line == (
-        "main.py: stopped by SIGTERM, saved after step 2 of epoch 1 of stage 2, to go on: torchrun "
-        f"--nproc-per-node 2 {shlex.quote(str(ROOT / 'main.py'))} --savedir {folder} --resume"
+        "main.py: stopped by SIGTERM, saved after step 2 of epoch 1 of stage 2; resume with: "
+        f"torchrun --nproc-per-node 2 {shlex.quote(str(ROOT / 'main.py'))} "
+        f"--savedir {folder} --resume"
     )
     # torchrun sends a SIGTERM to the process that ends last.
     exit_codes = set(re.findall(r"exitcode  : (-?\d+)", result.err))
@@ -146,7 +147,7 @@ def test_a_killed_process_ends_the_other_and_the_run_can_be_resumed(scenes, whol
     assert second.status == -signal.SIGKILL and time.monotonic() - started < 100
     assert first.status == 2
     (line,) = first.err.splitlines()
-    assert "another process ended without a word: was it killed" in line
+    assert "another process ended without reporting an error: was it killed" in line
     first, second = run_two(tmp_path, "main.py", "--savedir", folder, "--resume")
     assert (first.status, second.status) == (0, 0), first.err + second.err
     assert "resuming after step 1 of epoch 1 of stage 1" in first.out
@@ -206,5 +207,5 @@ def test_an_image_that_one_process_cannot_read_ends_both_in_one_line(shapes_copy
         first, second = run_two(tmp_path, *argv, "--savedir", tmp_path / "run")
     assert (first.status, second.status) == (2, 2)
     (line,) = (first.err + second.err).splitlines()
-    assert image.name in line and "to go on: torchrun --nproc-per-node 2" in line, line
+    assert image.name in line and "resume with: torchrun --nproc-per-node 2" in line, line
     assert "step" in load_checkpoint(tmp_path / "run/last.pth")

@@ -268,7 +268,7 @@ def slow(index: int) -> int:
 @pytest.mark.slow
 def test_workers_that_do_not_answer_end_the_run(monkeypatch):
     """Those that answer in time do not, and neither does a program that does not ask."""
-    monkeypatch.setattr(workers, "PATIENCE", 4)
+    monkeypatch.setattr(workers, "MAX_WAIT", 4)
     values = call_in_workers(slow, 4, 1, "")
     assert next(values) == 0
     time.sleep(6)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from datasets.images import Size
 from models.deployed import compiled_for, deploy
 from models.lednet import LEDNet
 from utils.arguments import ArgumentParser, positive_float
@@ -41,7 +42,6 @@ OURS = {"LEDNet D = 20": 20, "LEDNet D = 128": 128}
 MIN_ROUNDS = 4
 WARMUP = 3  # passes; a compiled network records its CUDA graph in the second
 
-Size = tuple[int, int]  # height, width
 Key = tuple[str, str]  # network and form
 Runner = Callable[[Tensor], Any]
 

@@ -35,7 +35,7 @@ from datasets.check import (
     summary,
 )
 from datasets.imagenet import ImageFolder
-from datasets.images import DatasetError, read_image
+from datasets.images import DatasetError, FilePair, read_image
 from datasets.loading import count_labels
 from datasets.segmentation import Segmentation
 from datasets.workers import WorkerError
@@ -134,7 +134,7 @@ def open_splits(args: argparse.Namespace) -> tuple[list[Dataset], dict[str, Data
     if unknown:
         raise UserError(f"--split {min(unknown)}: {args.dataset} has {', '.join(known)}")
     datasets: list[Dataset] = []
-    seen: set[tuple[str, str | None]] = set()
+    seen: set[FilePair] = set()
     missing: dict[str, DatasetError] = {}
     for split in args.split or known:
         try:

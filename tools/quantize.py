@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets.segmentation import Segmentation
-from utils.arguments import ADVICE, ArgumentParser, file_path, new_file
+from utils.arguments import INFERENCE_ADVICE, ArgumentParser, file_path, new_file
 from utils.checkpoint import load_network
 from utils.evaluation import Normalize
 from utils.files import atomic_write, write_errors
@@ -126,4 +126,4 @@ def score(network: OnnxNetwork, val: Segmentation, normalize: Normalize) -> floa
 
 
 if __name__ == "__main__":
-    run_script(main, ADVICE)
+    run_script(main, INFERENCE_ADVICE)

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from utils.arguments import ADVICE, ArgumentParser, file_path, new_file
+from utils.arguments import INFERENCE_ADVICE, ArgumentParser, file_path, new_file
 from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.files import write_errors
 from utils.script import run_script
@@ -49,4 +49,4 @@ def in_half_precision(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    run_script(main, ADVICE)
+    run_script(main, INFERENCE_ADVICE)

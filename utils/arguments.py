@@ -17,7 +17,7 @@ from utils.files import WriteError
 SHIPPED = Path(__file__).parent.parent / "weights/lednet_d20_camvid.pth"
 
 # Which options mend an error in the programs that use a trained network.
-ADVICE = {
+INFERENCE_ADVICE = {
     BrokenFiles: "python tools/check_dataset.py lists them all",
     EncoderOnly: "train stage 2 first, with main.py --pretrained-encoder",
     OutOfMemory: "give a smaller --batch-size or --height",

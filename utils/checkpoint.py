@@ -82,10 +82,11 @@ class Description:
                     "be used to start training"
                 )
         mean, std = normalisation(checkpoint, path) or ([0.0] * 3, [1.0] * 3)
-        width = apn_channels_of(checkpoint.get("model", {})) or checkpoint.get("apn_channels")
+        weights = checkpoint.get("model", {})
+        decoder_width = apn_channels_of(weights) or checkpoint.get("apn_channels")
         return cls(
             checkpoint["dataset"], Classes.from_checkpoint(checkpoint), mean, std,
-            checkpoint["height"], checkpoint.get("train_images", 0), width,
+            checkpoint["height"], checkpoint.get("train_images", 0), decoder_width,
             checkpoint.get("args", {}),
         )  # fmt: skip
 

@@ -162,5 +162,5 @@ def failure_elsewhere(error: Exception) -> str | None:
         if _store.check([FAILURE]):
             return _store.get(FAILURE).decode()
     if isinstance(error, dist.DistError) or "gloo/" in str(error):
-        return "another process ended without a word: was it killed, or out of memory?"
+        return "another process ended without reporting an error: was it killed, or out of memory?"
     return None

@@ -27,7 +27,7 @@ class OutOfMemory(UserError):
 
 @contextmanager
 def memory_errors(images: Sequence[Tensor], *notes: str) -> Iterator[None]:
-    """Turn the errors of a GPU without memory into one that states the size of these images."""
+    """Turn a CUDA out-of-memory error into OutOfMemory, with the batch's size."""
     try:
         yield
     except RuntimeError as error:
@@ -149,7 +149,7 @@ def evaluate_classifier(
     model: nn.Module, batches: Iterable[Batch], normalize: Normalize, title: str, total: int,
     amp_dtype: torch.dtype | None = None, on_batch: Callable[[Batch, Tensor], None] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Score an image classifier; like `evaluate`, but for the following.
+    """Score an image classifier; unnamed arguments are those of `evaluate`.
 
     Args:
         batches: images, N x 3 x H x W, uint8, and class numbers, N, int64.

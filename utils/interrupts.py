@@ -137,7 +137,7 @@ class Guard:
     def _report(self, reasons: Sequence[str], left_out: Tensor) -> None:
         for reason in reasons:
             tqdm.write(f"left out: {reason}", file=sys.stderr)
-            left_out += len(reason.splitlines())
+            left_out += 1
 
     def save(self) -> None:
         """Write the checkpoint, unless a loss or a weight is not finite."""
@@ -174,7 +174,7 @@ class Guard:
         Raises:
             Interrupted: a signal came.
             Diverged: a loss is not finite; nothing was saved.
-            Exception: the failure of this process, with a note on how to go on.
+            Exception: the failure of this process, with a note on how to resume.
             SystemExit: another process failed.
         """
         diverged = self._first_bad_loss()
@@ -200,7 +200,7 @@ class Guard:
             self.save()
         if action == Action.SAVE:
             return
-        how = f"saved after {self.state.place()}, to go on: {self.run.command}"
+        how = f"saved after {self.state.place()}; resume with: {self.run.command}"
         if action in SIGNALS:
             name = "Ctrl-C" if action == Action.STOP_ON_SIGINT else "SIGTERM"
             raise Interrupted(f"stopped by {name}, {how}", SIGNALS[action])

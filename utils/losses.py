@@ -71,7 +71,7 @@ LOSSES = {"ce": cross_entropy, "ohem": ohem_cross_entropy}
 
 
 def with_auxiliary(loss: Loss, share: float) -> Callable[[tuple[Tensor, Tensor], Tensor], Tensor]:
-    """Return a loss of two heads, of which the second has fewer pixels and the weight `share`."""
+    """Return a loss that adds `share` times the loss of the auxiliary head."""
 
     def total(outputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         logits, auxiliary = outputs

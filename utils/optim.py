@@ -59,7 +59,7 @@ def build_optimizer(name: str, model: nn.Module, lr: float, **options: Any) -> O
 
 
 class Average(AveragedModel):
-    """AveragedModel without its copy of the step count to the GPU, which waits in every step.
+    """AveragedModel without copying the step count to the GPU, which would synchronise every step.
 
     Integer tensors keep their first values: they are batch counts, which nothing reads.
     """

@@ -36,7 +36,7 @@ from utils.run_folder import BEST, FolderInUse, FolderLocked, NoRun, read_args, 
 STREETS, SHAPES = Path("data/synthetic"), Path("data/shapes")
 
 # Which options of the training programs mend an error.
-ADVICE = {
+TRAINING_ADVICE = {
     BrokenFiles: "python tools/check_dataset.py lists them all, --skip-broken leaves them out",
     FileError: "--skip-broken leaves it out",
     NothingReadable: "python tools/check_dataset.py lists what is broken",
@@ -68,7 +68,7 @@ class Option:
     help: str  # to which the defaults are added
     by_preset: Mapping[str, Any] = field(default_factory=dict)  # defaults that differ
     may_change: bool = False  # when a run is resumed
-    shape: Mapping[str, Any] = field(default_factory=dict)  # more arguments of argparse
+    argparse_options: Mapping[str, Any] = field(default_factory=dict)  # for add_argument
 
     @property
     def name(self) -> str:
@@ -78,7 +78,8 @@ class Option:
         actions = {"flag": "store_true", "switch": argparse.BooleanOptionalAction}
         how = {"action": actions[self.type]} if self.type in actions else {"type": self.type}
         shown = "; ".join(filter(None, [self.help, self._defaults()]))
-        parser.add_argument(*self.flags.split(), default=None, help=shown, **how, **self.shape)
+        how |= self.argparse_options
+        parser.add_argument(*self.flags.split(), default=None, help=shown, **how)
 
     def _defaults(self) -> str:
         if self.type == "flag" or "default" in self.help:
@@ -115,9 +116,9 @@ MACHINE = (
            "processes that load data", may_change=True),
     Option("--device", str, "auto", "device: auto, cpu, cuda or cuda:1", may_change=True),
     Option("--amp", str, "auto", "mixed precision; auto: on a GPU only", may_change=True,
-           shape={"choices": ("auto", "off", "bf16", "fp16")}),
+           argparse_options={"choices": ("auto", "off", "bf16", "fp16")}),
     Option("--compile", "flag", False, "train through torch.compile, which takes minutes to start "
-           "and pays on a GPU", may_change=True),
+           "and speeds up training on a GPU", may_change=True),
     Option("--seed", seed_int, 0, "seed of everything random"),
     Option("--sync-bn", "flag", False, "synchronise batch norm across processes; GPUs only"),
     Option("--skip-broken", "flag", False, "leave out images and labels that cannot be read, and "
@@ -132,15 +133,15 @@ OUTPUT = (
            "epoch; one more follows each epoch", may_change=True),
     Option("--steps-loss", natural_int, 50, "steps between lines of progress in a log; 0: none",
            may_change=True),
-    Option("--epochs-save", natural_int, 0, "epochs between weights that are kept; 0: only the "
-           "last and the best", may_change=True),
+    Option("--epochs-save", natural_int, 0, "keep the weights of every Nth epoch; 0: only the last "
+           "and the best", may_change=True),
 )  # fmt: skip
 
 SEGMENTATION: Table = {
     "recipe": (
         Option("--preset", str, None, "defaults of the other options: as published, stronger ones, "
                "or a quick run on the drawn scenes; default paper, without --datadir quick",
-               shape={"choices": PRESETS}),
+               argparse_options={"choices": PRESETS}),
         Option("--encoder-epochs", natural_int, 300, "epochs of stage 1", one_stage(0)),
         Option("--epochs", positive_int, 300, "epochs of stage 2",
                dict(cityscapes=800, camvid=80, quick=10)),
@@ -148,17 +149,17 @@ SEGMENTATION: Table = {
         Option("--batch-size", positive_int, 5, "images in a step of each process",
                dict(cityscapes=12, camvid=8, quick=4), may_change=True),
         Option("--optimizer", str, "adam", "optimizer", one_stage("adamw"),
-               shape={"choices": ("adam", "adamw")}),
+               argparse_options={"choices": ("adam", "adamw")}),
         Option("--lr", positive_float, 5e-4, "highest learning rate",
                dict(cityscapes=1e-3, camvid=2e-3, quick=0.012)),
         Option("--weight-decay", natural_float, 1e-4, "weight decay", one_stage(0.01)),
         Option("--schedule", str, "poly", "schedule of the learning rate, by steps",
-               one_stage("onecycle"), shape={"choices": tuple(SCHEDULES)}),
+               one_stage("onecycle"), argparse_options={"choices": tuple(SCHEDULES)}),
         Option("--loss", str, "ce", "cross entropy over all pixels (ce) or the hard ones (ohem)",
-               dict(cityscapes="ohem"), shape={"choices": tuple(LOSSES)}),
+               dict(cityscapes="ohem"), argparse_options={"choices": tuple(LOSSES)}),
         Option("--weight-c", natural_float, None, "c in the class weights 1 / ln(c + share of "
                "pixels); 0: equal weights; default 1.2 in stage 1 and 1.1 in stage 2",
-               shape={"metavar": "C"}),
+               argparse_options={"metavar": "C"}),
         Option("--aux-weight", natural_float, 0.0, "loss weight of an auxiliary head on the "
                "encoder in stage 2; 0: no head", one_stage(0.4)),
         Option("--ema", "switch", False, "score and save an exponential average of the weights in "
@@ -166,27 +167,27 @@ SEGMENTATION: Table = {
     ),
     "data": (
         Option("--dataset", str, None, "data set; folder: your own, see --classes; default "
-               f"cityscapes, for {STREETS} synthetic", shape={"choices": DATASETS}),
+               f"cityscapes, for {STREETS} synthetic", argparse_options={"choices": DATASETS}),
         Option("--datadir", file_path, None, "folder of the data set; default: street scenes are "
                f"drawn into {STREETS}", may_change=True),
         Option("--classes", file_path, None, "text or JSON file with the names and colours of the "
-               "classes of --dataset folder; default: none", shape={"metavar": "FILE"}),
+               "classes of --dataset folder; default: none", argparse_options={"metavar": "FILE"}),
         Option("--train-on --annotations", str, None, "splits to train on; "
                + "; ".join(f"{name}: {', '.join(d.TRAIN_ON)}" for name, d in DATASETS.items())
-               + "; default: the first", shape={"metavar": "SPLITS"}),
+               + "; default: the first", argparse_options={"metavar": "SPLITS"}),
         Option("--height", positive_int, 512, "height that images are resized to, in proportion",
                dict(cityscapes=1024, camvid=360, quick=160)),
         Option("--cache", file_path, "off", "decode and resize each image once, and keep the "
                "result in memory (ram) or in a file in a folder", dict(camvid="ram", quick="ram"),
-               may_change=True, shape={"metavar": "DIR|ram|off"}),
+               may_change=True, argparse_options={"metavar": "DIR|ram|off"}),
         Option("--augment", str, "paper", "paper: flip and shift; strong: scale, crop, flip, "
                "colour", dict(cityscapes="strong", camvid="strong"),
-               shape={"choices": ("paper", "strong")}),
+               argparse_options={"choices": ("paper", "strong")}),
         Option("--crop", positive_int, None, "size of the crops of --augment strong; none: that "
                "of the images", dict(cityscapes=[1024, 1024], camvid=[240, 320]),
-               shape={"nargs": 2, "metavar": ("HEIGHT", "WIDTH")}),
+               argparse_options={"nargs": 2, "metavar": ("HEIGHT", "WIDTH")}),
         Option("--scale", positive_float, [0.5, 2.0], "range of scales of --augment strong",
-               dict(camvid=[0.67, 1.5]), shape={"nargs": 2, "metavar": ("MIN", "MAX")}),
+               dict(camvid=[0.67, 1.5]), argparse_options={"nargs": 2, "metavar": ("MIN", "MAX")}),
         Option("--jitter", probability, 0.4, "range of brightness, contrast and saturation of "
                "--augment strong"),
     ),
@@ -197,14 +198,14 @@ SEGMENTATION: Table = {
                dict(camvid=0.1, quick=0.0)),
         Option("--pretrained-encoder --pretrainedEncoder", file_path, None, "file to take the "
                "encoder from, skipping stage 1: a checkpoint of either program, or a state_dict of "
-               "the original code; default: none", shape={"metavar": "FILE"}),
+               "the original code; default: none", argparse_options={"metavar": "FILE"}),
         Option("--init --state", file_path, None, "whole network to start stage 2 from; its "
                "classifier is replaced if the classes differ; default: none",
-               shape={"metavar": "CHECKPOINT"}),
+               argparse_options={"metavar": "CHECKPOINT"}),
         Option("--decoder", "flag", False, "skip stage 1"),
         *(Option(f"--{name}", check, None, f"{name} to normalise images in [0, 1] with, by RGB "
                  "channel; default: that of the file to start from, or none",
-                 shape={"nargs": 3, "metavar": ("R", "G", "B")})
+                 argparse_options={"nargs": 3, "metavar": ("R", "G", "B")})
           for name, check in (("mean", finite_float), ("std", positive_float))),
     ),
     "machine": MACHINE,
@@ -220,7 +221,7 @@ PRETRAINING: Table = {
     "recipe": (
         Option("--recipe", str, "paper", "paper: SGD, as published; modern: AdamW, one cycle, "
                "label smoothing, RandAugment and an average of the weights",
-               shape={"choices": ("paper", "modern")}),
+               argparse_options={"choices": ("paper", "modern")}),
         Option("--epochs", positive_int, 150, "epochs", dict(shapes=18)),
         Option("--batch-size", positive_int, 256, "images in a step of each process",
                dict(shapes=16), may_change=True),
@@ -238,7 +239,7 @@ PRETRAINING: Table = {
         Option("--val-every", positive_int, 1, "epochs between validations", may_change=True),
         Option("--evaluate", file_path, None, "score a checkpoint on val, and do not train; "
                f"default: {BEST} of --savedir", may_change=True,
-               shape={"nargs": "?", "const": True, "metavar": "FILE"}),
+               argparse_options={"nargs": "?", "const": True, "metavar": "FILE"}),
     ),
 }  # fmt: skip
 
@@ -260,7 +261,8 @@ def parse_options(
         group = parser.add_argument_group(title)
         for row in rows:
             row.add_to(group)
-    parser.set_defaults(dataset=None)  # without an option in pretraining, which settles it alone
+    # Pretraining has no --dataset; settle_pretraining fills it in.
+    parser.set_defaults(dataset=None)
     may_change = {row.name: row.may_change for rows in table.values() for row in rows}
     stored = _stored_options(may_change.keys())
     parser.set_defaults(**stored)

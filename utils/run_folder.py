@@ -49,13 +49,13 @@ class NoRun(UserError):
 
 
 class Run:
-    """A training run in its folder. Only the first process of several writes."""
+    """A training run in its folder. Call its write methods through `distributed.first`."""
 
     def __init__(
         self, args: argparse.Namespace, folder: Path, resumed: dict[str, Any] | None
     ) -> None:
         self.args, self.folder, self.last = args, folder, folder / LAST
-        self.resumed = resumed  # checkpoint to go on from; None for a new run
+        self.resumed = resumed  # checkpoint to resume from; None for a new run
         self.signals = StopSignals()  # handled from `begin` on
         self.command = resume_command(folder)
         self.writer: SummaryWriter | None = None
@@ -87,7 +87,7 @@ class Run:
         """
         print(f"output: {self.folder}", flush=True)
         if self.args.resume and not self.resumed:
-            print("resuming from the start: nothing had been saved")
+            print("no checkpoint was saved: starting again")
         self.opened.enter_context(self.signals)
         if not distributed.is_first():
             return
@@ -113,12 +113,13 @@ class Run:
             with write_errors(path):
                 yield
         except WriteError as error:
-            error.add_note(f"then go on with: {self.command}")
+            error.add_note(f"then resume with: {self.command}")
             raise
 
     def save(self, checkpoint: Mapping[str, Any]) -> None:
         """Write last.pth, and keep the one before it as previous.pth."""
         with self.write_errors(self.last):
+            # Copied, not renamed: last.pth exists at every moment.
             if self.last.exists():
                 copy_whole(self.last, self.folder / PREVIOUS)
             save_checkpoint(checkpoint, self.last)
@@ -230,7 +231,7 @@ def load_run(folder: Path) -> dict[str, Any] | None:
         if not previous.exists():
             raise
         checkpoint = _load_state(previous)
-        print(f"{error}; going on from {previous}")
+        print(f"{error}; resuming from {previous}")
         # Otherwise the next save would copy the damaged file over the good one.
         with write_errors(last):
             if last.exists():

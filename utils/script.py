@@ -22,15 +22,15 @@ Advice = Mapping[type[Exception], str]
 
 
 class Interrupted(Exception):
-    """A signal ended the program cleanly; the message says how to go on."""
+    """A signal ended the program cleanly; the message says how to resume."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.status = 128 + number
 
 
-# The signal that ends the program, for when Python drops the exception that its handler raised, as
-# in a destructor: training then ends at its next step.
+# Signal received. Python drops an exception raised by a handler during a destructor; training
+# checks this instead.
 received: int | None = None
 
 

@@ -23,7 +23,7 @@ FONTS = (
     "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc",
     "Arial Unicode.ttf", "arial.ttf", "msyh.ttc", "malgun.ttf",
 )  # fmt: skip
-# What letters are written as that are no plain letter with an accent.
+# Plain spellings of letters that Unicode does not decompose.
 PLAIN = str.maketrans("ØøĐđÐðĦħıŁłŊŋŦŧ", "OoDdDdHhiLlNnTt") | str.maketrans(
     {"ß": "ss", "Æ": "AE", "æ": "ae", "Œ": "OE", "œ": "oe", "Þ": "Th", "þ": "th"}
 )
