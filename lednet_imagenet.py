@@ -11,14 +11,13 @@ python main.py --datadir CITYSCAPES --pretrained-encoder save/NAME/encoder.pth
 
 import argparse
 import shlex
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from datasets.check import leave_out_broken
 from datasets.imagenet import MEAN, STD, ImageFolder, open_images, validation_images
 from datasets.loading import Batch, ShuffledSeeds, batch_loader
 from datasets.segmentation import Classes
@@ -181,27 +180,25 @@ def print_scores(args: argparse.Namespace, device: torch.device) -> None:
     datadir, size = args.datadir or about.args.get("datadir"), args.size or about.height
     if not isinstance(datadir, str):
         raise UserError(f"{args.evaluate} does not state its data set: give --datadir")
-    val = validation_images(datadir, size, list(about.classes.names))
+
+    def open_val() -> ImageFolder:
+        val = validation_images(datadir, size, list(about.classes.names))
+        if args.skip_broken:
+            leave_out_broken(val, args.workers)
+        return val
+
+    val = distributed.first(open_val)
     shared = distributed.share(val)
-    loading = (args.batch_size, args.workers, device.type == "cuda", args.skip_broken)
-    batches = readable(batch_loader(shared, None, *loading, stacked=True))
+    pinned = device.type == "cuda"
+    loader = batch_loader(shared, None, args.batch_size, args.workers, pinned, stacked=True)
     scores = evaluate_classifier(
-        model.to(device), batches, about.normalizer(device), "val", len(shared),
+        model.to(device), loader, about.normalizer(device), "val", len(shared),
         pick_amp_dtype(args.amp, device),
     )  # fmt: skip
     print(
         f"{args.evaluate} on the {len(val)} images of {datadir}/val at {size}x{size}: loss "
         f"{scores['val_loss']:.4f}, top-1 {scores['val_top1']:.2%}, top-5 {scores['val_top5']:.2%}"
     )
-
-
-def readable(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the batches that hold images, and name the images that are left out."""
-    for batch in batches:
-        for reason in batch.left_out:
-            tqdm.write(f"left out: {reason}", file=sys.stderr)
-        if len(batch.images):
-            yield batch
 
 
 if __name__ == "__main__":

@@ -272,6 +272,15 @@ def test_evaluate_needs_no_training_images(pretrained, script, shapes_copy):
     assert result.status == 0 and "on the 5 images of" in result.out
 
 
+def test_evaluate_leaves_out_broken_images(pretrained, script, shapes_copy):
+    min((shapes_copy / "val").rglob("*.jpg")).write_bytes(b"")
+    argv = ("--evaluate", "--savedir", pretrained, "--datadir", shapes_copy, "--batch-size", 1)
+    assert script(NAME, *argv).status == 2
+    result = script(NAME, *argv, "--skip-broken")
+    assert result.status == 0 and "on the 5 images of" in result.out
+    assert "left out: unreadable: " in result.err
+
+
 def test_what_cannot_be_evaluated(pretrained, fails, trained, shapes_copy, tmp_path):
     assert "best.pth does not exist" in fails(NAME, "--evaluate", "--savedir", tmp_path / "none")
     for path in (trained / "best.pth", pretrained / "encoder.pth"):
