@@ -3,6 +3,7 @@ import errno
 import math
 import pickle
 import zipfile
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -185,6 +186,14 @@ def test_objects_are_refused_by_name_with_the_way_out(
     torch.save(content(network), path, _use_new_zipfile_serialization=not old_format)
     with pytest.raises(CheckpointError, match=rf"whole\.pth .* holds {named}.*its state_dict"):
         load_checkpoint(path)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    save_checkpoint({"model": {"weight": torch.zeros(1)}}, tmp_path / "a.pth")
+    refused = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(torch, "load", Mock(side_effect=refused))
+    with pytest.raises(CheckpointError, match=r"a\.pth cannot be read \(Permission denied\)"):
+        load_checkpoint(tmp_path / "a.pth")
 
 
 @pytest.mark.filterwarnings("error::UserWarning", "ignore:.*is deprecated:FutureWarning")
