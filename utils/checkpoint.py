@@ -147,7 +147,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} is not a checkpoint of weights alone but holds "
                 f"{found['object'] or 'a whole model'}, and to read it would run its code: if you "
-                "trust it, load it where it was made, and torch.save its state_dict"
+                "trust it, load it with the code that wrote it, and torch.save its state_dict"
             ) from error
         raise CheckpointError(
             f"{path} is not a checkpoint, or was cut short: use another file or a copy"
