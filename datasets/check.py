@@ -229,11 +229,12 @@ def label_problems(
         if not present:
             problems.append(f"all labels of {split} are ignored: no pixel is of a class")
         elif masks and absent and (split != "val" or len(present) == 1):
+            white, ids = classes.ids_by_color().get((255, 255, 255)), list(classes.label_ids)
+            name = classes.names[ids.index(white)] if white in ids else absent[0]
             problems.append(
                 f"no pixel of {split} is {absent[0]}, and {share:.1%} are 255, which is ignored: "
-                f"are these masks of 0 and 255? In {file}, `255 {absent[0]}` in place of "
-                f"`{absent[0]}` makes 255 that class, and a line `255 void` says that 255 is "
-                "ignored"
+                f"are these masks of 0 and 255? In {file}, `255 {name}` in place of `{name}` makes "
+                "255 that class, and a line `255 void` says that 255 is ignored"
             )
         elif split != "val" and len(present) == 1:
             problems.append(f"only {present[0]} has pixels in {split}: two classes are needed")

@@ -114,7 +114,7 @@ def file_errors(path: str) -> Iterator[None]:
     except Exception as error:  # PIL does not document what it raises on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            reason = "Pillow does not read its format; 8-bit PNG is safe"
+            reason = "Pillow does not know its format, which PNG would not be"
         raise FileError(f"{path} cannot be read as an image ({reason}): fetch it again") from error
 
 

@@ -23,7 +23,7 @@ UNREPORTED = {
 # What file servers, macOS, Windows and Linux put into folders; hidden names begin with a dot.
 STRAYS = {
     *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx"),
-    *("$recycle.bin", "system volume information", "lost+found"),
+    *("$recycle.bin", "system volume information", "lost+found", "__pycache__"),
 }
 # Separates the name of an image from what the name of its label has more.
 SEPARATOR = r"[-_. /\\]"
@@ -31,7 +31,9 @@ SEPARATOR = r"[-_. /\\]"
 
 def is_stray(name: str) -> bool:
     """Whether a file or folder of this name is hidden, or was left there by another program."""
-    return name.startswith(".") or name.lower() in STRAYS
+    if name.startswith(".") or name.endswith(("~", ":Zone.Identifier")):
+        return True
+    return name.lower() in STRAYS
 
 
 def is_picture(name: str, kinds: Collection[str] = PICTURES) -> bool:

@@ -58,6 +58,7 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
     unique name for its results. Results of earlier runs are found only by their own names."""
     found: dict[str, str] = {}  # name by path
     results: set[str] = set()
+    unread: list[str] = []
 
     def skip_folder(folder: str) -> bool:
         if holds_results(folder):
@@ -65,14 +66,18 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
         return folder in results
 
     for path in inputs:
+        known = len(results) + len(unread)
         if os.path.isdir(path):
             files = sorted(list_pictures(path, DRAWABLE | VIDEOS, skip_folder))
             names = {file: result_name(Path(file).relative_to(path)) for file in files}
         else:
             # A file whose name looks like a glob is a file.
             files = [path] if os.path.exists(path) else expand(path, skip_folder)
+            if files != [path] or len(inputs) > 1:  # found by a glob, ours or the shell's
+                unread += filter(is_unread, files)
+                files = [file for file in files if not is_unread(file)]
             names = {file: result_name(Path(file).name) for file in files if os.path.isfile(file)}
-        if not names:
+        if not names and len(results) + len(unread) == known:
             if LIVE.fullmatch(path) and not os.path.isdir(path):
                 raise DatasetError(
                     f"{path} is no file: examples/onnx_camera.py takes cameras and streams; "
@@ -83,6 +88,13 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
         found = found | names | found  # in their order, under the first name
     if results:
         print(f"note: results of earlier runs, as in {min(results)}, are left out", file=sys.stderr)
+    suffixes = {Path(file).suffix for file in unread}
+    if told := sorted(suffix for suffix in suffixes if suffix.lower() not in UNREPORTED):
+        print(f"note: {', '.join(told)} is not read: such files are left out", file=sys.stderr)
+    if not found:
+        raise DatasetError(
+            f"{inputs[0]} holds nothing but results of earlier runs, or kinds that are not read"
+        )
     taken: set[str] = set()
     twins: Counter[str] = Counter()
     for path, name in found.items():
@@ -91,6 +103,11 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str]]:
             found[path] = f"{name}-{twins[name] + 1}"
         taken.add(found[path])
     return list(found.items())
+
+
+def is_unread(path: str) -> bool:
+    """Whether the suffix of a file says that it is neither a picture nor a video."""
+    return Path(path).suffix.lower() not in DRAWABLE | VIDEOS | {""}
 
 
 def expand(pattern: str, skip_folder: Callable[[str], bool]) -> list[str]:

@@ -228,8 +228,8 @@ def write_label(file: str | os.PathLike | BinaryIO, prediction: Tensor, classes:
 
 def beside(path: str) -> str:
     """Name some files of the folder of one that is missing, those with a similar name first."""
-    stem, folder = Path(path).stem, Path(path).parent
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    stem, folder = Path(path).stem, next(f for f in Path(path).parents if f.is_dir())
+    names = [entry.name for entry in folder.iterdir()]
     names.sort(key=lambda name: (stem not in name, name))
     return ", ".join(names[:3]) or "no file"
 

@@ -130,6 +130,11 @@ def put_masks(root: Path, values: dict[str, list[int]], palettes: list | None = 
             "no pixel of train is object, and 49.* are 255, which is ignored: are these masks of 0 "
             r"and 255\? In .*classes.txt, `255 object` in place of `object` makes 255 that class",
         ),
+        (
+            "road 255 255 255\nground 0 0 0\n",
+            {"train": [0, 255], "val": [0, 255]},
+            "`255 road` in place of `road` makes 255 that class",
+        ),
         ("0 a\n1 b\n2 c\n", {"train": [0, 1, 255], "val": [0, 1]}, "no pixel of train is c, and"),
         ("a\nb\nvoid\n", {"train": [0, 255], "val": [0, 1]}, "no pixel of train is b, and"),
         ("a\nb\n", {"train": [0, 1], "val": [0, 255]}, "no pixel of val is b, and"),

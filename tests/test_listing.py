@@ -20,6 +20,7 @@ from datasets.pictures import find_pictures
 STRAYS = [
     *("._x.png", ".DS_Store", ".ipynb_checkpoints/x-checkpoint.png", "Thumbs.db", "desktop.ini"),
     *("@eaDir/x.png/SYNOPHOTO_THUMB_M.jpg", "@eaDir/x.png", "__MACOSX/._x.png", "__MACOSX/x.png"),
+    *("x.png~", "x.png:Zone.Identifier", "__pycache__/x.png"),
     *("readme.txt", "LICENSE", "notes.md", "#recycle/x.png", "$RECYCLE.BIN/x.png"),
 ]
 

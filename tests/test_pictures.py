@@ -71,6 +71,18 @@ def test_results_of_earlier_runs_are_left_out(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+def test_what_the_glob_of_a_shell_finds_is_sorted_out(tmp_path, capsys):
+    """Results and files that are not read do not end the run, unless there is nothing else."""
+    make(tmp_path, "a.jpg", "b.heic", "notes.txt", "noted/overlays/a.jpg", "noted/labels/a.png")
+    assert found_in(tmp_path, *sorted(path.name for path in tmp_path.iterdir())) == ["a.jpg"]
+    results, unread = capsys.readouterr().err.splitlines()
+    assert "results of earlier runs" in results
+    assert unread == "note: .heic is not read: such files are left out"
+    with pytest.raises(DatasetError, match="noted holds nothing but results of earlier runs"):
+        found_in(tmp_path, "noted")
+    assert found_in(tmp_path, "b.heic") == ["b.heic"]  # to be tried, as it is asked for
+
+
 @pytest.mark.filterwarnings("ignore:IM image format is deprecated")
 def test_every_kind_that_pillow_reads_is_taken(tmp_path, capsys):
     modes = {"MSP": "1", "XBM": "1", "BLP": "P"}  # of those that cannot save RGB
