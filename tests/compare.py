@@ -53,8 +53,9 @@ def read(path: Path) -> Any:
         if path.suffix == ".pth":
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch itself checks no checksums
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            return content if damaged is None else f"damaged ({damaged})"
+            if damaged is not None:
+                return f"damaged ({damaged})"
+            return torch.load(path, map_location="cpu", weights_only=True)
         if path.suffix == ".csv":
             with path.open(newline="") as file:
                 return list(csv.DictReader(file))
