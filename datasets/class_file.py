@@ -19,6 +19,7 @@ from datasets.segmentation import Classes
 # Classes of these names, whatever their case and signs, are neither trained on nor scored.
 IGNORED = "ignore ignored ignoreregion dontcare unlabeled unlabelled void".split()
 LABELME_IGNORED = "__ignore__"  # stands for -1, and does not use up a value
+FLAGS = {"ignore": ("true", "1"), "ignoreineval": ("true", "1"), "evaluate": ("false", "0")}
 MAX_CLASSES = 254
 
 # Columns of a table and keys of JSON, without signs; of each role the first that is there counts.
@@ -41,7 +42,7 @@ HEX = re.compile(r"#([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2})\b", re.IGNORECASE)
 COMMENT = re.compile(r"(?!#(?:[0-9a-f]{3,4}|[0-9a-f]{6}|[0-9a-f]{8})\b)#.*", re.IGNORECASE)
 WIDE = str.maketrans("，；：（）", ",;:()")
 JSON = re.compile(r"\s*[\[{]\s*[\"\[{]")  # but not `[1] road` or `[classes]`
-BELOW_HEADER = re.compile(r"(255|-1)[\s,;:]+([^\d,;\t]+)")  # `255 void`
+STATES_255 = re.compile(r"(255|-1)[\s,;:]+[^\W\d]")  # `255 void`
 CVAT = re.compile(r"([^:]*):\s*(\d+,\s*\d+,\s*\d+)?\s*:[^:]*:[^:]*")  # name:R,G,B:parts:actions
 BRACKETED = re.compile(r"(?:rgb)?[(\[{]\s*(-?\d+(?:[\s,;]+\d+)*)\s*[)\]}]")
 NUMBERING = re.compile(r"(-?\d+)(?:\.0+(?=[\s,;])|\s*[:=|)]|\s*(?:\.|->?)(?=\s))")  # `7: road`
@@ -94,13 +95,10 @@ def read_classes(path: str | os.PathLike) -> Classes:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if "\0" in text:
-            raise ValueError("it holds bytes of value 0: save it as UTF-8")
-    except UnicodeError as error:
-        raise DatasetError(
-            f"{path} cannot be read as a file of classes (save it as UTF-8: {error})"
-        ) from error
+            raise UnicodeError("it has bytes of value 0")
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} cannot be read as a file of classes ({error})") from error
+        hint = "save it as UTF-8: " if isinstance(error, UnicodeError) else ""
+        raise DatasetError(f"{path} cannot be read as a file of classes ({hint}{error})") from error
     try:
         is_json = path.suffix.lower() == ".json" or JSON.match(text)
         entries = _from_json(text) if is_json else _from_text(text.translate(WIDE))
@@ -141,18 +139,16 @@ def _to_classes(rows: list[Row]) -> Classes:
 def _number(rows: list[Row]) -> None:
     """Give 0, 1, 2, ... to rows without values: all of them but those of 255."""
     others = [row for row in rows if row.value != IGNORE_INDEX]
-    if any(row.value is not None for row in others):
-        for row in others:
-            if row.value is None:
-                raise NotUnderstood(
-                    f"{row.place}: {row.name!r} has no value and others have: give a value in "
-                    "front of each name or of none (but 255), and write numbers in names as words"
-                )
-        return
-    for value, row in enumerate(others):
-        row.value = value
     if len(others) > IGNORE_INDEX:
         raise NotUnderstood(f"the file has {len(others)} classes: give 2 to {MAX_CLASSES}")
+    numbered = any(row.value is not None for row in others)
+    for value, row in enumerate(others):
+        if numbered and row.value is None:
+            raise NotUnderstood(
+                f"{row.place}: {row.name!r} has no value and others have: give a value in front of "
+                "each name or of none (but 255), and write numbers in names as words"
+            )
+        row.value = row.value if numbered else value
 
 
 def _plain(key: str) -> str:
@@ -190,10 +186,8 @@ def _row(place: str, fields: Mapping[str, Any]) -> Row:
     color = contents.get("color")
     if "r" in contents:
         color = [contents[channel] for channel in "rgb"]
-    flags = {key: str(fields.get(key)).lower() for key in ("ignore", "ignoreineval", "evaluate")}
     ignored = _plain(name) in IGNORED or _integer(fields.get("trainid")) in (-1, 255)
-    ignored |= flags["ignore"] in ("true", "1") or flags["ignoreineval"] in ("true", "1")
-    ignored |= flags["evaluate"] in ("false", "0")
+    ignored |= any(str(fields.get(key)).lower() in said for key, said in FLAGS.items())
     return Row(place, name, value, _color(place, name, color), ignored)
 
 
@@ -262,64 +256,58 @@ def _from_text(text: str) -> list[Entry]:
     lines = [(place, line) for place, line in lines if line.strip(" \t,;")]
     if lines and re.fullmatch(r"sep=.", lines[0][1]):  # of Excel
         lines = lines[1:]
-    if lines and _plain(lines[0][1]) in TITLES:
-        lines = lines[1:]
-    elif lines:
-        delimiter = next((sign for sign in "\t;,:" if sign in lines[0][1]), None)
-        columns = [_plain(column) for column in lines[0][1].split(delimiter)]
-        roles = _roles(columns)
-        if (
-            "name" in roles
-            and len(columns) > 1
-            and (len(roles) > 1 or delimiter not in (None, ":"))
-        ):
-            return [_table_row(*line, columns, delimiter) for line in lines[1:]]
-    parts = [_split(place, line) for place, line in lines]
-    _check_no_header(lines)
+    if not lines:
+        return []
+    first = lines[0][1]
+    if _plain(first) in TITLES:
+        return _from_lines([_split(*line) for line in lines[1:]])
+    delimiter = next((sign for sign in "\t;,:" if sign in first), None)
+    columns = [_plain(column) for column in first.split(delimiter)]
+    roles = _roles(columns)
+    if len(set(columns).intersection(roles.values())) < sum(c in roles.values() for c in columns):
+        raise NotUnderstood(f"{lines[0][0]}: the header {first!r} has a column twice")
+    if "name" in roles and (len(roles) > 1 or (len(columns) > 1 and delimiter in list("\t;,"))):
+        return [_table_row(*line, columns, delimiter) for line in lines[1:]]
+    parts = [_split(*line) for line in lines]
+    if "r" in roles or _is_header([line for _, line in lines]):
+        raise NotUnderstood(
+            f"{lines[0][0]}: is {first!r} a header? Call its columns name, id, r, g and b, or "
+            "leave it out. Names hold no commas or tabs"
+        )
     return _from_lines(parts)
 
 
-def _check_no_header(lines: Sequence[tuple[str, str]]) -> None:
-    """Refuse a first line that is like a header, but not in the words of ROLES."""
-    if not lines:
-        return
-    (place, first), others = lines[0], [line for _, line in lines[1:]]
-    as_table = all(re.search(r"[,;\t]\s*[^\W\d]", line) for _, line in lines)
-    counts = {len(re.findall(r"[^\s,;]+", line)) for _, line in lines}
-    alone = counts != {1} and len(counts) == 1 and all(re.search(r"\d", line) for line in others)
-    if others and (as_table or alone) and not re.search(r"\d", first):
-        raise NotUnderstood(
-            f"{place}: is {first!r} a header? Call its columns name, id, r, g and b, or leave it "
-            "out. Names hold no commas or tabs"
-        )
+def _is_header(lines: Sequence[str]) -> bool:
+    """Return whether the first line may be a header, although not in the words of ROLES."""
+    if len(lines) == 1 or re.search(r"\d", lines[0]):
+        return False
+    columns = {len(re.findall(r"[^\s,;]+", line)) for line in lines}
+    only_words = len(columns) == 1 and all(re.search(r"\d", line) for line in lines[1:])
+    text_table = all(re.search(r"[,;\t]\s*[^\W\d]", line) for line in lines)
+    return (only_words and columns != {1}) or text_table
 
 
 def _table_row(place: str, line: str, columns: Sequence[str], delimiter: str | None) -> Entry:
     """Return the fields of a line below a header."""
     roles = _roles(columns)
-    name = columns.index(roles["name"])
-    words = re.split(r"[\s,;]+", line)
+    short = delimiter and delimiter not in line
+    if STATES_255.match(line) and ("id" not in roles or short):
+        return _from_lines([_split(place, line)])[0]
     if delimiter:
         words = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
-    missing = len(columns) - len(words)
-    stated = BELOW_HEADER.fullmatch(line.strip(" \t,;:"))
-    if stated and ("id" not in roles or missing > 0):
-        return place, {"id": stated[1], "name": stated[2]}
-    if not delimiter and missing < 0:  # a name of several words
-        words[name : name + 1 - missing] = [" ".join(words[name : name + 1 - missing])]
+    else:
+        words = re.split(r"[\s,;]+", line)
+        first = columns.index(roles["name"])  # a name of several words
+        end = max(first + 1, first + 1 + len(words) - len(columns))
+        words[first:end] = [" ".join(words[first:end])]
     while len(words) > len(columns) and not words[-1]:
         words.pop()
     if len(words) != len(columns):
-        few = "fewer" if missing > 0 else "more"
+        count = "fewer" if len(words) < len(columns) else "more"
         raise NotUnderstood(
-            f"{place}: {line!r} has {few} columns than the header "
-            "(quote names that hold its separator)"
+            f"{place}: {line!r} has {count} columns than the header (quote names with separators)"
         )
-    fields = dict(zip(columns, words, strict=True))
-    stated = BELOW_HEADER.fullmatch(words[name])
-    if stated and "id" not in roles:
-        fields |= {"id": stated[1], roles["name"]: stated[2]}
-    return place, fields
+    return place, dict(zip(columns, words, strict=True))
 
 
 def _split(place: str, line: str) -> Line:
@@ -350,29 +338,30 @@ def _from_lines(lines: list[Line]) -> list[Entry]:
     """Tell values, colours and numbers that belong to a name from each other."""
     usual = [line for line in lines if line.before not in (["255"], ["-1"])]
     with_values = _have_values_behind(usual)
+    with_colors = any(len(line.before) == 3 for line in usual)
     with_alpha = all(
-        len(line.before) == 1 and len(line.behind) == 4 and line.behind[3] in ("0", "255")
+        (len(line.before), len(line.behind)) == (1, 4) and line.behind[3] in ("0", "255")
         for line in usual
     )
-    colored = any(len(line.before) == 3 for line in usual)
     entries = []
     for line in lines:
-        before, name, behind = line.before, line.name, line.behind
-        if line in usual and colored != (len(before) == 3):
-            raise NotUnderstood(
-                f"{line.place}: other lines begin with a colour, or this one alone does"
-            )
-        if with_values and line in usual:
-            before, behind = behind, []
-        elif with_alpha and len(behind) == 4:  # 3D Slicer, FreeSurfer
-            behind = behind[:3]
+        value, color = [], line.before
+        name, behind = line.name, line.behind
+        if len(line.before) < 2:
+            value, color = line.before, []
+        if with_colors and not color and value not in (["255"], ["-1"]):
+            raise NotUnderstood(f"{line.place}: other lines begin with a colour, this one does not")
+        if with_values and not value:
+            value, behind = behind, []
         elif len(behind) == 1:  # `lane 2`
             name, behind = f"{name} {behind[0]}", []
-        if len(behind) not in (0, 3) or (behind and len(before) == 3):
+        elif with_alpha and len(behind) == 4:  # 3D Slicer, FreeSurfer
+            behind = behind[:3]
+        if behind and (color or len(behind) != 3):
             raise NotUnderstood(f"{line.place}: what are the numbers behind {name!r}? Give R G B")
-        fields = {"name": name, "id": before[0] if len(before) == 1 else None}
-        color = before if len(before) == 3 else behind
-        entries.append((line.place, fields | {"color": [int(part) for part in color] or None}))
+        fields = {"name": name, "id": value[0] if value else None}
+        color = [int(part) for part in color or behind]
+        entries.append((line.place, fields | {"color": color or None}))
     return entries
 
 
@@ -400,28 +389,25 @@ def _have_values_behind(lines: list[Line]) -> bool:
 
 def _from_json(text: str) -> list[Entry]:
     """Return the place and the fields of each class."""
+    colors = None
     try:
         content = json.loads(text, object_pairs_hook=_unique_keys)
+        if isinstance(content, dict) and (table := _find_table(content)):
+            colors, content = content.get("palette") or content.get("colors"), content[table]
+        if isinstance(content, dict):
+            content = [_named(key, value) for key, value in content.items()]
+        if not isinstance(content, list) or not all(isinstance(e, str | dict) for e in content):
+            raise ValueError(f"it holds {text.strip()[:40]}")
     except (ValueError, RecursionError) as error:
         raise NotUnderstood(
             f'it is not a JSON list of {{"name": ..., "color": [R, G, B]}}: {error}'
         ) from error
-    colors = None
-    if isinstance(content, dict) and (table := _find_table(content)) is not None:
-        colors, content = content.get("palette") or content.get("colors"), table
-    if isinstance(content, dict):
-        content = [_named(key, value) for key, value in content.items()]
-    if not isinstance(content, list) or not all(isinstance(e, str | dict) for e in content):
-        raise NotUnderstood(
-            'it is not a JSON list of {"name": ..., "color": [R, G, B]}: it holds '
-            f"{text.strip()[:40]}"
-        )
     objects = [{"name": entry} if isinstance(entry, str) else entry for entry in content]
-    if colors and not (isinstance(colors, list) and len(colors) == len(objects)):
-        count = len(colors) if isinstance(colors, list) else "no list of"
-        raise NotUnderstood(f"it has {len(objects)} classes and {count} colours")
     entries = [{_plain(key): value for key, value in entry.items()} for entry in objects]
     if colors:
+        if not isinstance(colors, list) or len(colors) != len(entries):
+            count = len(colors) if isinstance(colors, list) else "no list of"
+            raise NotUnderstood(f"it has {len(entries)} classes and {count} colours")
         entries = [e | {"color": color} for e, color in zip(entries, colors, strict=True)]
     return [(f"class {n}", entry) for n, entry in enumerate(entries, 1)]
 
@@ -433,18 +419,17 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _find_table(content: Mapping[str, Any]) -> list | dict | None:
-    """Return what is under a known key, or the only list of names or objects."""
-    lists = [
-        key
-        for key, value in content.items()
-        if value and isinstance(value, list) and all(isinstance(e, str | dict) for e in value)
-    ]
-    known = [k for k in TABLES if k in lists or (content.get(k) and isinstance(content[k], dict))]
-    found = known or lists
+def _find_table(content: Mapping[str, Any]) -> str | None:
+    """Return a known key, or the key of a list of names or objects."""
+    found = []
+    for key, value in content.items():
+        is_list = isinstance(value, list) and all(isinstance(e, str | dict) for e in value)
+        if value and (is_list or (key in TABLES and isinstance(value, dict))):
+            found.append(key)
+    found = [key for key in found if key in TABLES] or found
     if len(found) > 1:
         raise NotUnderstood(f"are the classes under {' or '.join(found)}? Leave the other out")
-    return content[found[0]] if found else None
+    return found[0] if found else None
 
 
 def _named(key: str, value: Any) -> dict[str, Any]:
