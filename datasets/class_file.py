@@ -18,6 +18,7 @@ from datasets.segmentation import Classes
 
 # Classes of these names, whatever their case and signs, are neither trained on nor scored.
 IGNORED = "ignore ignored ignoreregion dontcare unlabeled unlabelled void".split()
+STATED = (["255"], ["-1"])  # values that a line may have in front where the others have none
 LABELME_IGNORED = "__ignore__"  # stands for -1, and does not use up a value
 FLAGS = {"ignore": ("true", "1"), "ignoreineval": ("true", "1"), "evaluate": ("false", "0")}
 MAX_CLASSES = 254
@@ -45,7 +46,7 @@ JSON = re.compile(r"\s*[\[{]\s*[\"\[{]")  # but not `[1] road` or `[classes]`
 STATES_255 = re.compile(r"(255|-1)[\s,;:]+[^\W\d]")  # `255 void`
 CVAT = re.compile(r"([^:]*):\s*(\d+,\s*\d+,\s*\d+)?\s*:[^:]*:[^:]*")  # name:R,G,B:parts:actions
 BRACKETED = re.compile(r"(?:rgb)?[(\[{]\s*(-?\d+(?:[\s,;]+\d+)*)\s*[)\]}]")
-NUMBERING = re.compile(r"(-?\d+)(?:\.0+(?=[\s,;])|\s*[:=|)]|\s*(?:\.|->?)(?=\s))")  # `7: road`
+NUMBERING = re.compile(r"^(-?\d+)(?:\.0+(?=[\s,;])|\s*[:=|)]|\s*(?:\.|->?)(?=\s))")  # `7: road`
 SEPARATORS = re.compile(r"[,;|]|(?<=\d)\s*[:=]|[:=]\s*(?=-?\d)")
 NUMBERS_LEFT = re.compile(r"\d\S*\s+\S*\d|(?<!\S)-?\d*\.\d+(?!\S)")  # in a name: `7 0 flat`, `7.5`
 
@@ -264,7 +265,7 @@ def _from_text(text: str) -> list[Entry]:
     delimiter = next((sign for sign in "\t;,:" if sign in first), None)
     columns = [_plain(column) for column in first.split(delimiter)]
     roles = _roles(columns)
-    if len(set(columns).intersection(roles.values())) < sum(c in roles.values() for c in columns):
+    if any(columns.count(key) > 1 for key in roles.values()):
         raise NotUnderstood(f"{lines[0][0]}: the header {first!r} has a column twice")
     if "name" in roles and (len(roles) > 1 or (len(columns) > 1 and delimiter in list("\t;,"))):
         return [_table_row(*line, columns, delimiter) for line in lines[1:]]
@@ -316,7 +317,7 @@ def _split(place: str, line: str) -> Line:
     if match := CVAT.fullmatch(line):
         line, colon = f"{match[1]} {match[2] or ''}", ""
     line = _decimal(BRACKETED.sub(r" \1 ", line.replace('"', " "))).strip()
-    words = SEPARATORS.sub(" ", NUMBERING.sub(r"\1 ", line, count=1)).split()
+    words = SEPARATORS.sub(" ", NUMBERING.sub(r"\1 ", line)).split()
     if len(words) == 1 and INTEGER.fullmatch(words[0]):
         return Line(place, words, words[0], [])  # 0, 1, 2, ... are names as well as values
     start, end = 0, len(words)
@@ -336,7 +337,7 @@ def _split(place: str, line: str) -> Line:
 
 def _from_lines(lines: list[Line]) -> list[Entry]:
     """Tell values, colours and numbers that belong to a name from each other."""
-    usual = [line for line in lines if line.before not in (["255"], ["-1"])]
+    usual = [line for line in lines if line.before not in STATED]
     with_values = _have_values_behind(usual)
     with_colors = any(len(line.before) == 3 for line in usual)
     with_alpha = all(
@@ -345,11 +346,9 @@ def _from_lines(lines: list[Line]) -> list[Entry]:
     )
     entries = []
     for line in lines:
-        value, color = [], line.before
         name, behind = line.name, line.behind
-        if len(line.before) < 2:
-            value, color = line.before, []
-        if with_colors and not color and value not in (["255"], ["-1"]):
+        value, color = ([], line.before) if len(line.before) == 3 else (line.before, [])
+        if with_colors and not color and value not in STATED:
             raise NotUnderstood(f"{line.place}: other lines begin with a colour, this one does not")
         if with_values and not value:
             value, behind = behind, []

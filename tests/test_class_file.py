@@ -306,6 +306,9 @@ def test_255_may_be_stated_to_be_ignored(tmp_path):
         ("* road\n- sky\n", {"road": 0, "sky": 1}),
         ("道路，128，64，128\n天空，1，2，3\n", {"道路": 0, "天空": 1}),
         ("5\n7\n", {"5": 5, "7": 7}),
+        ("road\nlane 2 - left\n", {"road": 0, "lane 2 - left": 1}),
+        ("road\n2-wheeler\n", {"road": 0, "2-wheeler": 1}),
+        ("id name\n7 road\n8 traffic light\n255 void", {"road": 7, "traffic light": 8}),
     ],
 )
 def test_each_name_keeps_its_value(tmp_path, text, values):
@@ -351,6 +354,7 @@ def test_numbers_in_names_are_no_values(tmp_path):
         ("foo,name\n3,road\n1,sky\n", "is 'foo' the value in the label files"),
         ("name,color_lab\nroad,a\nsky,b\n", "is 'colorlab' the colour"),
         ("id,value,name\n0,7,road\n1,8,sky\n", "line 2: is the value of road '0', or value '7'"),
+        ("name,id,name\nroad,7,x\nsky,8,y\n", "line 1: the header 'name,id,name' has a column"),
         ("name,id\nroad,7,8\nsky,8\n", "line 2: 'road,7,8' has more columns than the header"),
         ("1-road\n2-sky\n", "line 1: does '1-road' begin with its value"),
         ("1_road\n2_sky\n", "line 1: does '1_road' begin with its value"),
