@@ -156,7 +156,7 @@ def _from_colors(path: str, image: Image.Image, colors: Mapping[Color, int]) -> 
         others = f" and {more} others" if more else ""
         raise FileError(
             f"{path} holds the colour {first}{others}, which {'are' if more else 'is'} of no "
-            "class: state the colours of the classes, of ignored ones as well (`void "
+            "class, or of several: state a colour for each class, for ignored ones as well (`void "
             f"{' '.join(map(str, first))}`)",
             "unknown colour",
         )

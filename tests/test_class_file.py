@@ -96,6 +96,17 @@ def test_wrong_text_files(tmp_path, text, message):
         ('["road", "road"]', "'road' is not"),
         ('["road", ""]', "'' is not"),
         ('["road"]', "has 1 classes"),
+        ('{"road": [7, [1, 2, 3]], "sky": null}', r"the colour of road is \[7, \[1, 2, 3\]\]"),
+        ('{"road": 1, "road": 2}', "'road' is there twice"),
+        ('{"x": ["a", "b"], "y": ["c"]}', "are the classes under x or y"),
+        ('{"train": {"images": 5}, "info": {"x": 1}}', "'train' is no class"),
+        ('[{"name": null}, "sky"]', "class 1: {'name': None} has no name"),
+        ('[{"name": ["a"]}, "sky"]', "class 1: {'name': .'a'.} has no name"),
+        ('[{"name": "a", "id": 5037}, "b"]', "the value of a is 5037: .* ids of a database"),
+        ('[{"name": "a", "foo": 5}, {"name": "b", "foo": 3}]', "is 'foo' the value"),
+        ('{"classes": ["a", "b"], "palette": 5}', "it has 2 classes and"),
+        ("[" * 100000, "is not a JSON list of"),
+        ("9" * 5000, "is not a JSON list of"),
         ('{"road": [1, 2], "sky": null}', r"the colour of road is \[1, 2\]"),
         ('{"road": [1, 2, 3.5], "sky": null}', r"the colour of road is \[1, 2, 3.5\]"),
         ('{"road": [1, 2, -3], "sky": null}', r"the colour of road is \[1, 2, -3\]"),
@@ -110,6 +121,10 @@ def test_wrong_json_files(tmp_path, text, message):
 
 def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Straße\nWeg\n".encode("latin-1"))
+    (tmp_path / "wide.txt").write_bytes("road\nsky\n".encode("utf-16"))
+    for name in ("latin.txt", "wide.txt"):
+        with pytest.raises(DatasetError, match="save it as UTF-8"):
+            read_classes(tmp_path / name)
     for name in ("none.txt", "latin.txt", ""):
         with pytest.raises(DatasetError, match=f"{name} cannot be read as a file of classes"):
             read_classes(tmp_path / name)
@@ -157,10 +172,8 @@ def test_colours_in_text(tmp_path, text):
         "7. road\n60. traffic light\n",
         "7 - road\n60 - traffic light\n",
         "7,road,128,64,128\n60,traffic light,70,130,180\n",
-        "7 128 64 128 road\n60 70 130 180 traffic light\n",
         "road 7\ntraffic light 60\n",
         "road=7\ntraffic light=60\n",
-        "road 7 128 64 128\ntraffic light 60 70 130 180\n",
         "id,name\n7,road\n60,traffic light\n",
         "label;value\r\nroad;7\r\ntraffic light;60\r\n",
         "Idx,Ratio,Stuff,Name\n7,0.15,1,road\n60,0.11,1,traffic light\n",  # ADE20K
@@ -199,6 +212,26 @@ def test_colours_in_json(tmp_path, content):
     assert list(classes.names) == list(COLORS) and classes.colors[0] == ROAD
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"objects": [{"name": "road"}, {"name": "sky"}]},  # Encord
+        {"tools": [{"name": "road"}, {"name": "sky"}], "classifications": []},  # Labelbox
+        {"version": 1, "annotation_classes": [{"name": "road"}, {"name": "sky"}]},  # V7
+        [{"name": "x", "evaluate": False}, {"name": "road", "evaluate": True}, "sky"],  # Mapillary
+        [{"name": "x", "ignore": True}, "road", "sky"],
+        ["don't care", "road", "sky", "Un-labeled", "ignore_region"],
+        [{"name": "road", "id": 7.0}, {"name": "sky", "id": "8.0"}],
+        [{"name": "road", "category_id": 7}, {"name": "sky", "category_id": 8}],
+    ],
+)
+def test_more_json(tmp_path, content):
+    """In a text file too."""
+    for name in ("classes.json", "classes.txt"):
+        classes = classes_of(tmp_path, json.dumps(content, indent=1), name)
+        assert list(classes.names) == ["road", "sky"]
+
+
 def test_labelme_begins_with_ignored_pixels_and_the_background(tmp_path):
     classes = classes_of(tmp_path, "__ignore__\n_background_\ncat\ndog\n")
     assert dict(zip(classes.names, classes.label_ids, strict=True)) == {
@@ -208,7 +241,7 @@ def test_labelme_begins_with_ignored_pixels_and_the_background(tmp_path):
 
 
 def test_a_header_of_one_word_is_no_class(tmp_path):
-    for header in ("name", "Classes:", "label"):
+    for header in ("name", "Classes:", "label", "class_name", "Class names:", "[classes]"):
         assert list(classes_of(tmp_path, f"{header}\nroad\nsky\n").names) == ["road", "sky"]
 
 
@@ -244,6 +277,46 @@ def test_255_may_be_stated_to_be_ignored(tmp_path):
     assert list(classes.label_ids) == [0, 1] and list(classes.ignored_ids) == [255]
 
 
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("road 7\nsky 8\n255 void", {"road": 7, "sky": 8}),
+        ("road,7\nsky,8\n255 void", {"road": 7, "sky": 8}),
+        ("road 0\nsky 1\ncar 2\n255 void", {"road": 0, "sky": 1, "car": 2}),
+        ("bg 0\n255 obj", {"bg": 0, "obj": 255}),
+        ("128 64 128 road\n1 2 3 sky\n255 void", {"road": 0, "sky": 1}),
+        ("#804080 road\n#010203 sky\n255 void", {"road": 0, "sky": 1}),
+        ("name,r,g,b\nroad,1,2,3\nsky,4,5,6\n255 void", {"road": 0, "sky": 1}),
+        ("name,r,g,b\nroad,1,2,3\nsky,4,5,6\n255 void,0,0,0", {"road": 0, "sky": 1}),
+        ("name r g b\nroad 1 2 3\nsky 4 5 6\n255 void 0 0 0", {"road": 0, "sky": 1}),
+        ("name;id\nroad;7\nsky;8\n255 obj\n", {"road": 7, "sky": 8, "obj": 255}),
+        ("road 0\nsky 1\nvoid -1", {"road": 0, "sky": 1}),
+        ("road\nsky\n-1 void", {"road": 0, "sky": 1}),
+        ("1 road 128 174 128 255\n2 sky 1 2 3 255\n", {"road": 1, "sky": 2}),  # 3D Slicer
+        ("0  road  0 0 0 0\n2  sky  245 245 245 0\n", {"road": 0, "sky": 2}),  # FreeSurfer
+        ("sep=;\nname;number\nroad;7\nsky;8\n;\n", {"road": 7, "sky": 8}),
+        ("name,description\nroad,grey\nsky,blue\n,,,\n", {"road": 0, "sky": 1}),
+        ("Unnamed: 0,name\n0,road\n1,sky\n", {"road": 0, "sky": 1}),
+        ("mask_value,name\n7.0,road\n8.0,sky\n", {"road": 7, "sky": 8}),
+        ("name,color_r,color_g,color_b\nroad,1,2,3\nsky,4,5,6\n", {"road": 0, "sky": 1}),
+        ("(1) road\n(2) sky\n", {"road": 1, "sky": 2}),
+        ("[1] road\n[2] sky\n", {"road": 1, "sky": 2}),
+        ("road (7)\nsky (8)\n", {"road": 7, "sky": 8}),
+        ("7.0 road\n8.0 sky\n", {"road": 7, "sky": 8}),
+        ("* road\n- sky\n", {"road": 0, "sky": 1}),
+        ("道路，128，64，128\n天空，1，2，3\n", {"道路": 0, "天空": 1}),
+        ("5\n7\n", {"5": 5, "7": 7}),
+        ("road\nlane 2 - left\n", {"road": 0, "lane 2 - left": 1}),
+        ("road\n2-wheeler\n", {"road": 0, "2-wheeler": 1}),
+        ("id name\n7 road\n8 traffic light\n255 void", {"road": 7, "traffic light": 8}),
+    ],
+)
+def test_each_name_keeps_its_value(tmp_path, text, values):
+    classes = classes_of(tmp_path, text)
+    assert dict(zip(classes.names, classes.label_ids, strict=True)) == values
+    assert all(value in (-1, 255) for value in classes.ignored_ids)
+
+
 def test_numbers_in_names_are_no_values(tmp_path):
     assert list(classes_of(tmp_path, "lane 1\nlane 2\n").names) == ["lane 1", "lane 2"]
     assert list(classes_of(tmp_path, "0\n1\n2\n").names) == ["0", "1", "2"]
@@ -256,7 +329,7 @@ def test_numbers_in_names_are_no_values(tmp_path):
         ("7 road\n# more\nsky\n", "line 3: 'sky' has no value"),
         ("7 road\n7 sky\n", "line 1: every class needs a unique value, 7 is not"),
         ("7 road\n256 sky\n", "line 2: the value of sky is '256': values are 0 to 255"),
-        ("naam,rood,groen\nroad,1,2\nsky,3,4\n", "line 1: 'naam,rood,groen' has none of the"),
+        ("naam,rood,groen\nroad,1,2\nsky,3,4\n", "line 1: is 'naam,rood,groen' a header"),
         ("name,r,g,b\nroad,1,2,3\nsky,4\n", "line 3: 'sky,4' has fewer columns than the header"),
         ("GIMP Palette\n#\n1 2 3 road\n4 5 6 sky\n", "line 1: other lines begin with a colour"),
         ("1 2 3\n4 5 6\n", "line 1: '1 2 3' is not `name`"),
@@ -265,8 +338,32 @@ def test_numbers_in_names_are_no_values(tmp_path):
         ("road, 7, 0, flat\nsky, 8, 1, sky\n", "line 1: 'road 7 0 flat' is not"),
         ("- name: road\n  id: 7\n", "line 1: 'name: road' is not"),
         ("road 7 0\nsky 8 1\n", "line 1: what are the numbers behind 'road'"),
-        ("road 1 2 3 255\nsky 4 5 6 255\n", "line 1: what is the number behind each name"),
-        ("road 1\nsky 1\ntree 0\n", "line 1: what is the number behind each name"),
+        ("road 7 128 64 128\nsky 8 70 130 180\n", "line 1: what are the numbers behind 'road'"),
+        ("road 1 2 3 255\nsky 4 5 6 255\nvoid 0 0 0 0\n", "line 1: what are the numbers behind"),
+        ("7 road 1 2 3 5\n8 sky 4 5 6 9\n", "line 1: what are the numbers behind 'road'"),
+        ("7 1 2 3 road\n8 4 5 6 sky\n", "line 1: '7 1 2 3 road' is not `name`"),
+        ("road 1\nsky 1\ntree 0\n", "line 1: what is the number behind 'road'"),
+        ("road 7\nsky 8\nvoid\n", "line 1: what is the number behind 'road'"),
+        ("0,road,7\n1,sky,8\n", "line 1: what is the number behind 'road'"),
+        ("background\nobject\nvoid 255\n", "line 3: what is the number behind 'void'"),
+        ("road 7.5\nsky 8.5\n", "line 1: 'road 7.5' is not"),
+        ("Klasse R G B\nroad 1 2 3\nsky 4 5 6\n", "line 1: is 'Klasse R G B' a header"),
+        ("Klasse Rot Gelb Blau\nroad 1 2 3\nsky 4 5 6\n", "line 1: is 'Klasse Rot Gelb Blau' a"),
+        ("Klasse;Text\nroad;grey\nsky;blue\n", "line 1: is 'Klasse;Text' a header"),
+        ("name,r,g\nroad,1,2\nsky,3,4\n", "the colour has only g, r: give r, g and b"),
+        ("foo,name\n3,road\n1,sky\n", "is 'foo' the value in the label files"),
+        ("name,color_lab\nroad,a\nsky,b\n", "is 'colorlab' the colour"),
+        ("id,value,name\n0,7,road\n1,8,sky\n", "line 2: is the value of road '0', or value '7'"),
+        ("name,id,name\nroad,7,x\nsky,8,y\n", "line 1: the header 'name,id,name' has a column"),
+        ("name,id\nroad,7,8\nsky,8\n", "line 2: 'road,7,8' has more columns than the header"),
+        ("1-road\n2-sky\n", "line 1: does '1-road' begin with its value"),
+        ("1_road\n2_sky\n", "line 1: does '1_road' begin with its value"),
+        ("1.road\n2.sky\n", "line 1: does '1.road' begin with its value"),
+        ("path: ../x\nnc: 2\nnames:\n  0: road\n  1: sky\n", "line 2: 'nc 2' is not .* YAML"),
+        ("names: ['road', 'sky']\n", "line 1: .* is not .* YAML"),
+        ("0 unlabeled\n1 crack\n", r"the file has 1 classes \(unlabeled is ignored\)"),
+        ("road #fff\nsky\n", "line 1: 'road #fff' is not"),
+        ('["road", "sky"', "it is not a JSON list"),
     ],
 )
 def test_what_is_not_understood_is_refused_with_its_line(tmp_path, text, message):
