@@ -113,9 +113,13 @@ def file_errors(path: str) -> Iterator[None]:
         raise FileError(f"{path} declares an absurd size ({error})", "absurd size") from error
     except Exception as error:  # PIL does not document what it raises on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
+        advice = "fetch it again"
         if isinstance(error, UnidentifiedImageError):
-            reason = "Pillow does not know its format, which PNG would not be"
-        raise FileError(f"{path} cannot be read as an image ({reason}): fetch it again") from error
+            reason, advice = (
+                "Pillow does not know its format",
+                "fetch it again, or convert it to PNG",
+            )
+        raise FileError(f"{path} cannot be read as an image ({reason}): {advice}") from error
 
 
 def check_label_size(path: str, size: Size, image_size: Size) -> None:
