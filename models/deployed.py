@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
-from models.lednet import APN, Downsampler, LEDNet, SSnbt, upsample
+from models.lednet import APN, Downsampler, LEDNet, SSnbt, upsample_logits
 
 Halves = tuple[Tensor, Tensor]  # the left and right half of the channels
 
@@ -99,11 +99,9 @@ class Deployed(nn.Module):
         for stage in self.stages:
             features = stage(features)
         logits = self.decoder(features)  # N x C x H/8 x W/8
-        if self.products:
-            logits = upsample_by_products(logits.float(), images)
-        else:
-            logits = upsample(logits, images)
-        return logits.argmax(1).to(torch.uint8) if self.labels else logits.float()
+        upsample = upsample_by_products if self.products else upsample_logits
+        logits = upsample(logits.float(), images)
+        return logits.argmax(1).to(torch.uint8) if self.labels else logits
 
 
 class Stage(nn.Module):
@@ -171,11 +169,15 @@ class Block(nn.Module):
 
 
 class Shuffle(nn.Module):
-    """Shuffle the channels of both halves with 2 groups, by copying."""
+    """Shuffle the channels of both halves with 2 groups, by copying; channels stay last."""
 
     def forward(self, left: Tensor, right: Tensor) -> Halves:
-        first, second = zip(left.chunk(2, dim=1), right.chunk(2, dim=1), strict=True)
-        return torch.stack(first, 2).flatten(1, 2), torch.stack(second, 2).flatten(1, 2)
+        quarters = zip(left.chunk(2, dim=1), right.chunk(2, dim=1), strict=True)
+        first, second = (
+            torch.stack([a.movedim(1, -1), b.movedim(1, -1)], -1).flatten(-2).movedim(-1, 1)
+            for a, b in quarters
+        )
+        return first, second
 
 
 class ShuffleByProducts(nn.Module):
@@ -227,7 +229,7 @@ def shuffled_order(channels: int) -> Tensor:
 
 
 def upsample_by_products(x: Tensor, like: Tensor) -> Tensor:
-    """Resize as `upsample` does, by a matrix product in each direction."""
+    """Resize as `upsample_logits` does, by a matrix product in each direction."""
     height, width = like.shape[-2:]
     rows = interpolation(x.shape[-2], height, x)
     columns = interpolation(x.shape[-1], width, x)

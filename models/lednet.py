@@ -38,7 +38,7 @@ class LEDNet(nn.Module):
         """
         features = self.encoder(images)  # N x 128 x H/8 x W/8
         logits = self.decoder(features)  # N x C x H/8 x W/8
-        return upsample(logits, images)
+        return upsample_logits(logits, images)
 
 
 class EncoderClassifier(nn.Module):
@@ -71,7 +71,8 @@ class AuxiliaryHead(nn.Module):
         if not self.training:
             return self.network(images)
         features = self.network.encoder(images)
-        return upsample(self.network.decoder(features), images), self.head(features)
+        logits = self.network.decoder(features)
+        return upsample_logits(logits, images), self.head(features)
 
 
 class ImageClassifier(nn.Module):
@@ -159,7 +160,7 @@ class SSnbt(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, dim=1)
         residual = torch.cat([self.left(left), self.right(right)], dim=1)
-        return F.channel_shuffle(F.relu(x + residual, inplace=True), groups=2)
+        return shuffle(F.relu(x + residual, inplace=True))
 
 
 class APN(nn.Module):
@@ -201,6 +202,25 @@ def conv_bn_relu(
         nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPS),
         nn.ReLU(inplace=True),
     )
+
+
+def shuffle(x: Tensor) -> Tensor:
+    """Interleave the two halves of the channels: F.channel_shuffle(x, 2), but channels stay last.
+
+    That function returns channels first, and every convolution would convert them back.
+    """
+    x = x.permute(0, 2, 3, 1)  # N x H x W x C
+    x = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    return x.permute(0, 3, 1, 2)
+
+
+def upsample_logits(logits: Tensor, images: Tensor) -> Tensor:
+    """Resize logits to the size of the images, in float32 whatever the precision of the network.
+
+    In half precision, rounded logits would tie, and each gradient would be a sum of 256 rounded
+    terms. Losses want a plane for each class, which is cheaper to make of the small logits.
+    """
+    return upsample(logits.float().contiguous(), images)
 
 
 def upsample(x: Tensor, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from conftest import SHIPPED, street_scenes
 from torch import nn
 from torch.nn import functional as F
 
-from models.deployed import Deployed, deploy, interpolation
+from models.deployed import Deployed, Shuffle, deploy, interpolation
 from models.lednet import Downsampler, LEDNet, upsample
 from utils.checkpoint import load_network
 from utils.speed import InPrecision
@@ -95,6 +95,13 @@ def test_compiled_is_the_same_network():
     logits = deploy(network)(images)
     assert relative(logits, expected) < 1e-4
     assert logits.is_inference(), "without inference mode, the weights are not frozen"
+
+
+def test_shuffling_halves_by_copying_keeps_channels_last():
+    halves = [torch.randn(2, 8, 3, 5).contiguous(memory_format=torch.channels_last) for _ in "lr"]
+    shuffled = Shuffle()(*halves)
+    assert torch.equal(torch.cat(shuffled, 1), F.channel_shuffle(torch.cat(halves, 1), groups=2))
+    assert all(half.is_contiguous(memory_format=torch.channels_last) for half in shuffled)
 
 
 @pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 5), (9, 65), (64, 512)])

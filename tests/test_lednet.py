@@ -12,6 +12,7 @@ from models.lednet import (
     ImageClassifier,
     LEDNet,
     SSnbt,
+    shuffle,
 )
 from utils.speed import count_parameters
 
@@ -106,6 +107,24 @@ def test_block_keeps_shape_and_shuffles_the_halves():
     x = torch.rand(1, 4, 8, 8)
     # With dead branches only the residual path and the shuffle are left.
     assert torch.equal(block(x), x[:, [0, 2, 1, 3]])
+
+
+def test_the_shuffle_keeps_channels_last():
+    x = torch.randn(2, 8, 3, 5).contiguous(memory_format=torch.channels_last)
+    shuffled = shuffle(x)
+    assert torch.equal(shuffled, F.channel_shuffle(x, groups=2))
+    assert shuffled.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_logits_are_upsampled_in_float32():
+    """Also under autocast, in training and in evaluation; the auxiliary logits are small."""
+    network, images = AuxiliaryHead(LEDNet(3)), torch.rand(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, auxiliary = network(images)
+        assert logits.dtype == network.eval()(images).dtype == torch.float32
+    assert auxiliary.dtype == torch.bfloat16
+    values = logits[0, 0].detach().flatten()
+    assert not torch.equal(values, values.bfloat16().float()), "rounded to half precision"
 
 
 def test_stage_1_head_works_at_an_eighth():
