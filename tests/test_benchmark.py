@@ -48,6 +48,40 @@ def test_all_forms_return_the_same():
     assert (eager - deployed).abs().max() < 1e-3
 
 
+def test_the_reference_needs_no_form_of_its_own():
+    case = Case((64, 128), 1, ("deployed half labels",))
+    (row,) = measure("LEDNet D = 20", case, CPU, seconds=0.1)
+    assert ROW.fullmatch(row)[1] == "deployed half labels"
+
+
+def test_sizes_and_forms_are_those_asked_for(monkeypatch, capsys):
+    """And nothing else is built, which for compiled forms would take minutes."""
+    monkeypatch.setattr("sys.argv", [
+        "benchmark.py", "--seconds", "0.1", "--networks", "LEDNet D = 20", "--sizes", "128x64",
+        "256x128", "--forms", "deployed", "deployed labels",
+    ])  # fmt: skip
+    built = []
+    build = benchmark.build_runner
+    monkeypatch.setattr(
+        benchmark, "build_runner", lambda *args: [built.append(args[:2]), build(*args)][1]
+    )
+    benchmark.main()
+    out = capsys.readouterr().out
+    assert re.findall("### (.*)", out) == ["128x64, batch 1", "256x128, batch 1"]
+    asked = [("LEDNet D = 20", form) for form in ("deployed", "deployed labels")]
+    assert built == 2 * [(REFERENCE, "eager"), *asked]
+
+
+def test_labels_come_out_of_the_network():
+    case, images = Case((64, 96), 1, ()), torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        logits, labels = (
+            build_runner("LEDNet D = 20", form, case, CPU)(images)
+            for form in ("deployed", "deployed labels")
+        )
+    assert torch.equal(logits.argmax(1), labels)
+
+
 @pytest.mark.slow
 def test_the_tool_prints_tables(monkeypatch, capsys):
     case = Case((64, 128), 1, (*EAGER, "compiled", "onnx", "deployed"))

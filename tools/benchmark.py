@@ -4,11 +4,12 @@
     python tools/benchmark.py | tee benchmarks.md           on the CPU
     python tools/benchmark.py --device cuda                 on a GPU
     python tools/benchmark.py --networks "LEDNet D = 20"    one network
+    python tools/benchmark.py --sizes 1024x512 --forms eager "deployed half labels"
 
 Each network runs in several forms, beside pytorchcv's LEDNet in eager PyTorch, the reference. All
 take turns, two passes each, of which the second is timed, so that every ratio is of medians over
-the same stretch of time. All return logits. Peers come from the package pytorchcv, with random
-weights, which do not change their speed.
+the same stretch of time. All return logits, or the class of each pixel if their form says labels.
+Peers come from the package pytorchcv, with random weights, which do not change their speed.
 """
 
 import shlex
@@ -49,7 +50,8 @@ Runner = Callable[[Tensor], Any]
 class Case(NamedTuple):
     """Input of the networks in one table, and the forms that are measured.
 
-    A form is eager, compiled, onnx, deployed or deployed compiled, and may end in half.
+    A form is eager, compiled, onnx, deployed or deployed compiled, which half and, if it is
+    deployed, labels may follow.
     """
 
     size: Size
@@ -60,6 +62,7 @@ class Case(NamedTuple):
 EAGER = ("eager", "eager half")
 COMPILED = ("compiled", "compiled half")
 DEPLOYED = ("deployed", "deployed half", "deployed compiled", "deployed compiled half")
+FORMS = (*EAGER, *COMPILED, "onnx", *DEPLOYED, *(f"{form} labels" for form in DEPLOYED))
 # Each compiled form takes half a minute before its first pass.
 FEW_ON_GPU = (*EAGER, "compiled half", "deployed compiled half")
 FEW_ON_CPU = ("eager", "onnx", "deployed")
@@ -85,6 +88,10 @@ def main() -> None:
     add("--device", default="cpu", help="cpu, cuda, cuda:1; default %(default)s")
     add("--networks", nargs="+", choices=[*OURS, *PEERS], metavar="NAME",
         help="networks to measure; default: all")
+    add("--sizes", nargs="+", type=image_size, metavar="WIDTHxHEIGHT",
+        help="sizes of single images; default: those of the published tables, and batches")
+    add("--forms", nargs="+", choices=FORMS, metavar="FORM",
+        help="forms of LEDNet, and those of them that peers have; default: what suits each table")
     add("--seconds", type=positive_float, default=10,
         help="time for each network in each table, without warm-up; default %(default)s")
     # fmt: on
@@ -93,8 +100,21 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
     print(f"{device_name(device)}; torch {torch.__version__}; {date.today()}; `{command}`")
-    for case in CASES[device.type]:
+    cases = CASES[device.type]
+    if args.sizes:
+        cases = [Case(size, 1, cases[0].forms) for size in args.sizes]
+    if args.forms:
+        cases = [case._replace(forms=tuple(args.forms)) for case in cases]
+    for case in cases:
         print_networks(args.networks or [*OURS, *PEERS], case, device, args.seconds)
+
+
+def image_size(text: str) -> Size:
+    """Read 1024x512 as a height and a width of at least 64."""
+    width, height = map(int, text.split("x"))
+    if min(width, height) < 64:
+        raise ValueError
+    return height, width
 
 
 def print_networks(names: list[str], case: Case, device: torch.device, seconds: float) -> None:
@@ -123,7 +143,8 @@ def measure(name: str, case: Case, device: torch.device, seconds: float) -> Iter
     """
     images = torch.rand(case.batch, 3, *case.size, device=device)
     forms = [form for form in case.forms if name in OURS or not form.startswith("deployed")]
-    references = [(REFERENCE, form) for form in EAGER if form in forms]
+    halves = any("half" in form for form in forms)
+    references = [(REFERENCE, form) for form in (EAGER if halves else EAGER[:1])]
     runners = {key: build_runner(*key, case, device) for key in references}
     for form in list(forms):
         try:
@@ -183,7 +204,7 @@ def build_runner(name: str, form: str, case: Case, device: torch.device) -> Runn
     if form == "onnx":
         return exported(network, case)
     if form.startswith("deployed"):
-        return deploy(network, dtype=dtype, compiled="compiled" in form)
+        return deploy(network, "labels" in form, dtype, compiled="compiled" in form)
     if dtype != torch.float32:
         network = InPrecision(network, dtype)
     if "compiled" in form:
