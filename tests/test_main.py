@@ -29,7 +29,7 @@ import utils.run_folder
 import utils.training
 from datasets import open_splits, read_classes_for
 from datasets.cityscapes import Cityscapes
-from datasets.loading import count_labels
+from datasets.counts import count_labels
 from datasets.transforms import Paper, Strong
 from models.lednet import AuxiliaryHead, Encoder, EncoderClassifier, LEDNet
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network, save_checkpoint
