@@ -31,6 +31,7 @@ from utils import distributed
 from utils.checkpoint import (
     Description,
     apn_channels_of,
+    few,
     init_network,
     load_checkpoint,
     load_encoder,
@@ -95,18 +96,21 @@ def start_network(
     if args.apn_channels is None:
         args.apn_channels = apn_channels_of(start.get("model", {})) or 20
     network = LEDNet(len(classes), args.apn_channels, args.dropout)
+    others: list[str] = []
     if args.init and not resumed:
-        fresh = init_network(network, start, file, list(classes.names))
+        fresh, others = init_network(network, start, file, list(classes.names))
         total = len(network.state_dict())
         print(f"{file}: {total - len(fresh)} of {total} tensors loaded")
         if fresh:
             print(f"random, since the classes differ: {', '.join(fresh)}")
     elif args.pretrained_encoder and not resumed:
-        start, loaded = load_encoder(network.encoder, file)
+        start, loaded, others = load_encoder(network.encoder, file)
         total = len(network.encoder.state_dict())
         print(f"{file}: {loaded} of {total} tensors of the encoder loaded")
         if loaded < total:
             print("the file has no counts of batches, which nothing reads: they start at 0")
+    if others:
+        print(f"left out, since nothing here is called so: {few(others)}")
     stated = normalisation(start, file)
     if stated and args.mean and stated != (args.mean, args.std):
         raise UserError(

@@ -11,20 +11,14 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from datasets.cache import cached
 from datasets.camvid import CamVid
-from datasets.check import (
-    absent_classes,
-    check_files,
-    label_problems,
-    leave_out_broken,
-    palette_note,
-)
+from datasets.check import check_files, leave_out_broken
 from datasets.cityscapes import Cityscapes
 from datasets.class_file import read_classes
+from datasets.counts import absent_classes, count_labels, label_problems, palette_note
 from datasets.drawn import draw_once
 from datasets.drawn.streets import make_synthetic
 from datasets.folder import Folder
 from datasets.images import MIN_SIZE, DatasetError, FilePair, Size
-from datasets.loading import count_labels
 from datasets.segmentation import Classes, Segmentation, resized_size
 from datasets.transforms import Paper, Strong
 from utils import distributed
@@ -174,7 +168,7 @@ def _count_classes(
     counts["val"] = count_labels([val], args.workers)
     if problems := label_problems(counts, classes, args.classes):
         raise DatasetError(problems[0])
-    notes = [palette_note(counts.values(), classes)]
+    notes = [palette_note(counts, classes)]
     for split, found in counts.items():
         if absent := absent_classes(found, classes):
             notes.append(f"classes without a pixel in {split}: {', '.join(absent)}")

@@ -7,19 +7,19 @@ deep one finds: damage that decoding shows, a PNG whose pixels end early, and un
 import sys
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from datasets.counts import LabelCounts, count_label
 from datasets.images import (
-    IGNORE_INDEX,
     JPEG_END,
     JPEGS,
     BrokenFiles,
@@ -34,15 +34,14 @@ from datasets.images import (
     upright_size,
 )
 from datasets.labels import check_label_format
-from datasets.loading import LabelCounts, call_in_workers
-from datasets.segmentation import Classes, Segmentation
-
-# The share of pixels of 255 above which masks may be of 0 and 255.
-MANY = 0.01
+from datasets.loading import call_in_workers
+from datasets.segmentation import Segmentation
 
 ZEROS = bytes(512)
 # Markers of a JPEG.
 HUFFMAN_TABLES, START_OF_SCAN, PROGRESSIVE = 0xC4, 0xDA, (0xC2, 0xC6, 0xCA, 0xCE)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -138,19 +137,26 @@ def _first_symbols(data: bytes) -> Iterator[int]:
 
 
 def find_problems(
-    dataset: Dataset, workers: int = 0, fast: bool = False
+    dataset: Dataset, workers: int = 0, fast: bool = False, counts: LabelCounts | None = None
 ) -> Iterator[list[Problem]]:
-    """Yield the problems of each image of a Segmentation or ImageFolder, and of its label; `fast`
-    does the quick check only."""
+    """Yield the problems of each image of a Segmentation or ImageFolder, and of its label.
+
+    Args:
+        fast: do the quick check only.
+        counts: what the labels without a problem hold is added to it, unless `fast`.
+    """
     find = partial(_problems_of, dataset, dataset.pairs, fast)
-    return call_in_workers(find, len(dataset), workers, "checking files")
+    for problems, found in call_in_workers(find, len(dataset), workers, "checking files"):
+        if counts and found and not problems:
+            counts.add(found)
+        yield problems
 
 
 def _problems_of(
     dataset: Dataset, pairs: Sequence[FilePair], fast: bool, index: int
-) -> list[Problem]:
+) -> tuple[list[Problem], LabelCounts | None]:
     image_path, label_path = pairs[index]
-    problems: list[Problem] = []
+    problems, counts = [], None
 
     def attempt(check: Callable, path: str, *args: Any) -> Any:
         try:
@@ -169,17 +175,17 @@ def _problems_of(
         if label_size and size:
             attempt(check_label_size, label_path, label_size, size)
         if label_size and not fast:
-            attempt(decode_fully, label_path, lambda _: dataset.read_train_ids(index))
-    return problems
+            counts = attempt(decode_fully, label_path, lambda _: count_label(dataset, index))
+    return problems, counts
 
 
-def decode_fully(path: str, read: Callable[[str], Any]) -> None:
-    """Read a file, and check that its pixels reach the last row.
+def decode_fully(path: str, read: Callable[[str], T]) -> T:
+    """Return what `read` reads from a file, after a check that its pixels reach the last row.
 
     PIL leaves the rest of a PNG as it was, without an error, if the compressed data end properly
     before it. So decode it over two backgrounds.
     """
-    read(path)
+    content = read(path)
     with open_image(path) as image:
         if image.format in JPEGS and jpeg_ends_early(path):
             raise OSError("its pixels end early")
@@ -187,11 +193,12 @@ def decode_fully(path: str, read: Callable[[str], Any]) -> None:
     for background in (0, 255):
         with open_image(path) as image:
             if image.format != "PNG":
-                return
+                return content
             image.im = Image.new(image.mode, image.size, background).im
             decoded.append(np.asarray(image))
     if (decoded[0] != decoded[1]).any():
         raise FileError(f"{path} cannot be read as an image (its pixels end early): fetch it again")
+    return content
 
 
 def labels_without_image(dataset: Segmentation) -> list[Problem]:
@@ -202,65 +209,6 @@ def labels_without_image(dataset: Segmentation) -> list[Problem]:
     message = f"{dataset.split} has no image for it"
     lonely = [path for path in dataset.label_files() if path not in labels]
     return [Problem("label without image", path, message) for path in lonely]
-
-
-def absent_classes(counts: LabelCounts, classes: Classes) -> list[str]:
-    """Return the names of the classes that have no pixel."""
-    pixels = counts.by_class(classes).tolist()[:-1]
-    return [name for name, count in zip(classes.names, pixels, strict=True) if not count]
-
-
-def label_problems(
-    counts: Mapping[str, LabelCounts], classes: Classes, file: str | None
-) -> list[str]:
-    """Return what makes the labels of a split unusable or misleading, one sentence each.
-
-    Args:
-        counts: what the labels hold by the name of their split; "val" may lack classes.
-        file: file of the classes, if there is one.
-    """
-    problems = []
-    for split, found in counts.items():
-        absent = absent_classes(found, classes)
-        present = [name for name in classes.names if name not in absent]
-        share = found.pixels[IGNORE_INDEX].item() / max(1, found.pixels.sum().item())
-        many = share > (MANY if len(present) > 1 else 0)
-        masks = file and many and IGNORE_INDEX not in classes.known_ids()
-        if not present:
-            problems.append(f"all labels of {split} are ignored: no pixel is of a class")
-        elif masks and absent and (split != "val" or len(present) == 1):
-            white, ids = classes.ids_by_color().get((255, 255, 255)), list(classes.label_ids)
-            name = classes.names[ids.index(white)] if white in ids else absent[0]
-            problems.append(
-                f"no pixel of {split} is {absent[0]}, and {share:.1%} are 255, which is ignored: "
-                f"are these masks of 0 and 255? In {file}, `255 {name}` in place of `{name}` makes "
-                "255 that class, and a line `255 void` says that 255 is ignored"
-            )
-        elif split != "val" and len(present) == 1:
-            problems.append(f"only {present[0]} has pixels in {split}: two classes are needed")
-    pairs = sorted(set().union(*(found.colors for found in counts.values())))
-    ids, colors = (Counter(pair[part] for pair in pairs) for part in (0, 1))
-    moved = [color for label_id, color in pairs if ids[label_id] > 1 and colors[color] > 1]
-    if moved:
-        places = " and ".join(str(label_id) for label_id, color in pairs if color == moved[0])
-        problems.append(
-            f"the label files have palettes in different orders: {moved[0]} is {places}; give each "
-            "class its colour, and ignored ones as well"
-        )
-    return problems
-
-
-def palette_note(counts: Iterable[LabelCounts], classes: Classes) -> str | None:
-    """Return a sentence if palettes do not have the colours of the classes, so that their indices
-    are the label ids."""
-    stated = classes.stated_colors()
-    for label_id, color in sorted(set().union(*(found.colors for found in counts))):
-        if stated.get(label_id, color) != color != (label_id,) * 3:
-            return (
-                f"{color} is the colour of {label_id} in a palette, not {stated[label_id]}: the "
-                "indices of palettes are taken as the label ids"
-            )
-    return None
 
 
 def leave_out_broken(dataset: Dataset, workers: int = 0, replace: bool = False) -> list[Problem]:

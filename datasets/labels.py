@@ -4,7 +4,9 @@ Grey pixels are ids. Colours stand for the classes that state them. A palette is
 decide if all that are used are colours of classes, else its indices are the ids.
 """
 
+import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,23 +17,24 @@ from datasets.images import IGNORE_INDEX, JPEGS, FileError, open_image
 Color = tuple[int, int, int]
 
 # Formats that change pixels, and with them the ids, and compressions of TIFF that do.
-LOSSY = (*JPEGS, "JPEG2000", "WEBP", "AVIF")
+LOSSY = (*JPEGS, "JPEG2000", "AVIF")
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16", "I;16B")
-# What PIL multiplies grey values of fewer than 8 bits by, by their raw mode.
-SCALES = {"1": 255, "L;2": 85, "L;4": 17}
+# How grey pixels of up to 8 bits are stored, as PIL names it; I: white is 0.
+GREY = re.compile(r"(?P<kind>1|L)(;(?P<bits>[24]?)(?P<inverted>I?)R?)?")
 
 
 class Label(NamedTuple):
     """A label map as it is read."""
 
     ids: np.ndarray  # H x W, uint8
-    colors: frozenset[tuple[int, Color]] = frozenset()  # label ids, and the colours they had
+    colors: frozenset[tuple[int, Color]] = frozenset()  # its ids and their colours in a palette
 
 
 def check_label_format(path: str, image: Image.Image) -> None:
     """Raise a FileError if the pixels of an opened image cannot be label ids."""
-    if image.format in LOSSY or image.info.get("compression") in LOSSY_TIFF:
+    lossy = image.format in LOSSY or image.info.get("compression") in LOSSY_TIFF
+    if lossy or (image.format == "WEBP" and not _is_lossless_webp(path)):
         raise FileError(
             f"{path} is a {image.format} file, whose compression changes label ids: export the "
             "labels again, as PNG",
@@ -44,6 +47,15 @@ def check_label_format(path: str, image: Image.Image) -> None:
             "has ids of 8 bits, or colours of 3 times 8",
             "wrong mode",
         )
+
+
+def _is_lossless_webp(path: str) -> bool:
+    """Whether the first pixels of a WebP are in a chunk of the lossless kind."""
+    data, start = Path(path).read_bytes(), 12
+    while (kind := data[start : start + 4]) not in (b"VP8L", b"VP8 ", b"ANMF", b""):
+        size = int.from_bytes(data[start + 4 : start + 8], "little")
+        start += 8 + size + size % 2
+    return kind == b"VP8L"
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -63,25 +75,43 @@ def read_label(
     """
     with open_image(path) as image:
         check_label_format(path, image)
-        scale = SCALES.get(_raw_mode(image), 1)
-        if image.mode == "L" and scale == 1:
-            return Label(np.array(image))
         if image.mode == "P":
             return _from_palette(path, image, set(known), colors or {})
         if image.mode in ("RGB", "RGBA"):
             return _from_colors(path, image, colors or {})
-        values = np.array(image.convert("L") if image.mode in ("1", "LA") else image)
-    if values.min() < 0 or values.max() > 255:
-        wrong = values.max() if values.max() > 255 else values.min()
+        return _from_greys(path, image, known, colors or {})
+
+
+def _from_greys(
+    path: str, image: Image.Image, known: Collection[int], colors: Mapping[Color, int]
+) -> Label:
+    raw, tile = GREY.fullmatch(_raw_mode(image)), image.tile[:1]
+    bilevel, inverted = image.mode == "1", bool(raw and raw["inverted"])
+    shown = stored = np.array(image.convert("L") if image.mode in ("1", "LA") else image)
+    # PIL scales what has fewer bits than its own pixels, and turns white-is-zero around.
+    if inverted:
+        stored = 255 - stored
+    if raw and (bilevel or raw["bits"]):
+        stored = stored // (255 // (2 ** int(raw["bits"] or 1) - 1))
+    elif tile and tile[0][0].startswith("ppm"):  # a PGM, and the value that it calls white
+        white = 255 if image.mode == "L" else 65535
+        stored = np.round(stored * (tile[0][3][1] / white)).astype(int)
+    if stored.min() < 0 or stored.max() > 255:
+        wrong = stored.max() if stored.max() > 255 else stored.min()
         raise FileError(f"{path} holds the label id {wrong}: ids are 0 to 255", "unknown label")
-    stored = values // scale
-    black_and_white = [(colors or {}).get((grey,) * 3) for grey in (0, 255)]
-    if scale == 255 and None not in black_and_white:
-        stored = np.array(black_and_white)[stored]
+    black_and_white = [colors.get((grey,) * 3) for grey in (0, 255)]
+    if bilevel and None not in black_and_white:
+        stored = np.array(black_and_white)[shown // 255]
     # Programs that shrink PNGs store 0 and 255 in one bit.
-    elif scale > 1 and not _within(stored, known) and _within(values, known):
-        stored = values
-    return Label(stored.astype(np.uint8))
+    elif stored is not shown and not _within(stored, known) and _within(shown, known):
+        stored = shown
+    elif bilevel and inverted:  # most programs turn a mask around as they write it
+        raise FileError(
+            f"{path} stores white as 0 and black as 1: give the classes their colours to say which "
+            "one is white",
+            "unknown colour",
+        )
+    return Label(stored.astype(np.uint8, copy=False))
 
 
 def _within(values: np.ndarray, known: Collection[int]) -> bool:
@@ -93,11 +123,12 @@ def _from_palette(
 ) -> Label:
     indices, used = np.array(image), np.flatnonzero(image.histogram())
     palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
-    palette = np.pad(palette, ((0, max(0, used[-1] + 1 - len(palette))), (0, 0)))
+    stated = len(palette)
+    palette = np.pad(palette, ((0, max(0, used[-1] + 1 - stated)), (0, 0)))
     if len(palette) > 2 and (palette == np.arange(len(palette))[:, None]).all():
         return Label(indices)  # grey, in its own order
     found = [tuple(color) for color in palette[used].tolist()]
-    ids = [colors.get(color) for color in found]
+    ids, greys = [colors.get(color) for color in found], None
     if None in ids:
         greys = _grey_ids(path, palette, used, known)
         moved = any(value not in (None, index) for value, index in zip(ids, used, strict=True))
@@ -113,7 +144,8 @@ def _from_palette(
         table = np.zeros(256, np.uint8)
         table[used] = ids
         indices = table[indices]
-    return Label(indices, frozenset(zip(ids, found, strict=True)))
+    count = 0 if greys else np.searchsorted(used, stated)  # greys are ids, and no colours
+    return Label(indices, frozenset(zip(ids[:count], found[:count], strict=True)))
 
 
 def _grey_ids(
@@ -162,4 +194,4 @@ def _from_colors(path: str, image: Image.Image, colors: Mapping[Color, int]) -> 
         )
     table = np.zeros(1 << 24, np.uint8)
     table[used] = ids
-    return Label(table[packed], frozenset(zip(ids, found, strict=True)))
+    return Label(table[packed])

@@ -5,6 +5,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence, Sized
+from itertools import takewhile
 
 from datasets.images import DatasetError, FilePair
 
@@ -25,8 +26,8 @@ STRAYS = {
     *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx"),
     *("$recycle.bin", "system volume information", "lost+found", "__pycache__"),
 }
-# Separates the name of an image from what the name of its label has more.
-SEPARATOR = r"[-_. /\\]"
+# What the name of a label has more than that of its image, before and behind it.
+BEFORE, BEHIND = r"(|.*[-_. (/\\]|.*[^\W\d_](?=\d))", r"([-_. )/\\].*|)"
 
 
 def is_stray(name: str) -> bool:
@@ -90,7 +91,7 @@ def matched_files(images: str | os.PathLike, labels: str | os.PathLike | None) -
     sorted; None stands for labels that do not exist.
 
     Where no image has a label of its own name, all labels may have more in their names, as
-    x_mask.png or masks/x.png for x.jpg.
+    x_mask.png or masks/x.png for x.jpg, or something else, as x_mask.png for x_rgb.jpg.
     """
     for folder in (images, labels):
         if folder is not None and not os.path.isdir(folder):
@@ -105,12 +106,10 @@ def matched_files(images: str | os.PathLike, labels: str | os.PathLike | None) -
     if labels is None:
         return [(path, None) for (path,) in found.values()]
     known = _by_name(labels)
-    prefix, suffix = _label_affixes(list(found), known, labels)
     pairs: list[FilePair] = []
-    for name, (path,) in found.items():
-        folder, stem = os.path.split(name)
-        label = os.path.join(folder, f"{prefix}{stem}{suffix}")
-        pairs.append((path, _pick_label(os.path.join(labels, label), known.get(label, ()))))
+    for name, label in _label_names(list(found), known, labels).items():
+        path = _pick_label(os.path.join(labels, label), known.get(label, ()))
+        pairs.append((found[name][0], path))
     return pairs
 
 
@@ -123,32 +122,75 @@ def _by_name(root: str | os.PathLike) -> dict[str, list[str]]:
     return found
 
 
-def _label_affixes(
+def _label_names(
     names: list[str], known: Mapping[str, list[str]], labels: str | os.PathLike
-) -> tuple[str, str]:
-    """Return the prefix and suffix that label names add to image names."""
+) -> dict[str, str]:
+    """Return what the label of each image is called, of the files `known` in the folder `labels`.
+
+    Where labels have no names of images in theirs, what all images have in common is left out.
+    """
     # Beside the labels may be pictures of them.
     candidates = {name for name, paths in known.items() if not all(map(_is_jpeg, paths))}
     candidates = candidates or set(known)
+    same = {name: name for name in names}
     if not candidates.isdisjoint(names):
-        return "", ""
+        return same
+    whole = {name: os.path.split(name) for name in names}
+    if found := _find_way(whole, candidates, labels):
+        return found
+    cores = zip(names, _without_common_parts(names), strict=True)
+    core_of = {name: ("", core) for name, core in cores}
+    if found := _find_way(core_of, candidates, labels, least=len(names)):
+        example = f"{found[names[0]]} for {names[0]}"
+        print(f"note: the labels in {labels} are called {example}, and so on", file=sys.stderr)
+    return found or same
+
+
+def _find_way(
+    parts: Mapping[str, tuple[str, str]],
+    candidates: set[str],
+    labels: str | os.PathLike,
+    least: int = 1,
+) -> dict[str, str]:
+    """Return the names of the labels, if they have the same before and behind a part of the names
+    of their images.
+
+    Args:
+        parts: folder and part of the name of each image.
+        candidates: names of labels.
+        least: number of images, of the first 20, that must have such a label.
+    """
     ways: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], str] = {}
-    for name in names[:20]:
-        stem = os.path.basename(name)
-        folder = name.removesuffix(stem)
-        way = re.compile(f"(|.*{SEPARATOR}){re.escape(stem)}({SEPARATOR}.*|)")
+    for name, (folder, part) in list(parts.items())[:20]:
+        start = os.path.join(folder, "")
+        way = re.compile(BEFORE + re.escape(part) + BEHIND)
         for label in sorted(candidates):
-            if label.startswith(folder) and (match := way.fullmatch(label, len(folder))):
+            if label.startswith(start) and (match := way.fullmatch(label, len(start))):
                 ways[match.groups()] += 1
                 examples.setdefault(match.groups(), f"{label} for {name}")
-    best = [way for way, count in ways.items() if count == max(ways.values())]
+    most = max([min(least, 20), *ways.values()])
+    best = [way for way, count in ways.items() if count == most]
     if len(best) > 1:
         several = " or ".join(examples[way] for way in best[:3])
         raise DatasetError(
             f"{labels} holds {several}: name each label as its image, or remove the other"
         )
-    return best[0] if best else ("", "")
+    return {
+        name: os.path.join(folder, before + part + behind)
+        for name, (folder, part) in parts.items()
+        for before, behind in best
+    }
+
+
+def _without_common_parts(names: Sequence[str]) -> list[str]:
+    """Return names without the words, numbers and signs that all begin and end with."""
+    words = [re.findall(r"[^\W\d_]+|\d+|[\W_]", name) for name in names]
+    for _ in range(2):  # from the begin, then from the end
+        alike = takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
+        common = len(list(alike))
+        words = [name[common:][::-1] for name in words]
+    return ["".join(name) for name in words]
 
 
 def _pick_label(expected: str, paths: Sequence[str]) -> str:

@@ -1,23 +1,19 @@
-"""Batches for training and validation, and one pass over the training labels.
+"""Batches for training and validation, and calls of a function in worker processes.
 
 Random augmentation depends on a seed per image, not on which process reads the image, or when.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 from tqdm import tqdm
 
 from datasets.images import DatasetError, NothingReadable
-from datasets.labels import Color
-from datasets.segmentation import Classes, Segmentation
 from datasets.workers import Loader
 
 # After this many unreadable images in a row, the disk is more likely gone than the images broken.
@@ -160,32 +156,3 @@ def call_in_workers(
     # With batch_size=None a DataLoader applies collate_fn to each item: here, to each index.
     loader = Loader(range(count), workers, function, batch_size=None)
     yield from tqdm(loader, title, unit="img", leave=False, disable=None)
-
-
-@dataclass
-class LabelCounts:
-    """What the label maps of some splits hold."""
-
-    pixels: Tensor  # of each of 256 label ids, int64
-    colors: set[tuple[int, Color]]  # label ids, and the colours they had in the files
-
-    def by_class(self, classes: Classes) -> Tensor:
-        """Return the pixels of each class, the ignored ones last."""
-        trained = self.pixels[list(classes.label_ids)]
-        return torch.cat([trained, (self.pixels.sum() - trained.sum())[None]])
-
-
-def count_labels(parts: Sequence[Segmentation], workers: int = 0) -> LabelCounts:
-    """Count the pixels of each label id in all labels at full size."""
-    total = LabelCounts(torch.zeros(256, dtype=torch.int64), set())
-    for part in parts:
-        count = partial(_count_label, part)
-        for pixels, colors in call_in_workers(count, len(part), workers, "counting label pixels"):
-            total.pixels += pixels
-            total.colors |= colors
-    return total
-
-
-def _count_label(dataset: Segmentation, index: int) -> tuple[Tensor, frozenset[tuple[int, Color]]]:
-    label, _ = dataset.read_ids(index)
-    return torch.from_numpy(np.bincount(label.ids.ravel(), minlength=256)), label.colors

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from PIL import Image
 from test_check import DAMAGES, cut
 from test_datasets import put_masks
 
@@ -81,6 +82,9 @@ def test_labels_as_a_whole(script, fields_copy):
     classes.write_text("a\nb\nc\n")
     put_masks(fields_copy, {"train": [0, 1], "val": [0, 2]})
     (fields_copy / "labels/train/0.png").write_bytes(b"")
+    # The label of an image that cannot be trained on does not count either.
+    Image.new("L", (80, 90), 2).save(fields_copy / "labels/train/1.png")
+    (fields_copy / "images/train/1.jpg").write_bytes(b"")
     result = script(TOOL, *argv)
     assert {name for name, _ in lines_of(result.out)} == {"unreadable", "labels"}
     assert "classes without a pixel in train: c" in result.out
@@ -89,6 +93,14 @@ def test_labels_as_a_whole(script, fields_copy):
     put_masks(fields_copy, {"val": [0]})
     result = script(TOOL, *argv, "--split", "val")
     assert result.status == 0 and result.err == "note: classes without a pixel in val: b\n"
+
+
+def test_each_label_is_decoded_once(script, fields, monkeypatch):
+    decoded, read = [], Folder.read_ids
+    monkeypatch.setattr(Folder, "read_ids", lambda *args: decoded.append(args[1]) or read(*args))
+    argv = ("--classes", fields / "classes.txt", "--datadir", fields, "--workers", 0)
+    assert script(TOOL, *argv).status == 0
+    assert decoded == [*range(4), *range(2)]
 
 
 def test_images_of_classes(script, shapes_copy):

@@ -169,6 +169,26 @@ def test_a_missing_file_and_a_text_are_refused(tmp_path):
         load_checkpoint(tmp_path / "text.pth")
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+            "is a pointer of Git LFS",
+        ),
+        ("\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page or an error of a"),
+        (
+            '<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+            "is a web page or an err",
+        ),
+    ],
+)
+def test_what_lies_in_place_of_a_checkpoint_is_named(tmp_path, content, reason):
+    (tmp_path / "best.pth").write_text(content)
+    with pytest.raises(CheckpointError, match=rf"best\.pth {reason}"):
+        load_checkpoint(tmp_path / "best.pth")
+
+
 @pytest.mark.parametrize("old_format", [False, True])
 @pytest.mark.parametrize(
     ("content", "named"),
@@ -253,7 +273,8 @@ def test_a_network_loads_from_any_wrapper(network, tmp_path, prefix):
     torch.save({"state_dict": wrapped}, tmp_path / "wrapped.pth")
     other = LEDNet(3, 4)
     checkpoint = load_checkpoint(tmp_path / "wrapped.pth")
-    assert init_network(other, checkpoint, tmp_path / "wrapped.pth", NAMES) == []
+    beside = [name for name in wrapped if name.startswith("criterion")]
+    assert init_network(other, checkpoint, tmp_path / "wrapped.pth", NAMES) == ([], beside)
     assert same_weights(other.state_dict(), network.state_dict())
 
 
@@ -387,7 +408,7 @@ def test_an_encoder_of_the_original_code_loads(trained_encoder, tmp_path, prefix
     content = {"epoch": 7, "state_dict": dict(sorted((weights | others).items()))}
     torch.save(content, tmp_path / "model_best.pth.tar")
     encoder = Encoder()
-    rest, loaded = load_encoder(encoder, tmp_path / "model_best.pth.tar")
+    rest, loaded, _ = load_encoder(encoder, tmp_path / "model_best.pth.tar")
     assert loaded == len(encoder.state_dict()) == len(weights)
     assert normalisation(rest, "") is None
     assert same_weights(encoder.state_dict(), trained_encoder.state_dict())
@@ -404,7 +425,7 @@ def test_what_a_file_states_beside_its_state_dict_is_kept(trained_encoder, tmp_p
     stated = {"mean": [0.5] * 3, "std": [0.25] * 3}
     weights = original(trained_encoder, "module.encoder.")
     torch.save({"state_dict": weights, **stated}, tmp_path / "stated.pth")
-    rest, _ = load_encoder(Encoder(), tmp_path / "stated.pth")
+    rest, *_ = load_encoder(Encoder(), tmp_path / "stated.pth")
     assert normalisation(rest, "") == (stated["mean"], stated["std"])
 
 
@@ -414,7 +435,7 @@ def test_an_old_file_without_counts_of_batches_loads(trained_encoder, tmp_path):
     torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     encoder = Encoder()
     encoder.state_dict()["0.bn.num_batches_tracked"].fill_(5)
-    _, loaded = load_encoder(encoder, tmp_path / "old.pth")
+    _, loaded, _ = load_encoder(encoder, tmp_path / "old.pth")
     assert loaded == len(weights) < len(encoder.state_dict())
     own = encoder.state_dict()
     assert own["0.bn.num_batches_tracked"] == 0
@@ -474,7 +495,10 @@ def test_an_encoder_loads_from_any_wrapper(network, tmp_path, form):
         file,
     )
     fresh = Encoder()
-    _, loaded = load_encoder(fresh, file)
+    _, loaded, others = load_encoder(fresh, file)
+    assert len(others) == {"stage 1": 2, "image classifier": 2}.get(
+        form, 0 if "encoder" in form else len(weights) - len(inside)
+    )
     assert loaded == len(inside) == len(fresh.state_dict())
     assert same_weights({f"encoder.{k}": w for k, w in fresh.state_dict().items()}, inside)
 
@@ -553,8 +577,7 @@ def test_a_classifier_that_is_described_wrongly_is_refused(classifier, tmp_path,
 
 def test_init_keeps_the_classifier_of_the_same_classes(network, path):
     other = LEDNet(3, 4)
-    fresh = init_network(other, load_checkpoint(path), path, NAMES)
-    assert fresh == []
+    assert init_network(other, load_checkpoint(path), path, NAMES) == ([], [])
     assert torch.equal(other.decoder.classifier.weight, network.decoder.classifier.weight)
 
 
@@ -562,11 +585,26 @@ def test_init_keeps_the_classifier_of_the_same_classes(network, path):
 def test_init_replaces_the_classifier_of_other_classes(network, path, names):
     other = LEDNet(len(names), 4)
     own = other.decoder.classifier.weight.clone()
-    fresh = init_network(other, load_checkpoint(path), path, names)
+    fresh, _ = init_network(other, load_checkpoint(path), path, names)
     assert fresh == ["decoder.classifier.weight", "decoder.classifier.bias"]
     assert torch.equal(other.decoder.classifier.weight, own)
     reduce = "decoder.reduce.0.weight"
     assert torch.equal(other.state_dict()[reduce], network.state_dict()[reduce])
+
+
+def test_more_tensors_than_those_of_the_network_are_left_out(network, tmp_path):
+    path = tmp_path / "more.pth"
+    weights = network.state_dict() | {"extra.weight": torch.ones(3)}
+    torch.save({"model": weights}, path)
+    other = LEDNet(3, 4)
+    assert init_network(other, load_checkpoint(path), path, NAMES) == ([], ["extra.weight"])
+    assert same_weights(other.state_dict(), network.state_dict())
+    *_, others = load_encoder(Encoder(), path)
+    assert others == [name for name in weights if not name.startswith("encoder.")]
+    del weights["decoder.reduce.0.weight"]
+    torch.save({"model": weights}, path)
+    with pytest.raises(CheckpointError, match=r"LEDNet: decoder\.reduce\.0\.weight is missing"):
+        init_network(other, load_checkpoint(path), path, NAMES)
 
 
 def test_init_of_another_width_is_refused(path):

@@ -179,6 +179,7 @@ def test_classes_without_a_pixel_are_named(fields_copy, capsys):
 
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+CREAM, BROWN = (250, 240, 200), (120, 70, 10)
 
 
 def test_palettes_of_other_colours_are_told(fields_copy, capsys):
@@ -194,14 +195,40 @@ def test_palettes_of_other_colours_are_told(fields_copy, capsys):
     assert "palette" not in capsys.readouterr().out
 
 
-def test_palettes_in_different_orders_are_refused_without_colours(fields_copy):
+@pytest.mark.parametrize(
+    ("palettes", "message"),
+    [
+        ([[RED, GREEN, BLUE], [RED, BLUE, GREEN]], r"1 is \(0, 255, 0\) in the .*/0.png and"),
+        # An order that no two files share a colour of.
+        (
+            [[RED, GREEN, BLUE], [RED, CREAM, BROWN]],
+            r"1 is \(0, 255, 0\) in the .*/0.png and",
+        ),
+        ([[RED, GREEN, BLUE], [CREAM, GREEN, BLUE]], r"0 is \(255, 0, 0\) in the .*/0.png and"),
+    ],
+)
+def test_palettes_that_differ_are_refused_without_colours(fields_copy, palettes, message):
     (fields_copy / "classes.txt").write_text("a\nb\nc\n")
-    values = {"train": [0, 1, 2], "val": [0, 1, 2]}
-    put_masks(fields_copy, values, [[RED, GREEN, BLUE], [RED, BLUE, GREEN]])
-    message = r"palettes in different orders: \(0, 0, 255\) is 1 and 2; give each class its colour"
-    with pytest.raises(DatasetError, match=message):
+    put_masks(fields_copy, {"train": [0, 1, 2], "val": [0, 1, 2]}, palettes)
+    message += r".* in that of .*train/1.png: give all labels one palette, or state the colour of "
+    with pytest.raises(DatasetError, match=message + r"each class in .*classes.txt"):
         opened(options("folder", fields_copy, **STRONG))
-    put_masks(fields_copy, values, [[RED, GREEN, BLUE], [(1, 2, 3), (4, 5, 6), (7, 8, 9)]])
+    (fields_copy / "classes.txt").write_text("a 255 0 0\nb 0 255 0\nc 0 0 255\n")
+    if {*palettes[1]} == {RED, GREEN, BLUE}:
+        opened(options("folder", fields_copy, **STRONG))
+
+
+@pytest.mark.parametrize(
+    "palettes",
+    [
+        [[RED, GREEN, BLUE], [RED, GREEN, BLUE, CREAM]],  # what is not used does not count
+        [[RED, GREEN, BLUE], [(value,) * 3 for value in range(256)]],  # a grey ramp: ids
+        [[RED, GREEN, BLUE], [RED, GREEN]],  # 2 has no colour
+    ],
+)
+def test_palettes_that_agree_on_what_is_used_are_taken(fields_copy, palettes):
+    (fields_copy / "classes.txt").write_text("a\nb\nc\n")
+    put_masks(fields_copy, {"train": [0, 1, 2], "val": [0, 1, 2]}, palettes)
     opened(options("folder", fields_copy, **STRONG))
 
 

@@ -88,6 +88,62 @@ def test_wide_pixels_may_hold_small_ids(saved):
     assert error.problem == "unknown label"
 
 
+def write_tiff(path: Path, ids: np.ndarray, bits: int, photometric: int) -> None:
+    """Write grey pixels of 1 to 8 bits; a photometric interpretation of 0: white is 0."""
+    height, width = ids.shape
+    binary = ("".join(f"{value:0{bits}b}" for value in row).ljust(16 * bits, "0") for row in ids)
+    pixels = b"".join(
+        int(row, 2).to_bytes(2 * bits, "big")[: -(-width * bits // 8)] for row in binary
+    )
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1}
+    tags |= {278: height, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    path.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + directory)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_ids_are_read_as_they_are_stored_where_white_is_0(tmp_path, bits, photometric):
+    """PIL turns their values around; so do some programs as they write them."""
+    path = tmp_path / "label.tif"
+    write_tiff(path, IDS, bits, photometric)
+    check_file(str(path), label=True)
+    assert (read_label(str(path), range(3)).ids == IDS).all()
+    shown = np.array(Image.open(path))
+    assert (shown == IDS).all() == (bits == 8 and photometric == 1)
+    assert (read_label(str(path), np.unique(shown).tolist()).ids == shown).all()
+
+
+@pytest.mark.parametrize("name", ["mask.pbm", "mask.tif"])
+def test_masks_whose_white_is_stored_as_0_need_colours(tmp_path, name):
+    mask = IDS == 1
+    path = str(tmp_path / name)
+    if name == "mask.tif":
+        write_tiff(Path(path), 1 - mask, 1, 0)
+    else:
+        Image.fromarray(mask).save(path)
+    error = refusal(path, range(2))
+    assert "stores white as 0 and black as 1: give the classes their colours" in str(error)
+    colors = {(255, 255, 255): 1, (0, 0, 0): 0}
+    assert (read_label(path, range(2), colors).ids == mask).all()
+    assert (read_label(path, [0, 255]).ids == mask * 255).all()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("white", [1, 2, 7, 19, 254, 255, 300, 65535])
+def test_a_pgm_holds_ids_whatever_it_calls_white(tmp_path, plain, white):
+    """PIL scales them to 0 to 255, or 65535."""
+    path, ids = tmp_path / "label.pgm", np.linspace(0, min(white, 255), 6).astype(int).reshape(2, 3)
+    kind = ">u2" if white > 255 else "u1"
+    pixels = " ".join(map(str, ids.ravel())).encode() if plain else ids.astype(kind).tobytes()
+    path.write_bytes(f"P{2 if plain else 5} 3 2 {white}\n".encode() + pixels)
+    check_file(str(path), label=True)
+    assert (read_label(str(path)).ids == ids).all()
+    path.write_bytes(b"P2 1 1 1000\n300")
+    assert "holds the label id 300" in str(refusal(str(path)))
+
+
 def test_transparency_is_dropped(saved):
     grey = Image.fromarray(IDS)
     grey.putalpha(7)
@@ -103,7 +159,6 @@ def test_colours_are_those_of_the_classes(saved, mode, name):
     image = Image.fromarray(np.array(PALETTE, np.uint8)[IDS]).convert(mode)
     label = read_label(saved(image, name), range(3), COLORS)
     assert (label.ids == IDS).all() and label.ids.dtype == np.uint8
-    assert label.colors == {(value, color) for color, value in COLORS.items()}
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
@@ -192,6 +247,22 @@ def test_white_before_black_is_refused_unless_it_is_known(saved):
     assert (read_label(path, [0, 255]).ids == (IDS != 1) * 255).all()
 
 
+def test_palettes_are_told_where_their_indices_are_ids(saved):
+    def colors_of(palette, *args) -> set:
+        label = read_label(saved(indexed(palette)), range(3), *args)
+        assert (label.ids == IDS).all()
+        return set(label.colors)
+
+    used = set(enumerate(map(tuple, OTHER)))
+    assert colors_of(OTHER) == colors_of([*OTHER, [7, 7, 9]]) == used
+    assert colors_of(PALETTE, COLORS) == {(value, color) for color, value in COLORS.items()}
+    # Greys that are the ids say nothing of a palette, nor does an index beyond its colours.
+    assert colors_of(GREY) == colors_of(GREY[:3]) == set()
+    assert not read_label(saved(reordered([2, 0, 1], GREY[:3])), range(3)).colors
+    path = saved(indexed(OTHER * 6, np.array([0, 1, 255], np.uint8)[IDS]))
+    assert set(read_label(path).colors) == {(0, (9, 9, 8)), (1, (7, 1, 1))}
+
+
 # Files that cannot hold ids
 
 
@@ -205,6 +276,17 @@ def test_lossy_files_are_refused_whatever_their_name(tmp_path, kind):
     assert error.problem == "lossy label"
     with pytest.raises(FileError, match="whose compression changes"):
         check_file(path, label=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"icc_profile": b"odd"}, {"alpha": True}])
+def test_lossless_webp_is_read(saved, options):
+    image = Image.fromarray(np.array(PALETTE, np.uint8)[IDS])
+    if options.pop("alpha", False):
+        image.putalpha(Image.fromarray(IDS + 1))
+    path = saved(image, "label.webp", lossless=True, **options)
+    assert (read_label(path, range(3), COLORS).ids == IDS).all()
+    image.save(path, **options)
+    assert "is a WEBP file, whose compression changes" in str(refusal(path, range(3), COLORS))
 
 
 def test_other_pixels_are_refused(tmp_path):

@@ -250,6 +250,53 @@ def test_labels_are_found_by_the_names_that_people_give(tmp_path, images, labels
     assert found == dict(zip(images, labels, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (["x_sat.jpg", "y_sat.jpg"], ["x_mask.png", "y_mask.png"]),
+        (["img_1.jpg", "img_2.jpg", "img_11.jpg"], ["mask_1.png", "mask_2.png", "mask_11.png"]),
+        (["img1.jpg", "img2.jpg"], ["mask1.png", "mask2.png"]),
+        (["img (1).jpg", "img (2).jpg"], ["mask (1).png", "mask (2).png"]),
+        (["img_1.jpg", "img_2.jpg"], ["1.png", "2.png"]),
+        (["img_1_rgb.jpg", "img_2_rgb.jpg"], ["lbl_1_ids.png", "lbl_2_ids.png"]),
+        (["s/a_sat.jpg", "t/b_sat.jpg"], ["s/a_mask.png", "t/b_mask.png"]),
+        (["s/rgb.jpg", "t/rgb.jpg"], ["s/ids.png", "t/ids.png"]),
+    ],
+)
+def test_labels_may_have_something_else_in_their_names(tmp_path, images, labels, capsys):
+    put(tmp_path / "images", *images)
+    put(tmp_path / "labels", *labels, "other_7.png", mode="L")
+    pairs = matched_files(tmp_path / "images", tmp_path / "labels")
+    found = names_of(pairs, tmp_path / "images", tmp_path / "labels")
+    assert found == dict(zip(images, labels, strict=True))
+    first = " for ".join(Path(name).with_suffix("").as_posix() for name in (labels[0], images[0]))
+    assert f"labels are called {first}, and so on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (["img_1.jpg", "img_2.jpg"], ["mask_1.png"]),  # not all
+        (["img_01.jpg", "img_02.jpg"], ["mask_1.png", "mask_2.png"]),
+        (["x_1.jpg", "x_2.jpg"], ["y_1_2.png"]),
+        (["x_sat.jpg"], ["y_mask.png"]),  # of one image, nothing is known to be common
+        (["a.jpg", "b.jpg"], ["x.png", "y.png"]),
+    ],
+)
+def test_labels_of_other_names_are_not_guessed(tmp_path, images, labels):
+    put(tmp_path / "images", *images)
+    put(tmp_path / "labels", *labels, mode="L")
+    for image, label in matched_files(tmp_path / "images", tmp_path / "labels"):
+        assert label == image.replace("images", "labels").replace(".jpg", ".png")
+
+
+def test_a_single_label_that_is_missing_is_named_by_what_the_others_are_called(tmp_path):
+    put(tmp_path / "images/train", *(f"img_{n:02}.png" for n in range(25)))
+    put(tmp_path / "labels/train", *(f"mask_{n:02}.png" for n in range(24)), mode="L")
+    with pytest.raises(DatasetError, match=r"1 of 25 .* first missing: .*/mask_24.png "):
+        Folder(tmp_path, "train", CamVid.CLASSES)
+
+
 def test_a_png_is_the_label_where_there_are_other_kinds(tmp_path):
     put(tmp_path / "images", "a.jpg")
     put(tmp_path / "labels", "a.png", "a.bmp", "a.jpg", "a_color.png", mode="L")
@@ -265,10 +312,11 @@ def test_a_png_is_the_label_where_there_are_other_kinds(tmp_path):
         (["a.png", "b.jfif"], "b.jfif is a JPEG"),
         (["a.bmp", "a.tif", "b.bmp"], "a.bmp and .*a.tif are labels of one image"),
         (["a_color.png", "a_ids.png", "b_color.png", "b_ids.png"], "a_color for a or a_ids for a"),
+        (["x_1.png", "x_2.png", "y_1.png", "y_2.png"], "x_1 for z_1 or y_1 for z_1"),
     ],
 )
 def test_labels_that_are_not_clear_are_refused(tmp_path, labels, message):
-    put(tmp_path / "images", "a.png", "b.png")
+    put(tmp_path / "images", *(("z_1.png", "z_2.png") if "z_1" in message else ("a.png", "b.png")))
     put(tmp_path / "labels", *labels, mode="L")
     with pytest.raises(DatasetError, match=message):
         matched_files(tmp_path / "images", tmp_path / "labels")

@@ -1,9 +1,7 @@
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-from datasets.cityscapes import Cityscapes
 from datasets.images import DatasetError, NothingReadable
 from datasets.loading import (
     Batch,
@@ -11,7 +9,6 @@ from datasets.loading import (
     ShuffledSeeds,
     batch_loader,
     call_in_workers,
-    count_labels,
 )
 
 CPU = torch.device("cpu")
@@ -207,17 +204,3 @@ def test_other_errors_are_raised():
 
     with pytest.raises(ZeroDivisionError):
         next(iter(batch_loader(Wrong(), None, 2, 0, skip_broken=True)))
-
-
-# Counting
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_pixels_are_counted(cityscapes, workers):
-    parts = [Cityscapes(cityscapes, split) for split in ("train", "train_extra")]
-    labels = [part.read_train_ids(index) for part in parts for index in range(len(part))]
-    values, numbers = np.unique(labels, return_counts=True)
-    expected = dict(zip(values.tolist(), numbers.tolist(), strict=True))
-    counts = count_labels(parts, workers).by_class(Cityscapes.CLASSES)
-    assert counts.dtype == torch.int64 and counts.sum() == 9 * 64 * 128
-    assert counts.tolist() == [expected.get(value, 0) for value in (*range(19), 255)]

@@ -29,7 +29,7 @@ import utils.run_folder
 import utils.training
 from datasets import open_splits, read_classes_for
 from datasets.cityscapes import Cityscapes
-from datasets.loading import count_labels
+from datasets.counts import count_labels
 from datasets.transforms import Paper, Strong
 from models.lednet import AuxiliaryHead, Encoder, EncoderClassifier, LEDNet
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network, save_checkpoint
@@ -314,7 +314,16 @@ def test_a_network_of_the_same_classes_is_taken_whole(start, trained):
     network, *_, out = start("--init", trained / "best.pth")
     stored = load_checkpoint(trained / "best.pth")["model"]
     assert same_weights(network.state_dict(), stored)
-    assert f"{len(stored)} of {len(stored)} tensors loaded" in out
+    assert f"{len(stored)} of {len(stored)} tensors loaded" in out and "left out" not in out
+
+
+def test_what_a_file_has_beside_the_network_is_named(start, trained, tmp_path):
+    checkpoint = load_checkpoint(trained / "best.pth")
+    checkpoint["model"]["extra.weight"] = torch.ones(3)
+    save_checkpoint(checkpoint, tmp_path / "more.pth")
+    for option in ("--init", "--pretrained-encoder"):
+        *_, out = start(option, tmp_path / "more.pth")
+        assert re.search("left out, since nothing here is called so: .*(extra.weight|more)", out)
 
 
 def test_the_classifier_of_other_classes_is_replaced(start, trained, tmp_path):

@@ -13,8 +13,6 @@ if something is, 2 after a mistake on the command line.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from copy import copy
 from itertools import chain
 from pathlib import Path
 
@@ -25,19 +23,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets import DATASETS, ClassesError, read_classes_for
-from datasets.check import (
-    Problem,
-    absent_classes,
-    find_problems,
-    label_problems,
-    labels_without_image,
-    palette_note,
-    summary,
-)
+from datasets.check import Problem, find_problems, labels_without_image, summary
+from datasets.counts import LabelCounts, absent_classes, label_problems, palette_note
 from datasets.imagenet import ImageFolder
 from datasets.images import DatasetError, FilePair, read_image
-from datasets.loading import count_labels
-from datasets.segmentation import Segmentation
+from datasets.segmentation import Classes
 from datasets.workers import WorkerError
 from utils.arguments import ArgumentParser, file_path, natural_int
 from utils.errors import UserError
@@ -73,14 +63,17 @@ def main() -> None:
     torch.set_num_threads(1)
     datasets, missing = open_splits(args)
     problems: list[Problem] = []
+    counts: dict[str, LabelCounts] = {}
     for dataset in datasets:
-        found = chain.from_iterable(find_problems(dataset, args.workers, args.fast))
+        counted = LabelCounts()
+        found = chain.from_iterable(find_problems(dataset, args.workers, args.fast, counted))
         for problem in chain(found, labels_without_image(dataset)):
             problems.append(problem)
             tqdm.write(str(problem))
-    if args.dataset != IMAGENET and not args.fast:
-        broken = {problem.path for problem in problems}
-        for problem in problems_of_labels(datasets, broken, args):
+        if counted.pixels.any() and dataset.split in NEEDED:
+            counts[dataset.split] = counted
+    if counts:
+        for problem in problems_of_labels(counts, datasets[0].classes, args):
             problems.append(problem)
             print(problem)
     for split, error in missing.items():
@@ -99,21 +92,11 @@ def main() -> None:
 
 
 def problems_of_labels(
-    datasets: Sequence[Segmentation], broken: set[str], args: argparse.Namespace
+    counts: dict[str, LabelCounts], classes: Classes, args: argparse.Namespace
 ) -> list[Problem]:
     """Return what is wrong with the labels of train and val as a whole, and print notes."""
-    counts = {}
-    for dataset in datasets:
-        pairs = [pair for pair in dataset.pairs if pair[1] and broken.isdisjoint(pair)]
-        if dataset.split in NEEDED and pairs:
-            readable = copy(dataset)
-            readable.pairs = pairs
-            counts[dataset.split] = count_labels([readable], args.workers)
-    if not counts:
-        return []
-    classes = datasets[0].classes
     problems = label_problems(counts, classes, args.classes)
-    notes = [palette_note(counts.values(), classes)]
+    notes = [palette_note(counts, classes)]
     for split, found in counts.items():
         if absent := absent_classes(found, classes):
             # Classes of its own file can be left out of it; a drawn Cityscapes is a part of it.

@@ -18,6 +18,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ from utils.original_names import original_names
 WEIGHTS = ("model", "state_dict", "model_state_dict", "network", "net", "weights", "params")
 # Parts of names that come from DataParallel and torch.compile.
 WRAPPERS = {"module", "_orig_mod"}
+# How files begin that lie in place of checkpoints, and what to say of them.
+STAND_INS = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: `git lfs pull`",
+    b"<": "is a web page or an error of a server, not a checkpoint: download the file itself",
+}
 # What the reader of weights says of files that Python could read only by running code.
 NEEDS_CODE = re.compile(r"GLOBAL (?P<object>\S+)|TorchScript|operand 149")
 
@@ -149,9 +155,10 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
                 f"{found['object'] or 'a whole model'}, and to read it would run its code: if you "
                 "trust it, load it with the code that wrote it, and torch.save its state_dict"
             ) from error
-        raise CheckpointError(
-            f"{path} is not a checkpoint, or was cut short: use another file or a copy"
-        ) from error
+        begin = Path(path).read_bytes()[:100].lstrip()
+        wrong = [reason for start, reason in STAND_INS.items() if begin.startswith(start)]
+        wrong.append("is not a checkpoint, or was cut short: use another file or a copy")
+        raise CheckpointError(f"{path} {wrong[0]}") from error
     if damaged:
         raise CheckpointError(f"{path} is damaged (checksum of {damaged}): use a copy")
     if not isinstance(content, dict):
@@ -175,12 +182,13 @@ def _find_weights(content: Any, depth: int = 2) -> dict[str, Tensor] | None:
 
 
 def _plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a network without what was around it, such as "model." and a loss."""
+    """Return the weights of a network without what was around it, such as "model."; what lies
+    beside it, such as those of a loss, keeps its name."""
     split = ((name.split("."), weight) for name, weight in weights.items())
     plain = {".".join(part for part in parts if part not in WRAPPERS): w for parts, w in split}
     plain.pop("n_averaged", None)  # of an AveragedModel
     prefix, _ = _prefix(plain, ["encoder.0.conv.weight", "decoder.reduce.0.weight"])
-    return {name.removeprefix(prefix): w for name, w in plain.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): weight for name, weight in plain.items()}
 
 
 def load_network(path: str | os.PathLike) -> tuple[LEDNet, Description]:
@@ -218,14 +226,16 @@ def load_classifier(path: str | os.PathLike) -> tuple[ImageClassifier, Descripti
     return model.eval(), about
 
 
-def load_encoder(encoder: Encoder, path: str | os.PathLike) -> tuple[dict[str, Any], int]:
+def load_encoder(
+    encoder: Encoder, path: str | os.PathLike
+) -> tuple[dict[str, Any], int, list[str]]:
     """Copy the weights of an encoder from any file that holds them all.
 
     It may be a checkpoint of either program, of the encoder alone or with more around it, or a
     plain state_dict, with our names or those of the original code.
 
     Returns:
-        The checkpoint without its weights, and the number of tensors copied.
+        The checkpoint without its weights, the number of tensors copied, and the names of others.
 
     Raises:
         CheckpointError: the file is not a checkpoint or does not fill the encoder.
@@ -247,11 +257,12 @@ def load_encoder(encoder: Encoder, path: str | os.PathLike) -> tuple[dict[str, A
     missing = [theirs for ours, theirs in stored.items() if ours not in filled]
     if missing:
         raise CheckpointError(
-            f"{path} does not fill the encoder, tensors are missing: {_few(missing)}; give a file "
+            f"{path} does not fill the encoder, tensors are missing: {few(missing)}; give a file "
             "that holds the whole encoder"
         )
     fill(encoder, filled, path)
-    return checkpoint, len(matched)
+    others = weights.keys() - set(stored.values())
+    return checkpoint, len(matched), [name for name in weights if name in others]
 
 
 def _prefix(weights: Mapping[str, Tensor], names: Iterable[str]) -> tuple[str, int]:
@@ -285,7 +296,7 @@ def normalisation(
 
 def init_network(
     network: LEDNet, checkpoint: Mapping[str, Any], path: str | os.PathLike, class_names: list[str]
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """Copy the weights of a whole trained network; the classifier only if the classes agree.
 
     Args:
@@ -293,7 +304,8 @@ def init_network(
         class_names: classes of `network`.
 
     Returns:
-        Names of the tensors that keep their random values: those of the classifier, or none.
+        Names of the tensors that keep their random values: those of the classifier, or none; and
+        of those in the file that the network does not have.
 
     Raises:
         CheckpointError: the file does not fill the rest of the network.
@@ -309,7 +321,7 @@ def init_network(
         and not (same_classes and weights[name].shape == weight.shape)
     }  # fmt: skip
     fill(network, weights | fresh, path)
-    return list(fresh)
+    return list(fresh), [name for name in weights if name not in own]
 
 
 def apn_channels_of(weights: Mapping[str, Tensor]) -> int | None:
@@ -319,7 +331,11 @@ def apn_channels_of(weights: Mapping[str, Tensor]) -> int | None:
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Copy weights into a module, or raise a CheckpointError if any name or shape differs."""
+    """Copy weights into a module; others than its own are left out.
+
+    Raises:
+        CheckpointError: a tensor of the module is missing, or has another shape.
+    """
     own = module.state_dict()
     width, stored_width = apn_channels_of(own), apn_channels_of(weights)
     if width and stored_width and width != stored_width:
@@ -330,16 +346,16 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLi
         for name, weight in own.items()
         if name in weights and weights[name].shape != weight.shape
     ]
-    problems += [f"{name} is unknown" for name in weights if name not in own]
     if problems:
         raise CheckpointError(
-            f"{path} does not fit the {type(module).__name__}: {_few(problems)}; give a "
+            f"{path} does not fit the {type(module).__name__}: {few(problems)}; give a "
             "checkpoint of this network"
         )
-    module.load_state_dict(weights)
+    module.load_state_dict({name: weights[name] for name in own})
 
 
-def _few(items: list[str]) -> str:
+def few(items: list[str]) -> str:
+    """Return the first items as text, with the number of the others."""
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
     return ", ".join(items[:3]) + more
 
