@@ -548,6 +548,16 @@ def test_validations_can_be_skipped_but_for_the_last(opened, tmp_path, capsys):
     assert set(shown(tmp_path / "run")["score/val"]) == {2, 3}
 
 
+def test_checkpoints_follow_validations_and_the_first_epoch(opened, tmp_path, monkeypatch):
+    """And nothing else while it is not time."""
+    run, saved = opened(val_every=3), []
+    save = run.save
+    monkeypatch.setattr(run, "save", lambda state: saved.append(state["epoch"]) or save(state))
+    fit(stage_of(epochs=5, validate=scoring(0.4, 0.3)), run)
+    assert saved == [1, 3, 5]
+    assert load_checkpoint(tmp_path / "run/last.pth")["epoch"] == 5
+
+
 def test_the_log_has_a_row_for_each_epoch(opened, tmp_path, capsys):
     fit(stage_of(number=2, epochs=2, epochs_before=3, validate=scoring(0.4, 0.8)), opened())
     rows = read_log(tmp_path / "run")

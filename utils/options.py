@@ -129,8 +129,8 @@ OUTPUT = (
     Option("--savedir", file_path, None, "name of a folder under save/, or a path; default: data "
            "set and time", may_change=True),
     Option("--resume", "flag", False, "continue the run in --savedir", may_change=True),
-    Option("--checkpoint-minutes", natural_float, 10.0, "minutes between checkpoints within an "
-           "epoch; one more follows each epoch", may_change=True),
+    Option("--checkpoint-minutes", natural_float, 10.0, "most minutes between checkpoints; more "
+           "follow each validation and the first epoch", may_change=True),
     Option("--steps-loss", natural_int, 50, "steps between lines of progress in a log; 0: none",
            may_change=True),
     Option("--epochs-save", natural_int, 0, "keep the weights of every Nth epoch; 0: only the last "

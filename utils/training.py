@@ -239,13 +239,11 @@ def fit(stage: Stage, run: Run) -> dict[str, Any]:
     forward = torch.compile(forward, dynamic=False) if run.args.compile else forward
     while state.epoch < stage.epochs:
         train_and_validate(state, run, guard, forward)
-        # Last of all: a run that is killed before this writes the epoch's results again.
-        guard.save()
     return state.best
 
 
 def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Module) -> None:
-    """Train an epoch, validate if it is due, and record both."""
+    """Train an epoch, validate if it is due, record both, and save what was validated."""
     stage, args = state.stage, run.args
     epoch, started = state.epoch + 1, time.perf_counter()
     title = f"epoch {epoch}/{stage.epochs}"
@@ -281,6 +279,11 @@ def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Mo
 
     distributed.first(record)
     print(f"{title}: {describe(row)}", flush=True)
+    # Not after each epoch, as a save may take longer than a short epoch: the guard's clock bounds
+    # what can be lost. But after the first, so that a log of more than one row has a checkpoint.
+    if found or epoch == 1:
+        # Last of all: a run that is killed before this writes the epoch's results again.
+        guard.save()
 
 
 def train_one_epoch(
