@@ -4,7 +4,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +20,13 @@ from torch.utils.data import DataLoader
 
 from datasets.loading import Batch, ShuffledSeeds, batch_loader
 from datasets.segmentation import Classes
+from models.lednet import AuxiliaryHead, LEDNet
 from utils import distributed
 from utils.checkpoint import CheckpointError, Description, load_checkpoint, on_cpu, save_checkpoint
 from utils.evaluation import OutOfMemory
 from utils.interrupts import Diverged, Guard, StopSignals
-from utils.metrics import TopKAccuracy
+from utils.losses import ohem_cross_entropy, with_auxiliary
+from utils.metrics import ConfusionMatrix, TopKAccuracy
 from utils.optim import PretrainingSchedule, average_of, build_optimizer, one_cycle, poly
 from utils.run_folder import Run, open_run
 from utils.training import Stage, TrainState, Validation, fit, train_one_epoch, train_step
@@ -385,6 +387,24 @@ def test_the_average_changes_nothing_of_the_training():
         train_epoch(stage)
     assert same_weights(plain.model.state_dict(), averaged.model.state_dict())
     assert not same_weights(averaged.scored.state_dict(), averaged.model.state_dict())
+
+
+def test_a_step_does_not_wait_for_a_gpu(monkeypatch):
+    """Reading a value would wait, and fails for tensors on the device "meta"."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which "meta" has not
+    model = AuxiliaryHead(LEDNet(num_classes=5, apn_channels=4), 5).to("meta")
+    loss = with_auxiliary(partial(ohem_cross_entropy, weight=torch.ones(5, device="meta")), 0.4)
+    stage = stage_of(
+        "adamw, one cycle", average=True, model=model, loss=loss,
+        prepare=lambda batch: (torch.rand(2, 3, 64, 64, device="meta"), batch.labels),
+        meter=partial(ConfusionMatrix, 5, "meta"),
+    )  # fmt: skip
+    state = TrainState(stage)
+    state.begin_epoch()
+    for _ in range(2):
+        labels = torch.zeros(2, 64, 64, dtype=torch.int64, device="meta")
+        train_step(state, model, Batch([], labels, [], [], []))
+    assert state.step == 2 and stage.average.n_averaged == 2
 
 
 def test_the_loss_gets_all_outputs_and_the_meter_the_first():
