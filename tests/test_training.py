@@ -24,12 +24,21 @@ from models.lednet import AuxiliaryHead, LEDNet
 from utils import distributed
 from utils.checkpoint import CheckpointError, Description, load_checkpoint, on_cpu, save_checkpoint
 from utils.evaluation import OutOfMemory
+from utils.graphs import Graphed
 from utils.interrupts import Diverged, Guard, StopSignals
 from utils.losses import ohem_cross_entropy, with_auxiliary
 from utils.metrics import ConfusionMatrix, TopKAccuracy
 from utils.optim import PretrainingSchedule, average_of, build_optimizer, one_cycle, poly
 from utils.run_folder import Run, open_run
-from utils.training import Stage, TrainState, Validation, fit, train_one_epoch, train_step
+from utils.training import (
+    Stage,
+    TrainState,
+    Validation,
+    fit,
+    forward_of,
+    train_one_epoch,
+    train_step,
+)
 
 CPU, PATH = torch.device("cpu"), Path("last.pth")
 ABOUT = Description(
@@ -495,8 +504,9 @@ def opened(tmp_path) -> Iterator[Callable[..., Run]]:
 
         def start(savedir: str = "run", **options: object) -> Run:
             stack.pop_all().close()
-            defaults = {"resume": False, "compile": False, "encoder_epochs": 0, "val_every": 1}
+            defaults = {"resume": False, "compile": False, "graphs": True, "encoder_epochs": 0}
             defaults |= {"checkpoint_minutes": 10.0, "steps_loss": 0, "epochs_save": 0}
+            defaults |= {"val_every": 1}
             args = argparse.Namespace(**defaults | options, savedir=str(tmp_path / savedir))
             run = stack.enter_context(open_run(args))
             run.begin()
@@ -699,6 +709,23 @@ def test_a_compiled_model_ends_with_the_same_weights(opened, monkeypatch):
     fit(stage, opened("compiled", compile=True))
     assert compiled == [(stage.model, {"dynamic": False})]
     assert same_weights(stage.model.state_dict(), plain.model.state_dict())
+
+
+def test_one_gpu_trains_in_graphs(monkeypatch):
+    """A CPU, several processes and a compiled model do not."""
+    stage = SimpleNamespace(device=torch.device("cuda"), model=nn.Linear(3, 2))
+    stage.loader = SimpleNamespace(batch_size=4)
+    forward = forward_of(stage, compiled=False, graphs=True)
+    assert isinstance(forward, Graphed)
+    assert forward.model is stage.model and forward.batch_size == 4
+    assert forward_of(stage, compiled=False, graphs=False) is stage.model
+    assert not isinstance(forward_of(stage, compiled=True, graphs=True), Graphed)
+    stage.device = CPU
+    assert forward_of(stage, compiled=False, graphs=True) is stage.model
+    stage.device = torch.device("cuda")
+    pretend_processes(monkeypatch, 2)
+    monkeypatch.setattr(distributed, "parallel", lambda model, device: model)
+    assert forward_of(stage, compiled=False, graphs=True) is stage.model
 
 
 def test_loaders_are_freed_with_their_stage(opened):

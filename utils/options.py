@@ -119,6 +119,8 @@ MACHINE = (
            argparse_options={"choices": ("auto", "off", "bf16", "fp16")}),
     Option("--compile", "flag", False, "train through torch.compile, which takes minutes to start "
            "and speeds up training on a GPU", may_change=True),
+    Option("--graphs", "switch", True, "record the passes of a step on a GPU once, as CUDA graphs, "
+           "and repeat them; not with --compile or several processes", may_change=True),
     Option("--seed", seed_int, 0, "seed of everything random"),
     Option("--sync-bn", "flag", False, "synchronise batch norm across processes; GPUs only"),
     Option("--skip-broken", "flag", False, "leave out images and labels that cannot be read, and "
