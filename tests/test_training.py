@@ -345,6 +345,22 @@ def test_the_training_loss_is_the_mean_over_images():
     assert train_epoch(stage).epoch_scores["train_loss"] == pytest.approx(2.0)
 
 
+def test_kernels_are_not_searched_for_a_smaller_last_batch(monkeypatch):
+    """A search takes seconds, for each pass."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    searched = []
+
+    def note(*_: object) -> None:
+        searched.append(torch.backends.cudnn.benchmark)
+
+    stage = stage_of(model=nn.Linear(3, 2), batch_size=10)  # of 24 points
+    stage.model.register_forward_hook(note)
+    stage.model.weight.register_hook(note)
+    train_epoch(stage)
+    assert searched == [True] * 4 + [False] * 2
+    assert torch.backends.cudnn.benchmark
+
+
 def test_every_epoch_of_all_stages_has_its_own_order():
     """An epoch that is resumed leaves out the images that were seen."""
 

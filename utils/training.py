@@ -21,6 +21,7 @@ from utils.metrics import ConfusionMatrix, TopKAccuracy
 from utils.optim import Average, load_optimizer
 from utils.progress import Progress, Waiting, describe
 from utils.run_folder import Run
+from utils.speed import kernel_search
 
 Meter = ConfusionMatrix | TopKAccuracy  # of the predictions in training
 Forward = Callable[[Tensor], Any]  # images to logits, or to a tuple that begins with them
@@ -343,12 +344,13 @@ def train_step(state: TrainState, forward: Forward, batch: Batch) -> Tensor:
     images, labels = stage.prepare(batch)
     device = images.device
     mixed = stage.amp_dtype is not None
-    # Without its cache, which CUDA graphs cannot record; no weight is used twice in a pass.
-    with torch.autocast(device.type, stage.amp_dtype, mixed, cache_enabled=False):
-        outputs = forward(images)
-    loss = stage.loss(outputs, labels)
-    stage.optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    with kernel_search(len(images) == stage.loader.batch_size):  # not for a smaller last batch
+        # Without its cache, which CUDA graphs cannot record; no weight is used twice in a pass.
+        with torch.autocast(device.type, stage.amp_dtype, mixed, cache_enabled=False):
+            outputs = forward(images)
+        loss = stage.loss(outputs, labels)
+        stage.optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
     scale = scaler.scale(torch.ones((), device=device))  # unlike get_scale(), this does not wait
     scaler.step(stage.optimizer)
     scaler.update()
