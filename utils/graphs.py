@@ -36,9 +36,9 @@ class Graphed:
         """Return the outputs of the model for images, N x 3 x H x W, on its device."""
         if self.shape is None and len(images) == self.batch_size:
             with unchanged(self.model, images.device):
-                # In a module of its own, as recording replaces the `forward` of what it is given.
-                graphed = self.record(nn.Sequential(self.model), (images.clone(),))
-            # Taken out of that module, with which it is a cycle, whose memory stays when it ends.
+                graphed = self.record(self.model, (images.clone(),))
+            # Recording replaces the model's `forward`. Taken out again: other calls need the first
+            # one, and a cycle of the two would keep the memory of the graphs when training ends.
             self.shape, self.replay = images.shape, vars(graphed).pop("forward")
         return (self.replay if images.shape == self.shape else self.model)(images)
 
