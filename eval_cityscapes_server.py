@@ -70,7 +70,8 @@ def parse_args() -> Namespace:
         "on the CPU; default %(default)s")
     add("--precision", choices=PRECISIONS, default="float32",
         help="of the computation; default %(default)s")
-    add("--batch-size", type=positive_int, help="images scored at once; default 1, on a GPU 8")
+    add("--batch-size", type=positive_int,
+        help="images scored at once; default 1, with --runtime torch on a GPU 8")
     add("--workers", "--num-workers", type=natural_int,
         help="processes that load images, and threads that write results; default 0 on a CPU, "
         "where the network needs all cores, on a GPU one per core up to 8")
@@ -140,6 +141,8 @@ def on_runtime(network: LEDNet, runtime: str, dtype: torch.dtype) -> nn.Module:
             export_onnx(network, None, Path(folder, "network.onnx"))
             return OnnxNetwork(Path(folder, "network.onnx"))
     if runtime == "compiled":
+        # By default, sizes beyond the eighth are not compiled.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
         return deploy(network, dtype=dtype)
     network = network.to(memory_format=torch.channels_last)
     return network if dtype == torch.float32 else speed.InPrecision(network, dtype)
@@ -157,14 +160,17 @@ def score(
     on_gpu = device.type == "cuda"
     if workers is None:
         workers = min(8, os.cpu_count() or 1) if on_gpu else 0
-    batch_size = args.batch_size or (8 if on_gpu else 1)
+    compiled = args.runtime == "compiled"
+    # What is compiled has the batch that is timed: another one would be compiled anew.
+    batch_size = args.batch_size or (8 if on_gpu and not compiled else 1)
     normalize = about.normalizer(device)
     indices = range(distributed.rank(), len(dataset), distributed.processes())
     share, names = distributed.share(dataset), map(dataset.result_name, indices)
     print(f"scoring {len(dataset)} images of {args.subset}", flush=True)
     # Before the clock starts, since torch.compile starts anew for the size of the last batch, and
     # records its CUDA graph in the third pass.
-    for count in sorted(3 * list({min(batch_size, len(share)), len(share) % batch_size} - {0})):
+    counts = {min(batch_size, len(share)), len(share) % batch_size if compiled else 0} - {0}
+    for count in sorted(3 * list(counts)):
         images = torch.zeros(count, 3, *size, dtype=torch.uint8)
         with memory_errors(images):
             model(normalize(images))

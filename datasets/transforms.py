@@ -6,6 +6,8 @@ Images are augmented on the device of the training, each from its own seed: the 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,12 +44,15 @@ def normalizer(
     return normalize
 
 
+Recipe = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[torch.Generator]], TensorPair]
+
+
 @dataclass
 class Augment:
     """Augment a batch and normalise its images, on the device."""
 
-    recipe: Callable[[Tensor, Tensor, torch.Generator], TensorPair]  # augments image and label
-    normalize: Callable[[Tensor], Tensor]  # turns uint8 images into the input of the network
+    recipe: Recipe  # turns images and labels, given a generator for each, into one tensor of each
+    normalize: Callable[[Tensor], Tensor]  # turns images, 0 to 255, into the input of the network
     device: torch.device
     jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
     label_stride: int = 1  # by which labels are made smaller; 8 for the encoder's resolution
@@ -55,18 +60,14 @@ class Augment:
     def __call__(self, batch: Batch) -> TensorPair:
         """Return images, N x 3 x h x w, float32, and labels, N x h x w, int64, where h and w of the
         labels are divided by label_stride and rounded up."""
-        pairs, factors = [], []
-        for image, label, seed in zip(batch.images, batch.labels, batch.seeds, strict=True):
-            random = torch.Generator().manual_seed(seed)
-            image = image.to(self.device, non_blocking=True)
-            label = label.to(self.device, non_blocking=True)
-            pairs.append(self.recipe(image, label, random))
-            factors.append(uniform(1 - self.jitter, 1 + self.jitter, random, 3))
-        # Stacked in channels_last format, as images come and convolutions want them.
-        images = torch.stack([image.permute(1, 2, 0) for image, _ in pairs]).permute(0, 3, 1, 2)
+        randoms = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+        images = [image.to(self.device, non_blocking=True) for image in batch.images]
+        labels = [label.to(self.device, non_blocking=True) for label in batch.labels]
+        images, labels = self.recipe(images, labels, randoms)
         if self.jitter:
-            images = jittered(images, torch.tensor(factors))
-        labels = torch.stack([label for _, label in pairs])
+            limits = 1 - self.jitter, 1 + self.jitter
+            factors = torch.tensor([uniform(*limits, random, 3) for random in randoms])
+            images = jittered(images, factors)
         if self.label_stride > 1:
             smaller = [-(-length // self.label_stride) for length in labels.shape[-2:]]
             labels = resize_label(labels, smaller)
@@ -78,12 +79,29 @@ class Paper:
 
     max_shift = 2
 
-    def __call__(self, image: Tensor, label: Tensor, random: torch.Generator) -> TensorPair:
+    def __call__(
+        self, images: Sequence[Tensor], labels: Sequence[Tensor], randoms: Sequence[torch.Generator]
+    ) -> TensorPair:
+        moved = map(self.move, images, labels, randoms)
+        images, labels = zip(*moved, strict=True)
+        return stacked(images), torch.stack(labels)
+
+    def move(self, image: Tensor, label: Tensor, random: torch.Generator) -> TensorPair:
         if uniform(0, 1, random)[0] < 0.5:
             image, label = image.flip(-1), label.flip(-1)
         limits = -self.max_shift, self.max_shift + 1
         down, right = torch.randint(*limits, (2,), generator=random).tolist()
         return shifted(image, down, right, 0), shifted(label, down, right, IGNORE_INDEX)
+
+
+class Window(NamedTuple):
+    """The part of an image that becomes a crop; it may reach beyond the image."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flipped: bool
 
 
 @dataclass
@@ -93,23 +111,74 @@ class Strong:
     size: Size
     scale: tuple[float, float] = (0.5, 2.0)
 
-    def __call__(self, image: Tensor, label: Tensor, random: torch.Generator) -> TensorPair:
+    def __call__(
+        self, images: Sequence[Tensor], labels: Sequence[Tensor], randoms: Sequence[torch.Generator]
+    ) -> TensorPair:
+        windows = [self.draw(*pair) for pair in zip(labels, randoms, strict=True)]
+        together = zip(images, labels, windows, strict=True)
+        # Images of one size in a row are cropped together.
+        parts = [
+            cropped(*zip(*same_size, strict=True), self.size)
+            for _, same_size in groupby(together, lambda item: item[1].shape)
+        ]
+        images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+        return images, labels
+
+    def draw(self, label: Tensor, random: torch.Generator) -> Window:
         low, high = (math.log(factor) for factor in self.scale)
         factor = math.exp(uniform(low, high, random)[0])
-        # Cropped first, then resized: far fewer pixels than the other way around.
-        crop = [max(1, round(length / factor)) for length in self.size]
+        window = [max(1, round(length / factor)) for length in self.size]
         shares = uniform(0, 1, random, 2)
-        top, left = (
+        corner = (
             round((length - part) * share)
-            for length, part, share in zip(label.shape, crop, shares, strict=True)
+            for length, part, share in zip(label.shape, window, shares, strict=True)
         )
-        image = F.crop_image(image, top, left, *crop)
-        # crop_image fills with 0, which is a class: uint8 arithmetic makes IGNORE_INDEX the 0.
-        label = F.crop_image(label[None] - IGNORE_INDEX, top, left, *crop)[0] + IGNORE_INDEX
-        if uniform(0, 1, random)[0] < 0.5:
-            image, label = image.flip(-1), label.flip(-1)
-        image = F.resize_image(image, list(self.size), antialias=True)
-        return image, resize_label(label, self.size)
+        return Window(*corner, *window, uniform(0, 1, random)[0] < 0.5)
+
+
+def cropped(
+    images: Sequence[Tensor], labels: Sequence[Tensor], windows: Sequence[Window], size: Size
+) -> TensorPair:
+    """Cut windows out of images and labels of one size, and resize them.
+
+    Args:
+        images, labels: each 3 x H x W and H x W, uint8.
+        windows: one for each image.
+        size: height h and width w of the results.
+
+    Returns:
+        Images, N x 3 x h x w, float32, bilinear, black beyond their borders; and labels, N x h x w,
+        uint8, of the nearest pixel, IGNORE_INDEX beyond.
+    """
+    planes = torch.nn.functional.pad(torch.stack(labels), (0, 1, 0, 1), value=IGNORE_INDEX)
+    height, width = labels[0].shape
+    top, left, tall, wide, flipped = torch.tensor(windows)[:, :, None].unbind(1)
+    # Where the centre of each pixel comes from, times twice the size: whole numbers, so that labels
+    # are the same on any device.
+    rows = 2 * size[0] * top + (2 * torch.arange(size[0]) + 1) * tall
+    steps = 2 * torch.arange(size[1]) + 1
+    columns = 2 * size[1] * left + torch.where(flipped > 0, steps.flip(0), steps) * wide
+
+    def sent(numbers: Tensor) -> Tensor:
+        return numbers.to(planes.device, non_blocking=True)
+
+    def nearest(places: Tensor, length: int, old: int) -> Tensor:
+        pixels = places.div(2 * length, rounding_mode="floor")
+        return sent(pixels.masked_fill((pixels < 0) | (pixels >= old), old))  # the padding
+
+    number = torch.arange(len(windows), device=planes.device)[:, None, None]
+    row, column = nearest(rows, size[0], height), nearest(columns, size[1], width)
+    labels = planes[number, row[:, :, None], column[:, None]]
+    # grid_sample counts from -1 to 1, the borders of the image.
+    x, y = sent(columns / (size[1] * width) - 1), sent(rows / (size[0] * height) - 1)
+    grid = torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), -1)
+    images = torch.nn.functional.grid_sample(stacked(images).float(), grid, align_corners=False)
+    return images, labels
+
+
+def stacked(images: Sequence[Tensor]) -> Tensor:
+    """Stack images in channels_last format, as they come and as convolutions want them."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def shifted(planes: Tensor, down: int, right: int, fill: int) -> Tensor:
@@ -122,7 +191,7 @@ def shifted(planes: Tensor, down: int, right: int, fill: int) -> Tensor:
 
 
 def jittered(images: Tensor, factors: Tensor) -> Tensor:
-    """Change the brightness, contrast and saturation of images, N x 3 x H x W, uint8.
+    """Change the brightness, contrast and saturation of images, N x 3 x H x W, 0 to 255.
 
     Args:
         factors: N x 3, one of each for every image; 1 changes nothing.

@@ -25,7 +25,9 @@ from PIL import Image
 
 # On the CPU, where results are exact, and with one thread: a second one rounds differently, and is
 # of no use on such small images. Programs that a test starts inherit this.
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+os.environ["OMP_NUM_THREADS"] = "1"
+if "TEST_CUDA" not in os.environ:  # tests/test_cuda.py
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # On one core, torch adds this line to those that tests count.
 os.environ["PYTHONWARNINGS"] = "ignore:This DataLoader will create:UserWarning"
 

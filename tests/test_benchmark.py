@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tools import benchmark
-from tools.benchmark import EAGER, REFERENCE, Case, build_runner, measure
+from tools.benchmark import EAGER, REFERENCE, Case, build_runner, measure, milliseconds
 
 CPU = torch.device("cpu")
 FORMS = ("eager", "eager half", "deployed", "deployed half")
@@ -20,6 +20,10 @@ def test_every_form_gets_a_row():
     for _, median, p5, p95, fps, _, full in found:
         assert float(p5) <= float(median) <= float(p95)
         assert float(fps) == pytest.approx(2000 / float(median), rel=0.1) and float(full) > 0
+
+
+def test_short_times_have_two_decimals():
+    assert [milliseconds(s) for s in (0.00104, 0.0094, 0.0104)] == ["1.04", "9.40", "10.4"]
 
 
 def test_the_reference_is_compared_with_itself():

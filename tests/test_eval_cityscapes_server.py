@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -8,6 +9,7 @@ from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as offic
 from conftest import SHIPPED, full_disk, run_script
 from PIL import Image
 
+import eval_cityscapes_server
 from datasets.cityscapes import Cityscapes
 from models.lednet import LEDNet
 from utils import speed
@@ -138,6 +140,39 @@ def test_runtimes_score_the_same(
     assert np.mean([(maps[name] == labels).mean() for name, labels in expected.items()]) > agreement
 
 
+def eager_compiler(compiled: list, monkeypatch) -> Callable:
+    """Let torch.compile trace alone, and note each compilation."""
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> Callable:
+        compiled.append(graph)
+        return graph.forward
+
+    compile_with = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **_: compile_with(model, backend=backend, dynamic=False)
+    )
+    return torch.compile
+
+
+def test_what_is_scored_and_timed_is_compiled_once(evaluate, camvid, monkeypatch):
+    compiled = []
+    eager_compiler(compiled, monkeypatch)
+    evaluate("--height", 72, "--runtime", "compiled", checkpoint=SHIPPED, datadir=camvid)
+    assert len(compiled) == 1
+
+
+def test_every_size_of_image_is_compiled(monkeypatch):
+    """Not only eight."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    compiled = []
+    compile_eagerly = eager_compiler(compiled, monkeypatch)
+    monkeypatch.setattr(eval_cityscapes_server, "deploy", lambda model, **_: compile_eagerly(model))
+    model = eval_cityscapes_server.on_runtime(torch.nn.Conv2d(3, 2, 1), "compiled", torch.float32)
+    for width in range(64, 84):
+        model(torch.zeros(1, 3, 64, width))
+    assert len(compiled) == 20
+
+
 def test_subset_test_writes_pngs_but_has_no_scores(evaluate, cityscapes, tmp_path):
     printed, figures, _ = evaluate("--subset", "test")
     assert "test has no labels" in printed and "mIoU" not in printed
@@ -250,8 +285,8 @@ def test_batches_have_the_size_asked_for(evaluate, monkeypatch):
         LEDNet, "forward", lambda self, images: shapes.append(images.shape) or forward(self, images)
     )
     evaluate("--batch-size", 2, "--height", 80)
-    counts = [1, 1, 1, 2, 2, 2, 2, 1]  # of warming up, and of the 3 images
-    assert shapes[:8] == [(count, 3, 80, 160) for count in counts]
+    counts = [2, 2, 2, 2, 1]  # of warming up, and of the 3 images
+    assert shapes[:5] == [(count, 3, 80, 160) for count in counts]
 
 
 def test_workers_change_nothing(evaluate):

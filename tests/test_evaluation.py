@@ -124,6 +124,27 @@ def test_neighbours_of_one_size_run_together(model):
         assert (logits.argmax(1)[0] == prediction).float().mean() > 0.99
 
 
+class Searching(nn.Conv2d):
+    """Notes for which batches cuDNN may search for kernels."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.searched.append((len(images), images.shape[-1], torch.backends.cudnn.benchmark))
+        return super().forward(images)
+
+
+def test_kernels_are_searched_for_sizes_that_come_again(monkeypatch):
+    """Not for a smaller last batch, nor for the only image of its size."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    model = Searching(3, 4, 1)
+    model.searched = []
+    images = [torch.rand(3, 16, width) for width in (24, 24, 24, 24, 32, 24, 24, 24)]
+    labels = [torch.zeros(16, image.shape[-1], dtype=torch.int64) for image in images]
+    evaluate(model, batches_of(images, labels, 2), identity, 4, "t", len(images))
+    expected = [(2, 24, False), (2, 24, True), (1, 32, False), (1, 24, False), (2, 24, True)]
+    assert model.searched == expected
+    assert torch.backends.cudnn.benchmark
+
+
 def test_half_precision_scores(model):
     images, labels = pixels(4, (16, 24))
     more = (identity, 4, "", 4, torch.ones(4))

@@ -40,6 +40,13 @@ def test_updates_add_up():
     assert together.counts.sum() == labels.numel()
 
 
+def test_counting_does_not_wait_for_a_gpu():
+    """Reading a value would wait, and fails for tensors on the device "meta"."""
+    labels = torch.zeros(2, 4, 4, dtype=torch.int64, device="meta")
+    ConfusionMatrix(3, "meta").update_from_logits(torch.rand(2, 3, 4, 4, device="meta"), labels)
+    TopKAccuracy(device="meta").update_from_logits(torch.rand(2, 3, device="meta"), labels[:, 0, 0])
+
+
 def test_agrees_with_the_official_evaluation(tmp_path, monkeypatch):
     """Class and category IoU of the same PNGs, with ignored labels and absent classes."""
     rng = np.random.default_rng(0)

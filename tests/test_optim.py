@@ -127,6 +127,24 @@ def test_the_average_equals_that_of_torch_without_waiting_for_a_gpu(monkeypatch)
     assert ours.n_averaged == 3
 
 
+def test_the_average_goes_on_after_weights_are_loaded():
+    """Into the model and the average, as when a run is resumed."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    average = average_of(model, 100)
+    for value in (0.0, 1.0):
+        for loaded in (model, average.module):
+            loaded.load_state_dict(
+                {n: torch.full_like(w, value) for n, w in model.state_dict().items()}
+            )
+        average.n_averaged.fill_(5)
+        for weight in model.state_dict().values():
+            weight.add_(1)
+        average.update_parameters(model)
+        for name, weight in average.module.state_dict().items():
+            if weight.is_floating_point():
+                assert torch.allclose(weight, torch.tensor(value + 0.1)), name
+
+
 @pytest.mark.parametrize("before", [None, True])
 @pytest.mark.parametrize("now", [None, True])
 def test_whether_kernels_are_fused_depends_on_this_machine_alone(before, now):

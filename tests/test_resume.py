@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from compare import differences, shown
-from conftest import ROOT, Forked, after_step, run_script, send
+from conftest import ROOT, Forked, after_step, read_log, run_script, send
 
 import utils.run_folder
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -34,6 +34,7 @@ RECIPES = {
     ),
     "published classifier": (CLASSIFIER, *SMALL, "--recipe", "paper"),
     "modern classifier": (CLASSIFIER, *SMALL, "--recipe", "modern"),
+    "few validations": (CLASSIFIER, *SMALL, "--epochs", 4, "--val-every", 3),
 }
 
 
@@ -204,6 +205,16 @@ def test_killed_at_the_end_of_an_epoch(killed, resumed, recipe, stage, epoch, wr
     out = resumed(recipe, folder)
     done = epoch if written else epoch - 1
     assert ("resuming after epoch" if done else "no checkpoint was saved: starting again") in out
+
+
+@pytest.mark.parametrize(("written", "done"), [(False, 1), (True, 3)])
+def test_killed_epochs_after_a_checkpoint(killed, resumed, written, done):
+    """The log and TensorBoard have these epochs already, and have each one once in the end."""
+    folder = killed("few validations", "last.pth", (0, 3, 0), written)
+    assert len(read_log(folder)) == len(shown(folder)["loss/train"]) == 3
+    assert f"resuming after epoch {done}\n" in resumed("few validations", folder)
+    assert [row["epoch"] for row in read_log(folder)] == ["1", "2", "3", "4"]
+    assert [len(values) for values in shown(folder)["loss/train"].values()] == [1] * 4
 
 
 def test_killed_between_the_stages(killed, resumed):

@@ -4,7 +4,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +20,25 @@ from torch.utils.data import DataLoader
 
 from datasets.loading import Batch, ShuffledSeeds, batch_loader
 from datasets.segmentation import Classes
+from models.lednet import AuxiliaryHead, LEDNet
 from utils import distributed
 from utils.checkpoint import CheckpointError, Description, load_checkpoint, on_cpu, save_checkpoint
 from utils.evaluation import OutOfMemory
+from utils.graphs import Graphed
 from utils.interrupts import Diverged, Guard, StopSignals
-from utils.metrics import TopKAccuracy
+from utils.losses import ohem_cross_entropy, with_auxiliary
+from utils.metrics import ConfusionMatrix, TopKAccuracy
 from utils.optim import PretrainingSchedule, average_of, build_optimizer, one_cycle, poly
 from utils.run_folder import Run, open_run
-from utils.training import Stage, TrainState, Validation, fit, train_one_epoch, train_step
+from utils.training import (
+    Stage,
+    TrainState,
+    Validation,
+    fit,
+    forward_of,
+    train_one_epoch,
+    train_step,
+)
 
 CPU, PATH = torch.device("cpu"), Path("last.pth")
 ABOUT = Description(
@@ -334,6 +345,22 @@ def test_the_training_loss_is_the_mean_over_images():
     assert train_epoch(stage).epoch_scores["train_loss"] == pytest.approx(2.0)
 
 
+def test_kernels_are_not_searched_for_a_smaller_last_batch(monkeypatch):
+    """A search takes seconds, for each pass."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    searched = []
+
+    def note(*_: object) -> None:
+        searched.append(torch.backends.cudnn.benchmark)
+
+    stage = stage_of(model=nn.Linear(3, 2), batch_size=10)  # of 24 points
+    stage.model.register_forward_hook(note)
+    stage.model.weight.register_hook(note)
+    train_epoch(stage)
+    assert searched == [True] * 4 + [False] * 2
+    assert torch.backends.cudnn.benchmark
+
+
 def test_every_epoch_of_all_stages_has_its_own_order():
     """An epoch that is resumed leaves out the images that were seen."""
 
@@ -385,6 +412,24 @@ def test_the_average_changes_nothing_of_the_training():
         train_epoch(stage)
     assert same_weights(plain.model.state_dict(), averaged.model.state_dict())
     assert not same_weights(averaged.scored.state_dict(), averaged.model.state_dict())
+
+
+def test_a_step_does_not_wait_for_a_gpu(monkeypatch):
+    """Reading a value would wait, and fails for tensors on the device "meta"."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which "meta" has not
+    model = AuxiliaryHead(LEDNet(num_classes=5, apn_channels=4), 5).to("meta")
+    loss = with_auxiliary(partial(ohem_cross_entropy, weight=torch.ones(5, device="meta")), 0.4)
+    stage = stage_of(
+        "adamw, one cycle", average=True, model=model, loss=loss,
+        prepare=lambda batch: (torch.rand(2, 3, 64, 64, device="meta"), batch.labels),
+        meter=partial(ConfusionMatrix, 5, "meta"),
+    )  # fmt: skip
+    state = TrainState(stage)
+    state.begin_epoch()
+    for _ in range(2):
+        labels = torch.zeros(2, 64, 64, dtype=torch.int64, device="meta")
+        train_step(state, model, Batch([], labels, [], [], []))
+    assert state.step == 2 and stage.average.n_averaged == 2
 
 
 def test_the_loss_gets_all_outputs_and_the_meter_the_first():
@@ -475,8 +520,9 @@ def opened(tmp_path) -> Iterator[Callable[..., Run]]:
 
         def start(savedir: str = "run", **options: object) -> Run:
             stack.pop_all().close()
-            defaults = {"resume": False, "compile": False, "encoder_epochs": 0, "val_every": 1}
+            defaults = {"resume": False, "compile": False, "graphs": True, "encoder_epochs": 0}
             defaults |= {"checkpoint_minutes": 10.0, "steps_loss": 0, "epochs_save": 0}
+            defaults |= {"val_every": 1}
             args = argparse.Namespace(**defaults | options, savedir=str(tmp_path / savedir))
             run = stack.enter_context(open_run(args))
             run.begin()
@@ -546,6 +592,16 @@ def test_validations_can_be_skipped_but_for_the_last(opened, tmp_path, capsys):
     rows = read_log(tmp_path / "run")
     assert [row["val_score"] for row in rows] == ["nan", "0.4", "0.3"]
     assert set(shown(tmp_path / "run")["score/val"]) == {2, 3}
+
+
+def test_checkpoints_follow_validations_and_the_first_epoch(opened, tmp_path, monkeypatch):
+    """And nothing else while it is not time."""
+    run, saved = opened(val_every=3), []
+    save = run.save
+    monkeypatch.setattr(run, "save", lambda state: saved.append(state["epoch"]) or save(state))
+    fit(stage_of(epochs=5, validate=scoring(0.4, 0.3)), run)
+    assert saved == [1, 3, 5]
+    assert load_checkpoint(tmp_path / "run/last.pth")["epoch"] == 5
 
 
 def test_the_log_has_a_row_for_each_epoch(opened, tmp_path, capsys):
@@ -669,6 +725,23 @@ def test_a_compiled_model_ends_with_the_same_weights(opened, monkeypatch):
     fit(stage, opened("compiled", compile=True))
     assert compiled == [(stage.model, {"dynamic": False})]
     assert same_weights(stage.model.state_dict(), plain.model.state_dict())
+
+
+def test_one_gpu_trains_in_graphs(monkeypatch):
+    """A CPU, several processes and a compiled model do not."""
+    stage = SimpleNamespace(device=torch.device("cuda"), model=nn.Linear(3, 2))
+    stage.loader = SimpleNamespace(batch_size=4)
+    forward = forward_of(stage, compiled=False, graphs=True)
+    assert isinstance(forward, Graphed)
+    assert forward.model is stage.model and forward.batch_size == 4
+    assert forward_of(stage, compiled=False, graphs=False) is stage.model
+    assert not isinstance(forward_of(stage, compiled=True, graphs=True), Graphed)
+    stage.device = CPU
+    assert forward_of(stage, compiled=False, graphs=True) is stage.model
+    stage.device = torch.device("cuda")
+    pretend_processes(monkeypatch, 2)
+    monkeypatch.setattr(distributed, "parallel", lambda model, device: model)
+    assert forward_of(stage, compiled=False, graphs=True) is stage.model
 
 
 def test_loaders_are_freed_with_their_stage(opened):

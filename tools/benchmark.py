@@ -162,9 +162,13 @@ def measure(name: str, case: Case, device: torch.device, seconds: float) -> Iter
         p5, median, p95 = np.percentile(times[name, form], [5, 50, 95])
         same_precision = reference["eager half" if "half" in form else "eager"] / median
         yield (
-            f"{form} | {1e3 * median:.1f} ({1e3 * p5:.1f} to {1e3 * p95:.1f}) | "
+            f"{form} | {milliseconds(median)} ({milliseconds(p5)} to {milliseconds(p95)}) | "
             f"{case.batch / median:.1f} | {same_precision:.2f} | {reference['eager'] / median:.2f}"
         )
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.{1 if seconds >= 0.01 else 2}f}"
 
 
 def take_turns(runners: dict[Key, Runner], images: Tensor, seconds: float) -> dict[Key, list]:

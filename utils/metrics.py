@@ -21,7 +21,9 @@ class ConfusionMatrix:
         # Ignored pixels go to an extra row that is cut off, which is cheaper than selection.
         rows = labels.flatten().masked_fill(labels.flatten() == IGNORE_INDEX, self.num_classes)
         cells = rows * self.num_classes + predictions.flatten()
-        counts = torch.bincount(cells, minlength=(self.num_classes + 1) * self.num_classes)
+        counts = self.counts.new_zeros((self.num_classes + 1) * self.num_classes)
+        # Not by bincount, which waits for a GPU.
+        counts.scatter_add_(0, cells, counts.new_ones(()).expand_as(cells))
         self.counts += counts.view(self.num_classes + 1, self.num_classes)[:-1]
 
     def update_from_logits(self, logits: Tensor, labels: Tensor) -> None:

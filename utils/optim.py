@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, PolynomialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -64,15 +64,22 @@ class Average(AveragedModel):
     Integer tensors keep their first values: they are batch counts, which nothing reads.
     """
 
+    lists: tuple[list[Tensor], list[Tensor]] | None = None  # of the average and of the model
+
     def update_parameters(self, model: nn.Module) -> None:
-        ours, theirs = self.module.state_dict(), model.state_dict()
+        """Average the weights of a model, the same one in every call."""
+        if self.lists is None:  # kept, as to collect them takes longer than to average them
+            self.lists = _floats(self.module), _floats(model)
         if self.n_averaged == 0:
-            self.module.load_state_dict(theirs)
+            self.module.load_state_dict(model.state_dict())
         else:
-            names = [name for name, weight in ours.items() if weight.is_floating_point()]
-            lists = ([weights[name] for name in names] for weights in (ours, theirs))
-            self.multi_avg_fn(*lists, self.n_averaged)
+            self.multi_avg_fn(*self.lists, self.n_averaged)
         self.n_averaged += 1
+
+
+def _floats(module: nn.Module) -> list[Tensor]:
+    tensors = (*module.parameters(), *module.buffers())
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
 def average_of(model: nn.Module, steps: int) -> Average:

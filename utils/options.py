@@ -119,6 +119,8 @@ MACHINE = (
            argparse_options={"choices": ("auto", "off", "bf16", "fp16")}),
     Option("--compile", "flag", False, "train through torch.compile, which takes minutes to start "
            "and speeds up training on a GPU", may_change=True),
+    Option("--graphs", "switch", True, "record the passes of a step on a GPU once, as CUDA graphs, "
+           "and repeat them; not with --compile or several processes", may_change=True),
     Option("--seed", seed_int, 0, "seed of everything random"),
     Option("--sync-bn", "flag", False, "synchronise batch norm across processes; GPUs only"),
     Option("--skip-broken", "flag", False, "leave out images and labels that cannot be read, and "
@@ -129,8 +131,8 @@ OUTPUT = (
     Option("--savedir", file_path, None, "name of a folder under save/, or a path; default: data "
            "set and time", may_change=True),
     Option("--resume", "flag", False, "continue the run in --savedir", may_change=True),
-    Option("--checkpoint-minutes", natural_float, 10.0, "minutes between checkpoints within an "
-           "epoch; one more follows each epoch", may_change=True),
+    Option("--checkpoint-minutes", natural_float, 10.0, "most minutes between checkpoints; more "
+           "follow each validation and the first epoch", may_change=True),
     Option("--steps-loss", natural_int, 50, "steps between lines of progress in a log; 0: none",
            may_change=True),
     Option("--epochs-save", natural_int, 0, "keep the weights of every Nth epoch; 0: only the last "

@@ -218,7 +218,8 @@ def load_run(folder: Path) -> dict[str, Any] | None:
     """Read last.pth, or previous.pth if that is damaged; return None if nothing was saved yet."""
     last, previous = folder / LAST, folder / PREVIOUS
     if not last.exists() and not previous.exists():
-        # A run killed in its first epoch has no checkpoint, and at most one row in its log.
+        # A run saves after its first epoch at the latest; killed before, it has at most one row in
+        # its log.
         if (folder / f"damaged-{LAST}").exists() or len(read_log(folder / LOG)) > 1:
             raise CheckpointError(
                 f"{last} and {previous} are missing, but the run had saved them: put one back, or "

@@ -2,7 +2,8 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,19 @@ def count_multiply_adds(model: nn.Module, size: tuple[int, int]) -> int:
     return counter.get_total_flops() // 2  # a multiply-add is two floating point operations
 
 
+@contextmanager
+def kernel_search(wanted: bool) -> Iterator[None]:
+    """Let cuDNN search for its fastest kernels for each size of input that it has not met, or not.
+
+    A search takes seconds, so it pays for sizes that come often.
+    """
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 @torch.inference_mode()
 def time_pass(model: Callable[[Tensor], Any], images: Tensor) -> float:
     """Return the seconds of one forward pass, until the device is done."""
@@ -63,6 +77,7 @@ def time_pass(model: Callable[[Tensor], Any], images: Tensor) -> float:
     return time.perf_counter() - started
 
 
+@torch.inference_mode()  # as in scoring: a compiler starts anew for tensors made outside of it
 def measure_latency(
     model: nn.Module, size: tuple[int, int], passes: int = 50, warmup: int = 5, seconds: float = 10
 ) -> Latency:

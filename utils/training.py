@@ -15,13 +15,16 @@ from datasets.loading import Batch
 from utils import distributed
 from utils.checkpoint import CheckpointError, Description, fill, on_cpu
 from utils.evaluation import memory_errors
+from utils.graphs import Graphed
 from utils.interrupts import Guard
 from utils.metrics import ConfusionMatrix, TopKAccuracy
 from utils.optim import Average, load_optimizer
 from utils.progress import Progress, Waiting, describe
 from utils.run_folder import Run
+from utils.speed import kernel_search
 
 Meter = ConfusionMatrix | TopKAccuracy  # of the predictions in training
+Forward = Callable[[Tensor], Any]  # images to logits, or to a tuple that begins with them
 
 
 class Validation(NamedTuple):
@@ -233,19 +236,28 @@ def fit(stage: Stage, run: Run) -> dict[str, Any]:
         print(f"resuming after {state.place()}")
     for difference in differences:
         print(f"note: {difference}")
-    # Apart from the model, since wrappers rename its weights. A smaller last batch is compiled on
-    # its own: one graph for all sizes would make every step slower.
-    forward = distributed.parallel(stage.model, stage.device)
-    forward = torch.compile(forward, dynamic=False) if run.args.compile else forward
+    forward = forward_of(stage, run.args.compile, run.args.graphs)
     while state.epoch < stage.epochs:
         train_and_validate(state, run, guard, forward)
-        # Last of all: a run that is killed before this writes the epoch's results again.
-        guard.save()
     return state.best
 
 
-def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Module) -> None:
-    """Train an epoch, validate if it is due, and record both."""
+def forward_of(stage: Stage, compiled: bool, graphs: bool) -> Forward:
+    """Return what to call in training: the model, compiled, in graphs on a GPU, or in parallel.
+
+    This is apart from the model, since wrappers rename its weights.
+    """
+    forward = distributed.parallel(stage.model, stage.device)
+    if compiled:
+        # A smaller last batch is compiled on its own: one graph for all sizes would be slower.
+        return torch.compile(forward, dynamic=False)
+    if graphs and stage.device.type == "cuda" and distributed.processes() == 1:
+        return Graphed(stage.model, stage.loader.batch_size)
+    return forward
+
+
+def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: Forward) -> None:
+    """Train an epoch, validate if it is due, record both, and save what was validated."""
     stage, args = state.stage, run.args
     epoch, started = state.epoch + 1, time.perf_counter()
     title = f"epoch {epoch}/{stage.epochs}"
@@ -281,15 +293,20 @@ def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: nn.Mo
 
     distributed.first(record)
     print(f"{title}: {describe(row)}", flush=True)
+    # Not after each epoch, as a save may take longer than a short epoch: the guard's clock bounds
+    # what can be lost. But after the first, so that a log of more than one row has a checkpoint.
+    if found or epoch == 1:
+        # Last of all: a run that is killed before this writes the epoch's results again.
+        guard.save()
 
 
 def train_one_epoch(
-    state: TrainState, guard: Guard, forward: nn.Module, title: str, steps_loss: int
+    state: TrainState, guard: Guard, forward: Forward, title: str, steps_loss: int
 ) -> dict[str, float]:
     """Train on every batch once, from the step that `state` has reached.
 
     Args:
-        forward: the model itself, compiled, or in parallel.
+        forward: the model, as `forward_of` returns it.
         steps_loss: steps between lines of progress in a log; 0 for none.
 
     Returns:
@@ -321,16 +338,19 @@ def train_one_epoch(
     return {"images_per_second": progress.images_per_second, "data_wait": waiting.share()}
 
 
-def train_step(state: TrainState, forward: nn.Module, batch: Batch) -> Tensor:
+def train_step(state: TrainState, forward: Forward, batch: Batch) -> Tensor:
     """Take one step of the optimizer, the schedule and the average; return the loss."""
     stage, totals, scaler = state.stage, state.totals, state.stage.scaler
     images, labels = stage.prepare(batch)
     device = images.device
-    with torch.autocast(device.type, stage.amp_dtype, enabled=stage.amp_dtype is not None):
-        outputs = forward(images)
-    loss = stage.loss(outputs, labels)
-    stage.optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    mixed = stage.amp_dtype is not None
+    with kernel_search(len(images) == stage.loader.batch_size):  # not for a smaller last batch
+        # Without its cache, which CUDA graphs cannot record; no weight is used twice in a pass.
+        with torch.autocast(device.type, stage.amp_dtype, mixed, cache_enabled=False):
+            outputs = forward(images)
+        loss = stage.loss(outputs, labels)
+        stage.optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
     scale = scaler.scale(torch.ones((), device=device))  # unlike get_scale(), this does not wait
     scaler.step(stage.optimizer)
     scaler.update()
