@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tools import benchmark
-from tools.benchmark import EAGER, REFERENCE, Case, build_runner, measure
+from tools.benchmark import EAGER, OPENVINO, REFERENCE, Case, build_runner, measure
 
 CPU = torch.device("cpu")
 FORMS = ("eager", "eager half", "deployed", "deployed half")
@@ -50,7 +50,7 @@ def test_all_forms_return_the_same():
 
 @pytest.mark.slow
 def test_the_tool_prints_tables(monkeypatch, capsys):
-    case = Case((64, 128), 1, (*EAGER, "compiled", "onnx", "deployed"))
+    case = Case((64, 128), 1, (*EAGER, "compiled", "onnx", *OPENVINO, "deployed"))
     monkeypatch.setitem(benchmark.CASES, "cpu", [case])
     argv = ["benchmark.py", "--seconds", "0.1", "--networks", "LEDNet D = 20"]
     monkeypatch.setattr("sys.argv", argv)

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,8 @@ from models.deployed import compiled_for, deploy
 from models.lednet import LEDNet
 from utils.arguments import ArgumentParser, positive_float
 from utils.errors import one_line
-from utils.onnx import MissingExtra, OnnxNetwork, export_onnx
+from utils.onnx import MissingExtra, OnnxNetwork, export_onnx, quantize
+from utils.openvino import OpenVinoNetwork
 from utils.script import device_name, pick_device, run_script
 from utils.speed import InPrecision, count_multiply_adds, count_parameters, time_pass
 
@@ -49,7 +51,8 @@ Runner = Callable[[Tensor], Any]
 class Case(NamedTuple):
     """Input of the networks in one table, and the forms that are measured.
 
-    A form is eager, compiled, onnx, deployed or deployed compiled, and may end in half.
+    A form is eager, compiled, onnx, openvino, deployed or deployed compiled, and may end in half;
+    openvino may also end in int8.
     """
 
     size: Size
@@ -60,6 +63,7 @@ class Case(NamedTuple):
 EAGER = ("eager", "eager half")
 COMPILED = ("compiled", "compiled half")
 DEPLOYED = ("deployed", "deployed half", "deployed compiled", "deployed compiled half")
+OPENVINO = ("openvino", "openvino half", "openvino int8")
 # Each compiled form takes half a minute before its first pass.
 FEW_ON_GPU = (*EAGER, "compiled half", "deployed compiled half")
 FEW_ON_CPU = ("eager", "onnx", "deployed")
@@ -71,7 +75,7 @@ CASES = {
         Case((1024, 2048), 8, FEW_ON_GPU),
     ],
     "cpu": [
-        Case((512, 1024), 1, (*EAGER, "compiled", "onnx", *DEPLOYED[:3])),
+        Case((512, 1024), 1, (*EAGER, "compiled", "onnx", *OPENVINO, *DEPLOYED[:3])),
         Case((512, 1024), 8, FEW_ON_CPU),
         Case((1024, 2048), 1, FEW_ON_CPU),
     ],
@@ -122,7 +126,8 @@ def measure(name: str, case: Case, device: torch.device, seconds: float) -> Iter
     Rows end with the speed relative to the reference in the same precision and in float32.
     """
     images = torch.rand(case.batch, 3, *case.size, device=device)
-    forms = [form for form in case.forms if name in OURS or not form.startswith("deployed")]
+    own = ("deployed", "openvino int8")  # of this repository's networks alone
+    forms = [form for form in case.forms if name in OURS or not form.startswith(own)]
     references = [(REFERENCE, form) for form in EAGER if form in forms]
     runners = {key: build_runner(*key, case, device) for key in references}
     for form in list(forms):
@@ -181,7 +186,11 @@ def build_runner(name: str, form: str, case: Case, device: torch.device) -> Runn
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
     dtype = half if "half" in form else torch.float32
     if form == "onnx":
-        return exported(network, case)
+        return exported(network, case, OnnxNetwork)
+    if form == "openvino int8":
+        return exported(network, case, in_integers)
+    if form.startswith("openvino"):
+        return exported(network, case, partial(OpenVinoNetwork, dtype=dtype))
     if form.startswith("deployed"):
         return deploy(network, dtype=dtype, compiled="compiled" in form)
     if dtype != torch.float32:
@@ -191,7 +200,7 @@ def build_runner(name: str, form: str, case: Case, device: torch.device) -> Runn
     return network
 
 
-def exported(network: nn.Module, case: Case) -> OnnxNetwork:
+def exported(network: nn.Module, case: Case, opened: Callable[[Path], Runner]) -> Runner:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "network.onnx")
         if isinstance(network, LEDNet):
@@ -202,7 +211,13 @@ def exported(network: nn.Module, case: Case) -> OnnxNetwork:
                 network, (images,), path, dynamo=True, verbose=False, input_names=["images"],
                 external_data=False,
             )  # fmt: skip
-        return OnnxNetwork(path)
+        return opened(path)
+
+
+def in_integers(path: Path) -> OpenVinoNetwork:
+    images = [torch.rand(1, 3, 256, 512)]  # random weights, so that their ranges mean nothing
+    quantize(path, path.with_name("int8.onnx"), images)
+    return OpenVinoNetwork(path.with_name("int8.onnx"))
 
 
 if __name__ == "__main__":
