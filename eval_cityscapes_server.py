@@ -5,6 +5,8 @@
         --save-results results/test        # the PNGs that the benchmark server takes
     python eval_cityscapes_server.py --apn-channels 128    # size and speed only
     python eval_cityscapes_server.py --checkpoint FILE --datadir DIR --runtime onnx
+    python eval_cityscapes_server.py --checkpoint FILE --datadir DIR --runtime openvino \\
+        --precision bfloat16               # or with --model, the 8-bit one of tools/quantize.py
     torchrun --nproc-per-node 8 eval_cityscapes_server.py --checkpoint FILE --datadir DIR
 
 The checkpoint states its data set and classes. IoU is measured at the full resolution of the
@@ -33,6 +35,7 @@ from models.lednet import LEDNet
 from utils import distributed, files, speed
 from utils.arguments import (
     INFERENCE_ADVICE,
+    PRECISIONS,
     ArgumentParser,
     file_path,
     natural_int,
@@ -44,10 +47,9 @@ from utils.errors import UserError
 from utils.evaluation import evaluate, memory_errors
 from utils.metrics import ConfusionMatrix, mean_score
 from utils.onnx import OnnxNetwork, export_onnx
-from utils.script import device_name, pick_device, run_script
+from utils.openvino import in_openvino
+from utils.script import device_name, run_script, start_inference
 from utils.visualize import score_table
-
-PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def parse_args() -> Namespace:
@@ -65,18 +67,18 @@ def parse_args() -> Namespace:
     add("--save-results", type=file_path, metavar="DIR",
         help="new folder for the predictions: PNGs of the data set's label ids, in full size")
     add("--json", type=new_file, metavar="FILE", help="new file for all figures")
-    add("--runtime", choices=("torch", "compiled", "onnx"), default="torch",
-        help="torch: as trained; compiled: fused, through torch.compile; onnx: in ONNX Runtime "
-        "on the CPU; default %(default)s")
-    add("--precision", choices=PRECISIONS, default="float32",
-        help="of the computation; default %(default)s")
     add("--batch-size", type=positive_int,
         help="images scored at once; default 1, with --runtime torch on a GPU 8")
     add("--workers", "--num-workers", type=natural_int,
         help="processes that load images, and threads that write results; default 0 on a CPU, "
         "where the network needs all cores, on a GPU one per core up to 8")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:1; default %(default)s")
     # fmt: on
+    parser.add_runtime(
+        torch="as trained",
+        compiled="fused, through torch.compile",
+        onnx="in ONNX Runtime on the CPU",
+    )  # fmt: skip
+    parser.add_device()
     args = parser.parse_args()
     if args.save_results and not (args.checkpoint and args.datadir):
         raise UserError("--save-results needs --checkpoint and --datadir: there is nothing to save")
@@ -87,9 +89,7 @@ def parse_args() -> Namespace:
 
 def main() -> None:
     args = parse_args()
-    device = pick_device(args.device)
-    if args.runtime == "onnx" and (device.type, args.precision) != ("cpu", "float32"):
-        raise UserError("--runtime onnx needs --device cpu and computes in float32")
+    device = start_inference(args)
     distributed.start(device)
     torch.backends.cudnn.benchmark = True
 
@@ -107,17 +107,22 @@ def main() -> None:
     if args.save_results:
         distributed.first(lambda: files.make_results_folder(Path(args.save_results)))
 
-    figures: dict[str, Any] = {"checkpoint": args.checkpoint, "torch": torch.__version__}
-    model = on_runtime(network.to(device), args.runtime, PRECISIONS[args.precision])
+    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32 and args.precision == "float32"
+    figures: dict[str, Any] = {
+        "checkpoint": args.checkpoint,
+        "torch": torch.__version__,
+        "precision": args.precision + (" with TF32 in convolutions" if tf32 else ""),
+        "runtime": f"{args.runtime} with {args.model}" if args.model else args.runtime,
+        "device": device_name(device),
+    }
+    setting = "{precision}, {runtime}, on {device}".format_map(figures)
+    distributed.first(lambda: print(f"running in {setting}", flush=True))
+    model = on_runtime(network.to(device), args)
     if dataset:
         figures |= {"datadir": args.datadir, "subset": args.subset, "images": len(dataset)}
         figures |= score(model, dataset, size, about, args)
     if not distributed.is_first():
         return
-    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32 and args.precision == "float32"
-    precision = args.precision + (" with TF32 in convolutions" if tf32 else "")
-    figures |= {"precision": precision, "runtime": args.runtime, "device": device_name(device)}
-    setting = "{precision}, {runtime}, on {device}".format_map(figures)
     figures |= measure(network, model, size, setting)
     if args.save_results:
         print(f"\n{len(dataset)} label PNGs written into {args.save_results}")
@@ -134,13 +139,16 @@ def open_dataset(args: Namespace, about: Description, height: int) -> tuple[Segm
     return dataset, resized_size(*check_files(dataset.pairs)[0], height)
 
 
-def on_runtime(network: LEDNet, runtime: str, dtype: torch.dtype) -> nn.Module:
+def on_runtime(network: LEDNet, args: Namespace) -> nn.Module:
     """Return the network as it is scored and timed, from images to logits in float32."""
-    if runtime == "onnx":
+    dtype = PRECISIONS[args.precision]
+    if args.runtime == "openvino":
+        return in_openvino(network, dtype, args.model)
+    if args.runtime == "onnx":
         with tempfile.TemporaryDirectory() as folder:
             export_onnx(network, None, Path(folder, "network.onnx"))
             return OnnxNetwork(Path(folder, "network.onnx"))
-    if runtime == "compiled":
+    if args.runtime == "compiled":
         # By default, sizes beyond the eighth are not compiled.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
         return deploy(network, dtype=dtype)

@@ -30,7 +30,7 @@ from utils.metrics import TopKAccuracy
 from utils.optim import PretrainingSchedule, average_of, build_optimizer, one_cycle
 from utils.options import PRETRAINING, TRAINING_ADVICE, parse_options, settle_pretraining
 from utils.run_folder import BEST, ENCODER, Run, open_run
-from utils.script import pick_amp_dtype, run_script, start_device
+from utils.script import device_name, pick_amp_dtype, run_script, start_device
 from utils.speed import count_parameters
 from utils.training import Stage, Validation, fit, seed_process
 from utils.visualize import captioned
@@ -71,7 +71,7 @@ def print_plan(args: argparse.Namespace, stage: Stage, val: ImageFolder) -> None
     each = f" in each of {count} processes" if count > 1 else ""
     print(
         f"LEDNet's encoder: {count_parameters(stage.network.encoder):,} parameters, under a linear "
-        f"layer, on {stage.device} in {stage.amp_dtype or 'full precision'}\n"
+        f"layer\non {device_name(stage.device)}, in {stage.amp_dtype or 'full precision'}\n"
         f"data: {args.datadir}: {stage.about.train_images} images of {len(val.classes)} classes to "
         f"train on, {len(val)} to validate\n"
         f"images: {args.size}x{args.size}, in batches of {args.batch_size}{each}, {args.workers} "
@@ -176,6 +176,7 @@ def check_resumable(args: argparse.Namespace, run: Run, train: ImageFolder) -> N
 
 def print_scores(args: argparse.Namespace, device: torch.device) -> None:
     """Print the scores of a trained classifier on val; its checkpoint says what is not given."""
+    print(f"scoring {args.evaluate} on {device_name(device)}", flush=True)
     model, about = load_classifier(args.evaluate)
     datadir, size = args.datadir or about.args.get("datadir"), args.size or about.height
     if not isinstance(datadir, str):

@@ -45,7 +45,7 @@ from utils.metrics import ConfusionMatrix, mean_score
 from utils.optim import SCHEDULES, average_of, build_optimizer
 from utils.options import SEGMENTATION, TRAINING_ADVICE, parse_options, settle_segmentation
 from utils.run_folder import BEST, COUNTS, ENCODER, LAST, Run, open_run
-from utils.script import pick_amp_dtype, run_script, start_device
+from utils.script import device_name, pick_amp_dtype, run_script, start_device
 from utils.speed import count_parameters
 from utils.training import Stage, Validation, fit, seed_process
 from utils.visualize import score_table, strip
@@ -127,8 +127,8 @@ def print_plan(
     count = distributed.processes()
     each = f" in each of {count} processes" if count > 1 else ""
     print(
-        f"LEDNet, D = {args.apn_channels}: {count_parameters(network):,} parameters, on {device} "
-        f"in {pick_amp_dtype(args.amp, device) or 'full precision'}\n"
+        f"LEDNet, D = {args.apn_channels}: {count_parameters(network):,} parameters\n"
+        f"on {device_name(device)}, in {pick_amp_dtype(args.amp, device) or 'full precision'}\n"
         f"data: {args.datadir}: {data.summary}\n"
         f"images: {data.size[1]}x{data.size[0]}, in batches of {args.batch_size}{each}, "
         f"{data.workers} workers; {args.encoder_epochs} epochs of stage 1, {args.epochs} of stage "

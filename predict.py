@@ -4,6 +4,7 @@ python predict.py --input photo.jpg                   into results/photo
 python predict.py --input 'photos/*.jpg' --output out
 python predict.py --input drive.mp4 --output out      needs PyAV: pip install av
 python predict.py --input photos --checkpoint save/fine/best.pth --output out
+python predict.py --input photos --runtime openvino --precision bfloat16
 
 The output folder gets overlays/, the pictures blended with the colours of their classes, with a
 legend below; colors/, the colours alone; and labels/, the label ids of the data set that the
@@ -31,11 +32,19 @@ from datasets.loading import call_in_workers
 from datasets.segmentation import Classes, write_label
 from models.deployed import deploy
 from utils import files
-from utils.arguments import INFERENCE_ADVICE, ArgumentParser, file_path, natural_int, positive_int
+from utils.arguments import (
+    INFERENCE_ADVICE,
+    PRECISIONS,
+    ArgumentParser,
+    file_path,
+    natural_int,
+    positive_int,
+)
 from utils.checkpoint import load_network
 from utils.errors import UserError
 from utils.evaluation import Normalize, label_map, memory_errors
-from utils.script import pick_device, run_script
+from utils.openvino import in_openvino
+from utils.script import device_name, run_script, start_inference
 from utils.visualize import overlay, paint, write_video
 
 JPEG_LIMIT = 65_500  # pixels each way
@@ -56,8 +65,9 @@ def parse_args() -> argparse.Namespace:
         help="pictures of one size that run together, at most; default %(default)s")
     add("--workers", "--num-workers", type=natural_int, default=min(4, os.cpu_count() or 1),
         help="processes that read, and threads that write; default %(default)s")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:1; default %(default)s")
     # fmt: on
+    parser.add_device()
+    parser.add_runtime(torch="fused, not compiled")
     args = parser.parse_args()
     if args.height is not None and args.height < MIN_SIZE:
         raise UserError(f"--height {args.height} is too small: LEDNet needs {MIN_SIZE}x{MIN_SIZE}")
@@ -66,9 +76,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    device = pick_device(args.device)
+    device, dtype = start_inference(args), PRECISIONS[args.precision]
     network, about = load_network(args.checkpoint)
-    model = deploy(network.to(device), compiled=False)
+    if args.runtime == "openvino":
+        model = in_openvino(network, dtype, args.model)
+    else:
+        model = deploy(network.to(device), dtype=dtype, compiled=False)
     segment = partial(segment_frames, model, about.normalizer(device), args.batch_size)
     classes, height = about.classes, args.height or about.height
     inputs = pictures.find_pictures(args.input)
@@ -76,6 +89,7 @@ def main() -> None:
     stills = [file for file in inputs if file not in videos]
     output = Path(args.output) if args.output else default_output(args.input[0])
     files.make_results_folder(output)
+    print(f"segmenting {len(inputs)} files on {device_name(device)}", flush=True)
 
     failures: list[str] = []
 
@@ -113,7 +127,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     print(
         f"{done} pictures of {len(inputs)} files in {seconds:.1f} s, {done / seconds:.1f} images/s "
-        f"end to end, on {device} at a height of {height}, {len(failures)} errors: {output}"
+        f"end to end, at a height of {height}, {len(failures)} errors: {output}"
     )
     sys.exit(1 if failures else 0)
 

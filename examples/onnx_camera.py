@@ -4,10 +4,13 @@
     python examples/onnx_camera.py --model lednet.onnx --input photo.jpg
     python examples/onnx_camera.py --model lednet.onnx --input camera:0
     python examples/onnx_camera.py --model lednet.onnx --input rtsp://192.168.0.8/stream
+    python examples/onnx_camera.py --model lednet.onnx --input camera:0 --runtime openvino-bfloat16
 
 The robot needs this file, the model, Python 3.8 or newer and
 
     pip install onnxruntime numpy 'pillow>=10.1'      for videos and cameras also opencv-python
+
+For --runtime openvino it needs openvino in place of onnxruntime.
 
 Pictures become overlays/NAME.jpg and labels/NAME.png, with the label ids of the data set; a video
 becomes overlays.mp4. A camera or stream is shown in a window until q is pressed; with --output it
@@ -25,12 +28,12 @@ import re
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-import onnxruntime
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PICTURES = {
@@ -53,13 +56,16 @@ def main() -> None:
     parser.add_argument("--input", required=True, help="picture, folder, video, camera:0 or URL")
     parser.add_argument("--output", metavar="DIR", help="new folder; default: results/INPUT")
     parser.add_argument("--threads", type=int, default=0, help="default: one for each core")
+    parser.add_argument(
+        "--runtime", choices=OPENERS, default="onnxruntime", help="default %(default)s"
+    )
     args = parser.parse_args()
     folder = os.path.isdir(args.input)
     camera = not (folder or os.path.isfile(args.input)) and LIVE.fullmatch(args.input) is not None
     if not camera and not os.path.exists(args.input):
         fail(f"--input {args.input} does not exist")
     broken: list[str] = []
-    network = Network(args.model, args.threads)
+    network = Network(args.model, max(0, args.threads), args.runtime)
     try:
         if folder or (not camera and Path(args.input).suffix.lower() in PICTURES):
             results = network.segment(read_pictures(args.input, broken))
@@ -77,8 +83,8 @@ def main() -> None:
         fail(f"--input {args.input} gave no picture")
     # The first run also plans memory, or builds an engine.
     fps = 1 / np.mean(network.seconds[1:] or network.seconds)
-    provider = network.session.get_providers()[0]
-    print(f"{len(network.seconds)} pictures by {provider}, {fps:.1f} FPS with reading and writing")
+    count, runtime = len(network.seconds), network.runtime
+    print(f"{count} pictures by {runtime}, {fps:.1f} FPS with reading and writing")
     if broken:
         sys.exit(1)
 
@@ -95,21 +101,74 @@ def plain(name: str, number: int) -> str:
     return letters if letters.isascii() else f"class {number}"
 
 
-class Network:
-    """A model in onnxruntime, what it states, and the seconds that each picture took."""
+def open_onnxruntime(path: str, threads: int) -> tuple[Callable, dict[str, str], list, str]:
+    """Return a function from images to outputs, what the model states, the shape of the images,
+    with numbers if it is fixed, and the name of the runtime."""
+    import onnxruntime
 
-    def __init__(self, path: str, threads: int) -> None:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # errors are reported by the caller
+    providers = [p for p in PROVIDERS if p in onnxruntime.get_available_providers()]
+    session = onnxruntime.InferenceSession(path, options, providers=providers)
+    stored, shape = session.get_modelmeta().custom_metadata_map, session.get_inputs()[0].shape
+    run = lambda images: session.run(None, {"images": images})[0]  # noqa: E731
+    return run, stored, shape, session.get_providers()[0]
+
+
+def open_openvino(
+    path: str, threads: int, precision: str = "f32"
+) -> tuple[Callable, dict[str, str], list, str]:
+    """The same in OpenVINO, on the CPU."""
+    from openvino import Core, Model
+    from openvino.op import Parameter
+
+    core = Core()
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        fail("this CPU has no bfloat16: give --runtime openvino")
+    model = core.read_model(path)
+    stated = [name for name in METADATA if model.has_rt_info(["framework", name])]
+    stored = {name: model.get_rt_info(["framework", name]).astype(str) for name in stated}
+    shape = [axis.get_length() if axis.is_static else None for axis in model.input(0).partial_shape]
+    # The upsampling of the logits would be too coarse in bfloat16: it becomes a model of its own.
+    convolutions = [op for op in model.get_ordered_ops() if op.get_type_name() == "Convolution"]
+    readers = [reader.get_node() for reader in convolutions[-1].output(0).get_target_inputs()]
+    logits = next(op.output(0) for op in readers if op.get_type_name() == "Add")  # with its bias
+    given = Parameter(logits.get_element_type(), logits.get_partial_shape())
+    for reader in logits.get_target_inputs():
+        reader.replace_source_output(given.output(0))
+    images = model.get_parameters()
+    parts = Model([logits], images), Model(model.get_results(), [given, *images])
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    first = core.compile_model(parts[0], "CPU", {**options, "INFERENCE_PRECISION_HINT": precision})
+    last = core.compile_model(parts[1], "CPU", {**options, "INFERENCE_PRECISION_HINT": "f32"})
+    shared = {"share_inputs": True, "share_outputs": True}  # instead of copied
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return last([first(images, **shared)[0], images], **shared)[0]
+
+    return run, stored, shape, f"OpenVINO in {precision}"
+
+
+OPENERS = {
+    "onnxruntime": open_onnxruntime,
+    "openvino": open_openvino,
+    "openvino-bfloat16": partial(open_openvino, precision="bf16"),
+}
+
+
+class Network:
+    """A model in its runtime, what it states, and the seconds that each picture took."""
+
+    def __init__(self, path: str, threads: int, runtime: str) -> None:
         if not os.path.isfile(path):
             fail(f"--model {path} does not exist: give a model of export.py")
-        providers = [p for p in PROVIDERS if p in onnxruntime.get_available_providers()]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = max(0, threads)
-        options.log_severity_level = 4  # errors are reported below
         try:
-            self.session = onnxruntime.InferenceSession(path, options, providers=providers)
+            self.run, stored, shape, self.runtime = OPENERS[runtime](path, threads)
+        except ImportError as error:
+            fail(f"{error}: pip install {runtime.split('-')[0]}")
         except Exception as error:  # onnxruntime has a class for each kind of failure
             fail(f"--model {path} cannot be loaded ({' '.join(str(error).split())})")
-        stored = self.session.get_modelmeta().custom_metadata_map
         missing = ", ".join(name for name in METADATA if name not in stored)
         if missing:
             fail(f"--model {path} does not state its {missing}: export it with export.py")
@@ -117,14 +176,14 @@ class Network:
             json.loads(stored[name]) for name in METADATA
         )
         self.names = [plain(name, number) for number, name in enumerate(self.names)]
-        self.fixed = self.session.get_inputs()[0].shape[2:]  # names if the size is free
+        self.fixed = shape[2:]
         self.seconds: list[float] = []
 
     def segment(self, frames: Iterator) -> Iterator[tuple[str, Image.Image, np.ndarray]]:
         """Yield the name, overlay and classes, H x W, uint8, of each picture."""
         started = time.perf_counter()
         for name, picture in frames:
-            labels = self.session.run(None, {"images": self.prepare(picture)})[0][0]
+            labels = self.run(self.prepare(picture))[0]
             if labels.ndim == 3:  # logits, C x h x w
                 labels = labels.argmax(0).astype(np.uint8)
             labels = Image.fromarray(labels).resize(picture.size, Image.Resampling.NEAREST)

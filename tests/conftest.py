@@ -57,6 +57,11 @@ COUNTS = {"train": 6, "val": 3, "test": 2, "train_extra": 3}
 # A locale without letters beyond ASCII, and Python as it was before it took UTF-8 instead.
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
+NEEDS_BFLOAT16 = pytest.mark.skipif(
+    "avx512_bf16" not in Path("/proc/cpuinfo").read_text(),
+    reason="this CPU has no bfloat16",
+)
+
 PRETRAIN_QUICK = ("--size", 32, "--epochs", 1, "--batch-size", 4, "--workers", 0)
 QUICK = ("--height", 64, "--num-epochs", 1, "--batch-size", 2, "--workers", 0)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tools import benchmark
-from tools.benchmark import EAGER, REFERENCE, Case, build_runner, measure, milliseconds
+from tools.benchmark import EAGER, OPENVINO, REFERENCE, Case, build_runner, measure, milliseconds
 
 CPU = torch.device("cpu")
 FORMS = ("eager", "eager half", "deployed", "deployed half")
@@ -88,7 +88,7 @@ def test_labels_come_out_of_the_network():
 
 @pytest.mark.slow
 def test_the_tool_prints_tables(monkeypatch, capsys):
-    case = Case((64, 128), 1, (*EAGER, "compiled", "onnx", "deployed"))
+    case = Case((64, 128), 1, (*EAGER, "compiled", "onnx", *OPENVINO, "deployed"))
     monkeypatch.setitem(benchmark.CASES, "cpu", [case])
     argv = ["benchmark.py", "--seconds", "0.1", "--networks", "LEDNet D = 20"]
     monkeypatch.setattr("sys.argv", argv)

@@ -110,15 +110,16 @@ def test_training_learns_its_images(evaluate, learned):
     [
         (("--runtime", "compiled"), "Deployed", 1e-4, 0.999),
         (("--runtime", "onnx"), "OnnxNetwork", 1e-4, 0.999),
+        (("--runtime", "openvino"), "OpenVinoNetwork", 1e-4, 0.999),
         (("--precision", "bfloat16"), "InPrecision", 0.02, 0.95),
         (("--batch-size", 2), "LEDNet", 1e-4, 0.999),  # and so a last batch of 1
     ],
-    ids=["compiled", "onnx", "bfloat16", "batches"],
+    ids=["compiled", "onnx", "openvino", "bfloat16", "batches"],
 )
 def test_runtimes_score_the_same(
     request, evaluate, camvid, monkeypatch, options, ran, tolerance, agreement
 ):
-    if "onnx" in options:
+    if {"onnx", "openvino"} & {*options}:
         request.getfixturevalue("quick_export")
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     timed = []
@@ -223,11 +224,28 @@ def test_unsuitable_checkpoints_are_refused(refused, trained, street_network, tm
         (("--save-results", "out"), "needs --checkpoint and --datadir"),
         (("--device", "cuda:99"), "cannot be used here"),
         (("--runtime", "onnx", "--precision", "float16"), "computes in float32"),
+        (("--runtime", "openvino", "--precision", "float16"), "in float32 or bfloat16"),
+        (("--runtime", "openvino", "--model", "none.onnx"), "cannot be read as an ONNX model"),
+        (("--model", "int8.onnx"), "--model needs --runtime openvino"),
+        (("--threads", 0), "--threads: 0 is not a positive whole number"),
         (("--json", "no/such/folder/f.json"), "no/such/folder is not a folder"),
     ],
 )
 def test_impossible_options_are_refused(fails, options, message):
     assert message in fails(EVAL, *options)
+
+
+def test_the_model_given_is_scored(evaluate, exported, camvid, monkeypatch):
+    """In place of the checkpoint, which is another network here."""
+    options = ("--runtime", "openvino", "--model", exported / "logits.onnx", "--height", 72)
+    _, plain, expected = evaluate("--height", 72, checkpoint=SHIPPED, datadir=camvid, name="plain")
+    changed = load_checkpoint(SHIPPED)
+    changed["model"]["decoder.classifier.bias"] += torch.arange(11.0)
+    save_checkpoint(changed, "changed.pth")
+    printed, other, maps = evaluate(*options, checkpoint="changed.pth", datadir=camvid)
+    assert other["class_miou"] == pytest.approx(plain["class_miou"], abs=1e-4)
+    assert f"float32, openvino with {exported / 'logits.onnx'}, on " in printed
+    assert all((maps[name] == labels).mean() > 0.999 for name, labels in expected.items())
 
 
 def test_a_data_set_with_a_missing_label_is_refused(refused, cityscapes_copy):

@@ -111,7 +111,8 @@ def test_a_run_says_what_it_does_and_what_comes_next(one_stage):
     assert result.status == 0 and result.err == ""
     network = LEDNet(19, 4)
     for text in (
-        f"LEDNet, D = 4: {count_parameters(network):,} parameters, on cpu in full precision",
+        f"LEDNet, D = 4: {count_parameters(network):,} parameters\non ",
+        " 1 threads, in full precision\n",
         "6 of train to train on, 3 of val to validate, 19 classes",
         "images: 128x64, in batches of 2, 0 workers; 0 epochs of stage 1, 1 of stage 2",
         f"output: {folder}",

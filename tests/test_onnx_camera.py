@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 import torch
-from conftest import ROOT, SHIPPED
+from conftest import NEEDS_BFLOAT16, ROOT, SHIPPED
 from PIL import Image
 from test_images import png_of_16_bits
 from test_listing import put_strays
@@ -116,6 +117,40 @@ def test_pictures_are_read_as_predict_reads_them(tmp_path):
     for path in tmp_path.iterdir():
         expected = np.asarray(read_image(str(path)))
         assert expected.max() > 180 and (np.asarray(read(Image.open(path))) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("model", "runtime", "agreement"),
+    [
+        ("labels", "openvino", 0.999),
+        ("logits", "openvino", 0.999),
+        ("sized", "openvino", 0.999),
+        pytest.param("labels", "openvino-bfloat16", 0.985, marks=NEEDS_BFLOAT16),
+    ],
+)
+def test_openvino_gives_the_same_labels(
+    exported, camera, scene, tmp_path, model, runtime, agreement
+):
+    scene.save(tmp_path / "a.png")
+    argv = ("--model", exported / f"{model}.onnx", "--input", "a.png", "--output")
+    assert camera(*argv, "onnx").status == 0
+    result = camera(*argv, "openvino", "--runtime", runtime)
+    assert result.status == 0 and not result.err, result.err
+    assert result.out.startswith("1 pictures by OpenVINO in ")
+    labels, expected = (labels_in(tmp_path / name)["a"] for name in ("openvino", "onnx"))
+    assert (labels == expected).mean() >= agreement and len(np.unique(labels)) > 2
+
+
+def test_a_runtime_that_is_missing_is_named(exported, refused, scene, monkeypatch, tmp_path):
+    scene.save(tmp_path / "a.png")
+    argv = ("--model", exported / "labels.onnx", "--input", "a.png", "--runtime")
+    with monkeypatch.context() as patch:
+        patch.setattr(openvino.Core, "get_property", lambda *_: ["FP32"])
+        line = refused(*argv, "openvino-bfloat16")
+        assert "this CPU has no bfloat16: give --runtime openvino" in line
+    for package, runtime in (("openvino", "openvino-bfloat16"), ("onnxruntime", "onnxruntime")):
+        monkeypatch.setitem(sys.modules, package, None)
+        assert refused(*argv, runtime).endswith(f": pip install {package}")
 
 
 def test_a_broken_picture_does_not_end_the_run(exported, camera, refused, scene, tmp_path):

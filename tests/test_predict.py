@@ -103,6 +103,15 @@ def test_files_of_every_kind_are_read_or_reported(predict, photo, tmp_path):
     assert (plain == turned).all() and len(np.unique(plain)) > 2
 
 
+def test_openvino_gives_the_same_labels(script, quick_export, photo, tmp_path):
+    photo.save(tmp_path / "a.png")
+    for runtime in ("torch", "openvino"):
+        argv = ("--input", "a.png", "--height", 72, "--workers", 0, "--runtime", runtime)
+        assert script("predict.py", *argv, "--output", runtime).status == 0
+    labels, expected = (pixels(tmp_path / f"{name}/labels/a.png") for name in ("openvino", "torch"))
+    assert (labels == expected).mean() > 0.999 and len(np.unique(labels)) > 2
+
+
 def test_strays_and_broken_pictures_end_no_run(predict, photo, tmp_path):
     put_strays(tmp_path / "in", tmp_path / "in/deeper")
     for name in ("a", "deeper/b"):

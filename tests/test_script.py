@@ -13,15 +13,17 @@ from conftest import Forked
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.images import DatasetError
-from utils import distributed
+from utils import distributed, script
 from utils.errors import UserError, one_line
 from utils.files import WriteError
 from utils.script import (
     Interrupted,
+    device_name,
     pick_amp_dtype,
     pick_device,
     run_script,
     start_device,
+    start_inference,
     with_advice,
 )
 
@@ -203,6 +205,28 @@ def test_devices():
             pick_device(name)
 
 
+def test_threads():
+    before = torch.get_num_threads()
+    try:
+        cpu = pick_device("cpu", before + 1)
+        assert torch.get_num_threads() == before + 1
+        assert device_name(cpu).endswith(f", {before + 1} threads")
+        assert pick_device("cpu") == cpu and torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_runtimes_for_cpus_refuse_a_gpu(monkeypatch):
+    """As `--device auto` picks one where there is one."""
+    monkeypatch.setattr(script, "pick_device", lambda *_: torch.device("cuda"))
+    for runtime in ("onnx", "openvino"):
+        args = argparse.Namespace(
+            device="auto", threads=None, runtime=runtime, precision="float32", model=None
+        )
+        with pytest.raises(UserError, match=f"--runtime {runtime} needs --device cpu"):
+            start_inference(args)
+
+
 def test_precision(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert pick_amp_dtype("auto", cpu) is None and pick_amp_dtype("off", cuda) is None
@@ -220,8 +244,9 @@ def test_precision(monkeypatch):
 
 def test_synchronised_batch_norm_needs_gpus():
     with pytest.raises(UserError, match="--sync-bn needs GPUs"):
-        start_device(argparse.Namespace(device="cpu", amp="auto", sync_bn=True))
-    assert start_device(argparse.Namespace(device="cpu", amp="auto", sync_bn=False)).type == "cpu"
+        start_device(argparse.Namespace(device="cpu", threads=None, amp="auto", sync_bn=True))
+    args = argparse.Namespace(device="cpu", threads=None, amp="auto", sync_bn=False)
+    assert start_device(args).type == "cpu"
 
 
 def test_each_process_of_torchrun_gets_a_gpu_of_its_own(monkeypatch):

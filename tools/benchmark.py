@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ from models.deployed import compiled_for, deploy
 from models.lednet import LEDNet
 from utils.arguments import ArgumentParser, positive_float
 from utils.errors import one_line
-from utils.onnx import MissingExtra, OnnxNetwork, export_onnx
+from utils.onnx import MissingExtra, OnnxNetwork, export_onnx, quantize
+from utils.openvino import OpenVinoNetwork
 from utils.script import device_name, pick_device, run_script
 from utils.speed import InPrecision, count_multiply_adds, count_parameters, time_pass
 
@@ -50,8 +52,8 @@ Runner = Callable[[Tensor], Any]
 class Case(NamedTuple):
     """Input of the networks in one table, and the forms that are measured.
 
-    A form is eager, compiled, onnx, deployed or deployed compiled, which half and, if it is
-    deployed, labels may follow.
+    A form is eager, compiled, onnx, openvino, deployed or deployed compiled, which half may follow,
+    and int8 for openvino, and labels for the deployed ones.
     """
 
     size: Size
@@ -62,7 +64,9 @@ class Case(NamedTuple):
 EAGER = ("eager", "eager half")
 COMPILED = ("compiled", "compiled half")
 DEPLOYED = ("deployed", "deployed half", "deployed compiled", "deployed compiled half")
-FORMS = (*EAGER, *COMPILED, "onnx", *DEPLOYED, *(f"{form} labels" for form in DEPLOYED))
+OPENVINO = ("openvino", "openvino half", "openvino int8")
+LABELS = tuple(f"{form} labels" for form in DEPLOYED)
+FORMS = (*EAGER, *COMPILED, "onnx", *OPENVINO, *DEPLOYED, *LABELS)
 # Each compiled form takes half a minute before its first pass.
 FEW_ON_GPU = (*EAGER, "compiled half", "deployed compiled half")
 FEW_ON_CPU = ("eager", "onnx", "deployed")
@@ -74,7 +78,7 @@ CASES = {
         Case((1024, 2048), 8, FEW_ON_GPU),
     ],
     "cpu": [
-        Case((512, 1024), 1, (*EAGER, "compiled", "onnx", *DEPLOYED[:3])),
+        Case((512, 1024), 1, (*EAGER, "compiled", "onnx", *OPENVINO, *DEPLOYED[:3])),
         Case((512, 1024), 8, FEW_ON_CPU),
         Case((1024, 2048), 1, FEW_ON_CPU),
     ],
@@ -142,7 +146,8 @@ def measure(name: str, case: Case, device: torch.device, seconds: float) -> Iter
     Rows end with the speed relative to the reference in the same precision and in float32.
     """
     images = torch.rand(case.batch, 3, *case.size, device=device)
-    forms = [form for form in case.forms if name in OURS or not form.startswith("deployed")]
+    own = ("deployed", "openvino int8")  # of this repository's networks alone
+    forms = [form for form in case.forms if name in OURS or not form.startswith(own)]
     halves = any("half" in form for form in forms)
     references = [(REFERENCE, form) for form in (EAGER if halves else EAGER[:1])]
     runners = {key: build_runner(*key, case, device) for key in references}
@@ -206,7 +211,11 @@ def build_runner(name: str, form: str, case: Case, device: torch.device) -> Runn
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
     dtype = half if "half" in form else torch.float32
     if form == "onnx":
-        return exported(network, case)
+        return exported(network, case, OnnxNetwork)
+    if form == "openvino int8":
+        return exported(network, case, in_integers)
+    if form.startswith("openvino"):
+        return exported(network, case, partial(OpenVinoNetwork, dtype=dtype))
     if form.startswith("deployed"):
         return deploy(network, "labels" in form, dtype, compiled="compiled" in form)
     if dtype != torch.float32:
@@ -216,7 +225,7 @@ def build_runner(name: str, form: str, case: Case, device: torch.device) -> Runn
     return network
 
 
-def exported(network: nn.Module, case: Case) -> OnnxNetwork:
+def exported(network: nn.Module, case: Case, opened: Callable[[Path], Runner]) -> Runner:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "network.onnx")
         if isinstance(network, LEDNet):
@@ -227,7 +236,13 @@ def exported(network: nn.Module, case: Case) -> OnnxNetwork:
                 network, (images,), path, dynamo=True, verbose=False, input_names=["images"],
                 external_data=False,
             )  # fmt: skip
-        return OnnxNetwork(path)
+        return opened(path)
+
+
+def in_integers(path: Path) -> OpenVinoNetwork:
+    images = [torch.rand(1, 3, 256, 512)]  # random weights, so that their ranges mean nothing
+    quantize(path, path.with_name("int8.onnx"), images)
+    return OpenVinoNetwork(path.with_name("int8.onnx"))
 
 
 if __name__ == "__main__":

@@ -15,14 +15,10 @@ activation and a signed weight in 16 bits, with saturation: 2 x 255 x 127 does n
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
-from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,7 +30,7 @@ from utils.checkpoint import load_network
 from utils.evaluation import Normalize
 from utils.files import atomic_write, write_errors
 from utils.metrics import ConfusionMatrix, mean_score
-from utils.onnx import OnnxNetwork, export_onnx
+from utils.onnx import OnnxNetwork, export_onnx, quantize
 from utils.script import run_script
 from utils.speed import measure_latency
 
@@ -81,35 +77,6 @@ def main() -> None:
     print(f"int8 gives {100 * np.mean(same):.2f} % of the labels of float32, on images of train")
     if np.mean(same) < LEAST_AGREEMENT:
         print(f"warning: less than {100 * LEAST_AGREEMENT:.0f} %: compare the scores on val")
-
-
-def quantize(exported: Path, quantized: Path, images: Iterable[Tensor]) -> None:
-    """Write an exported network with integers, scaled to the ranges that it shows on images."""
-    remaining = iter(images)
-
-    class Reader(CalibrationDataReader):
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(remaining, None)
-            return None if image is None else {"images": image.contiguous().numpy()}
-
-    prepared = exported.with_name("prepared.onnx")
-    # Batch norms are folded already; only the shapes are missing.
-    quant_pre_process(exported, prepared, skip_optimization=True, skip_symbolic_shape=True)
-    nodes = onnx.load(prepared).graph.node
-    decoder = next(i for i, n in enumerate(nodes) if any("decoder." in name for name in n.input))
-    # Attention of 8 bits, which scales every feature, would change 0.5 % of the labels.
-    attention = [n.name for n in nodes[decoder:] if n.op_type not in ("Conv", "Relu")]
-    quantize_static(
-        prepared,
-        quantized,
-        Reader(),
-        nodes_to_exclude=attention,
-        per_channel=True,
-        # Unsigned, since most activations come after a ReLU.
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        reduce_range=True,
-    )
 
 
 def labels_of(outputs: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from datasets.images import BrokenFiles
 from datasets.workers import WorkerError
 from utils.checkpoint import EncoderOnly
@@ -15,6 +17,10 @@ from utils.evaluation import OutOfMemory
 from utils.files import WriteError
 
 SHIPPED = Path(__file__).parent.parent / "weights/lednet_d20_camvid.pth"
+
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+THREADS_HELP = "threads that compute on a CPU; default OMP_NUM_THREADS, or one for each core"
 
 # Which options mend an error in the programs that use a trained network.
 INFERENCE_ADVICE = {
@@ -41,6 +47,27 @@ class ArgumentParser(argparse.ArgumentParser):
             "--checkpoint", type=file_path, metavar="FILE", default=str(SHIPPED),
             help=f"trained network; default weights/{SHIPPED.name}, which comes with the code",
         )  # fmt: skip
+
+    def add_device(self) -> None:
+        """Add --device and --threads."""
+        self.add_argument(
+            "--device", default="auto", help="auto, cpu, cuda or cuda:1; default %(default)s"
+        )
+        self.add_argument("--threads", type=positive_int, help=THREADS_HELP)
+
+    def add_runtime(self, **runtimes: str) -> None:
+        """Add --runtime, with an explanation of each, OpenVINO besides, --precision and --model."""
+        runtimes["openvino"] = "in OpenVINO on the CPU"
+        add = self.add_argument
+        # fmt: off
+        add("--runtime", choices=runtimes, default="torch",
+            help="; ".join(map(": ".join, runtimes.items())) + "; default %(default)s")
+        add("--precision", choices=PRECISIONS, default="float32",
+            help="of the computation; default %(default)s")
+        add("--model", type=file_path, metavar="FILE",
+            help="model that tools/quantize.py made of the checkpoint, to run with --runtime "
+            "openvino; default: the checkpoint itself, without integers")
+        # fmt: on
 
     def error(self, message: str) -> NoReturn:
         if "--local-rank" in message.replace("_", "-"):  # of torch.distributed.launch

@@ -13,6 +13,7 @@ from datasets.drawn import DrawingError
 from datasets.images import MIN_SIZE, BrokenFiles, FileError, NothingReadable
 from datasets.workers import WorkerError
 from utils.arguments import (
+    THREADS_HELP,
     ArgumentParser,
     file_path,
     finite_float,
@@ -115,6 +116,7 @@ MACHINE = (
     Option("--workers --num-workers", natural_int, min(4, os.cpu_count() or 1),
            "processes that load data", may_change=True),
     Option("--device", str, "auto", "device: auto, cpu, cuda or cuda:1", may_change=True),
+    Option("--threads", positive_int, None, THREADS_HELP, may_change=True),
     Option("--amp", str, "auto", "mixed precision; auto: on a GPU only", may_change=True,
            argparse_options={"choices": ("auto", "off", "bf16", "fp16")}),
     Option("--compile", "flag", False, "train through torch.compile, which takes minutes to start "

@@ -16,7 +16,9 @@ from typing import NoReturn
 import torch
 
 from utils import distributed
+from utils.arguments import PRECISIONS
 from utils.errors import UserError, one_line
+from utils.openvino import check_openvino
 
 Advice = Mapping[type[Exception], str]
 
@@ -116,7 +118,7 @@ def lost_output(error: Exception) -> str | None:
 
 def start_device(args: argparse.Namespace) -> torch.device:
     """Return the device that the options ask for, checked, and join the processes of torchrun."""
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.threads)
     if args.sync_bn and device.type == "cpu":
         raise UserError("--sync-bn needs GPUs: leave it out")
     pick_amp_dtype(args.amp, device)
@@ -125,11 +127,29 @@ def start_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def pick_device(name: str) -> torch.device:
+def start_inference(args: argparse.Namespace) -> torch.device:
+    """Return the device that the options ask for, after a check that it has their --runtime."""
+    device = pick_device(args.device, args.threads)
+    if args.runtime in ("onnx", "openvino") and device.type != "cpu":
+        raise UserError(f"--runtime {args.runtime} needs --device cpu")
+    if args.runtime == "onnx" and args.precision != "float32":
+        raise UserError("--runtime onnx computes in float32")
+    if args.runtime == "openvino":
+        check_openvino(PRECISIONS[args.precision])
+    elif args.model:
+        raise UserError("--model needs --runtime openvino")
+    return device
+
+
+def pick_device(name: str, threads: int | None = None) -> torch.device:
     """Return the device of that name, or raise a UserError; "auto" is a GPU where there is one.
+
+    With `threads`, all that runs on the CPU takes so many from now on.
 
     Each process that torchrun starts on a machine gets a GPU of its own.
     """
+    if threads:
+        torch.set_num_threads(threads)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     number = distributed.local_rank()
