@@ -162,9 +162,9 @@ def test_what_is_scored_and_timed_is_compiled_once(evaluate, camvid, monkeypatch
     assert len(compiled) == 1
 
 
+@torch._dynamo.config.patch(recompile_limit=8)
 def test_every_size_of_image_is_compiled(monkeypatch):
     """Not only eight."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     compiled = []
     compile_eagerly = eager_compiler(compiled, monkeypatch)
     monkeypatch.setattr(eval_cityscapes_server, "deploy", lambda model, **_: compile_eagerly(model))
