@@ -9,8 +9,8 @@ runs tell how many epochs fit into the time, so that both runs end with their sc
 tables: latency of LEDNet in all its forms beside pytorchcv's, then other sizes and peers.
 rates: images per second of training, then everything that users run, with its exit status.
 
-Each ends in time and leaves at most 8 small files in its output folder, whatever becomes of its
-parts. --rehearse does the same on a CPU with tiny settings.
+Each ends in time and leaves at most 8 small files in out/weights, out/tables or out/rates,
+whatever becomes of its parts. --rehearse does the same on a CPU with tiny settings.
 """
 
 import csv
@@ -24,12 +24,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from utils.arguments import SHIPPED, ArgumentParser, file_path, new_file, positive_float
+from utils.arguments import SHIPPED, ArgumentParser, file_path, positive_float
 from utils.errors import UserError
+from utils.files import write_errors
 from utils.script import run_script
 
 ROOT = Path(__file__).parent.parent
@@ -61,35 +63,60 @@ class Visit:
     folder: Path  # for what is not kept; programs run in it
     deadline: float  # of time.monotonic()
     rehearse: bool
-    camvid: str  # command line that trains on CamVid, up to --savedir
-    camvid_dir: Path
+    camvid: Path
 
     @property
     def device(self) -> str:
-        return "cpu" if self.rehearse else "cuda"
+        return "--device cpu" if self.rehearse else "--device cuda"
 
-    def seconds_left(self) -> float:
-        return self.deadline - time.monotonic()
+    @property
+    def train(self) -> str:
+        """Command line that trains on CamVid."""
+        crop = "--crop 64 64" if self.rehearse else ""
+        data = f"--dataset camvid --preset camvid --datadir {quoted(self.camvid)}"
+        return f"main.py {data} {self.device} {crop}"
 
-    def run(self, jobs: Sequence[Job], logs: Path, more: float = 0) -> list[Result]:
-        """Run programs side by side, each with a log, until `more` seconds after the deadline."""
+    def run(self, jobs: Sequence[Job], logs: Path, reserve: float = 0) -> list[Result]:
+        """Run programs side by side, each with a log, until `reserve` seconds before the end."""
+        end = self.deadline - reserve
+        if time.monotonic() > end:
+            return []
         started = time.monotonic()
-        processes = []
-        for job in jobs:
-            script, *arguments = shlex.split(job.command)
-            with (logs / f"{job.name}.log").open("w", encoding="utf-8") as log:
-                command = [sys.executable, ROOT / script, *arguments]
-                processes.append(subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log))
-        results = []
-        for job, process in zip(jobs, processes, strict=True):
-            stop(process, min(started + job.limit, self.deadline + more))
-            text = (logs / f"{job.name}.log").read_text("utf-8").replace("\r", "\n").strip()
-            seconds, last_line = time.monotonic() - started, text.rpartition("\n")[2]
-            results.append(Result(job.name, process.returncode, seconds, last_line))
-            print(
-                f"{job.name}: status {process.returncode}, {seconds:.0f} s: {last_line}", flush=True
-            )
-        return results
+        processes: dict[str, subprocess.Popen] = {}
+        results: dict[str, Result] = {}
+        asked = set()
+        try:
+            for name, command, _ in jobs:
+                script, *arguments = shlex.split(command)
+                with (logs / f"{name}.log").open("w", encoding="utf-8") as log:
+                    processes[name] = subprocess.Popen(
+                        [sys.executable, ROOT / script, *arguments],
+                        cwd=self.folder, stdout=log, stderr=log,
+                    )  # fmt: skip
+            while len(results) < len(jobs):
+                time.sleep(0.1)
+                seconds = time.monotonic() - started
+                for name, _, limit in jobs:
+                    process, over = processes[name], seconds - min(limit, end - started)
+                    if name not in results and process.poll() is not None:
+                        results[name] = result_of(name, process, seconds, logs)
+                    elif over > GRACE:
+                        process.kill()
+                    elif over > 0 and name not in asked:
+                        process.terminate()  # a run of training saves, and ends with status 143
+                        asked.add(name)
+        finally:
+            for process in processes.values():
+                process.kill()
+        return [results[job.name] for job in jobs]
+
+
+def result_of(name: str, process: subprocess.Popen, seconds: float, logs: Path) -> Result:
+    """Print and return how a program ended."""
+    lines = (logs / f"{name}.log").read_text("utf-8").replace("\r", "\n").strip()
+    result = Result(name, process.returncode, seconds, lines.rpartition("\n")[2])
+    print(f"{name}: status {result.status} after {seconds:.0f} s: {result.last_line}", flush=True)
+    return result
 
 
 def main() -> None:
@@ -97,23 +124,25 @@ def main() -> None:
     add = parser.add_argument
     # fmt: off
     add("visit", choices=MINUTES, help="what to do")
-    add("--output", type=new_file, required=True, metavar="DIR", help="new folder for the results")
+    add("--output", type=file_path, required=True, metavar="DIR", help="folder for the results")
     add("--camvid", type=file_path, metavar="DIR", help="CamVid, for weights and rates")
     add("--init", type=file_path, metavar="FILE",
-        help="network that weights start from; none that has seen val; default: none")
+        help="network that weights start from; none that has seen val; default: random weights")
     add("--minutes", type=positive_float, help="time for all of it; default 9, 3 and 3")
     add("--rehearse", action="store_true", help="on a CPU, with tiny settings")
     # fmt: on
     args = parser.parse_args()
     if args.camvid is None and args.visit != "tables":
         raise UserError(f"{args.visit} needs --camvid")
+    output = Path(args.output, args.visit).resolve()
+    if output.exists():
+        raise UserError(f"{output} exists: name another folder")
     deadline = time.monotonic() + 60 * (args.minutes or MINUTES[args.visit])
-    output, camvid_dir = Path(args.output).resolve(), Path(args.camvid or "").resolve()
-    output.mkdir()
-    camvid = f"main.py --dataset camvid --preset camvid --datadir {quoted(camvid_dir)} --device "
-    camvid += "cpu --crop 64 64" if args.rehearse else "cuda"
+    with write_errors(output):
+        output.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as folder:
-        visit = Visit(output, Path(folder), deadline, args.rehearse, camvid, camvid_dir)
+        camvid = Path(args.camvid or "").resolve()
+        visit = Visit(output, Path(folder), deadline, args.rehearse, camvid)
         if args.visit == "weights":
             train_weights(visit, f"--init {quoted(Path(args.init).resolve())}" if args.init else "")
         elif args.visit == "tables":
@@ -125,59 +154,67 @@ def main() -> None:
 def train_weights(visit: Visit, init: str) -> None:
     """Train on trainval and on train side by side, to the end of their schedules."""
     splits = ("trainval", "train")
+    command = (
+        f"{visit.train} --batch-size 26 --lr 3e-3 {init} --train-on {{0}} --savedir {{1}}{{0}}"
+    )
 
-    def train(name: str, epochs: int, val_every: int) -> None:
-        options = f"--batch-size 26 --lr 3e-3 {init} --epochs {epochs} --val-every {val_every}"
-        command = f"{visit.camvid} {options} --train-on {{0}} --savedir {name}/{{0}}"
-        (visit.folder / name).mkdir()
-        jobs = [Job(split, command.format(split)) for split in splits]
-        visit.run(jobs, visit.folder / name, more=-GRACE)
-
-    train("probe", 3, 3)
-    # The first epoch starts everything, and the last one is followed by validation.
-    seconds = max(float(read_log(visit.folder / "probe" / split)[1]["seconds"]) for split in splits)
-    epochs = max(1, int((visit.seconds_left() - RESERVE) / seconds))
+    probes = command + " --epochs 1000 --val-every 1000"
+    jobs = [Job(f"probe-{s}", probes.format(s, "probe-"), limit=30) for s in splits]
+    visit.run(jobs, visit.output)
+    # The first epoch starts everything; the second program starts a little later than the first.
+    seconds = [mean_of(visit.folder / f"save/probe-{split}", "seconds") for split in splits]
+    slowest = max((value for value in seconds if not math.isnan(value)), default=math.nan)
+    if math.isnan(slowest):
+        raise UserError(f"no probe has trained two epochs: see its log in {visit.output}")
+    epochs = max(1, int((visit.deadline - time.monotonic() - RESERVE) / (1.1 * slowest)))
     epochs = min(epochs, 4) if visit.rehearse else epochs
-    print(f"{seconds:.2f} s an epoch: {epochs} epochs", flush=True)
-    train("runs", epochs, max(1, epochs // 4))
-    for split in splits:
-        run = visit.folder / "runs" / split
-        shutil.copy(f"{run}.log", visit.output)
+    print(f"{slowest:.2f} s an epoch: {epochs} epochs", flush=True)
+
+    runs = command + f" --epochs {epochs} --val-every {max(1, epochs // 4)}"
+    jobs = [Job(split, runs.format(split, "")) for split in splits]
+    for result in visit.run(jobs, visit.output, reserve=2 * GRACE):
+        run, split = visit.folder / "save" / result.name, result.name
+        if not (run / "last.pth").exists():
+            continue
         shutil.copy(run / "log.csv", visit.output / f"{split}.csv")
-        weights = quoted(visit.output / f"{split}.pth")
-        ship = f"tools/ship_weights.py --checkpoint {run}/last.pth --output {weights}"
-        visit.run([Job(f"ship-{split}", ship)], visit.folder, more=GRACE)
+        name = f"{split}.pth" if result.status == 0 else f"{split}-unfinished.pth"
+        ship = f"tools/ship_weights.py --checkpoint {run}/last.pth --output"
+        visit.run([Job("ship", f"{ship} {quoted(visit.output / name)}")], visit.folder)
 
 
 def measure_tables(visit: Visit) -> None:
-    """Measure the most wanted rows first; each is written as soon as it is there."""
+    """Measure the most wanted rows first; a form takes half a minute to compile."""
     ours = "--networks 'LEDNet D = 20' 'LEDNet D = 128' 'LEDNet of pytorchcv'"
     forms = "--forms eager 'eager half' deployed 'deployed half'"
-    compiled = "'deployed compiled' 'deployed compiled half' 'deployed labels'"
-    compiled += " 'deployed compiled labels' 'deployed compiled half labels'"
+    best = "'deployed compiled half'"
+    size = "--seconds 4 --sizes 1024x512"
     tables = {
-        "tables": f"--seconds 4 --sizes 1024x512 {ours} {forms} {compiled}",
+        "uncompiled": f"{size} {ours} {forms} 'deployed labels'",
+        "compiled-20": f"{size} --networks 'LEDNet D = 20' --forms {best}",
+        "compiled-128": f"{size} --networks 'LEDNet D = 128' --forms {best}",
+        "labels": f"{size} --networks 'LEDNet D = 20' --forms 'deployed compiled half labels'",
+        "float32": f"{size} --networks 'LEDNet D = 20' --forms 'deployed compiled'",
         "sizes": f"--seconds 4 --sizes 2048x1024 640x360 {ours} {forms}",
-        "peers": "--seconds 4 --sizes 1024x512 --forms eager 'eager half'",
+        "peers": f"{size} --networks ERFNet ENet DABNet Fast-SCNN --forms eager 'eager half'",
     }
     if visit.rehearse:
-        tables = dict.fromkeys(tables, f"--seconds 0.1 --sizes 128x64 {ours} {forms}")
+        small = f"--seconds 0.1 --sizes 128x64 {ours} {forms}"
+        tables = {"uncompiled": small, "sizes": small}
     for name, options in tables.items():
-        command = f"tools/benchmark.py --device {visit.device} {options}"
-        visit.run([Job(name, command)], visit.output)
+        visit.run([Job(name, f"tools/benchmark.py {visit.device} {options}")], visit.output)
 
 
 def try_everything(visit: Visit) -> None:
     """Measure the rates of training one by one, then run the programs three at a time."""
-    train, device = visit.camvid, f"--device {visit.device}"
+    train, device = visit.train, visit.device
     rates = {
-        "320x240": "--batch-size 8 --epochs 2",
-        "480x360": "--batch-size 16 --epochs 2 --crop 360 480",
-        "1024x1024": "--batch-size 12 --epochs 1 --crop 1024 1024 --height 1024",
+        "320x240": "--batch-size 8 --epochs 10",
+        "480x360": "--batch-size 16 --epochs 15 --crop 360 480",
+        "1024x1024": "--batch-size 12 --epochs 6 --crop 1024 1024 --height 1024",
     }
     half, compiled = "--amp fp16", "--precision float16 --runtime compiled"
     if visit.rehearse:
-        rates = {"64x64": "--batch-size 2 --epochs 1"}
+        rates = {"64x64": "--batch-size 2 --epochs 2"}
         half, compiled = "--amp bf16", "--precision bfloat16"
     jobs = {
         "half": f"{train} --epochs 1 --savedir half {half} --iouTrain --cache off",
@@ -186,14 +223,15 @@ def try_everything(visit: Visit) -> None:
         "cached": f"{train} --epochs 1 --savedir cached --cache pixels",
         "stopped": f"{train} --epochs 500 --savedir stopped",
         "evaluate": f"eval_cityscapes_server.py --checkpoint {quoted(SHIPPED)} --datadir "
-        f"{quoted(visit.camvid_dir)} --save-results labels {compiled} {device}",
-        "predict": f"predict.py --input {quoted(visit.camvid_dir / 'val')} --output out {device}",
+        f"{quoted(visit.camvid)} --save-results labels {compiled} {device}",
+        "predict": f"predict.py --input {quoted(visit.camvid / 'val')} --output out {device}",
         "pretrain": f"lednet_imagenet.py --epochs 1 --savedir imagenet {device}",
     }
     results = []
     for size, options in rates.items():
-        results += visit.run([Job(size, f"{train} --savedir {size} {options}", 40)], visit.folder)
-    limits = {"stopped": 15, "evaluate": 90}
+        job = Job(size, f"{train} --val-every 100 --savedir {size} {options}", limit=40)
+        results += visit.run([job], visit.folder)
+    limits = {"stopped": 25, "evaluate": 90}
     listed = [Job(name, command, limits.get(name, 60)) for name, command in jobs.items()]
     for first in range(0, len(listed), 3):
         results += visit.run(listed[first : first + 3], visit.folder)
@@ -202,35 +240,24 @@ def try_everything(visit: Visit) -> None:
     with (visit.output / "rates.md").open("w", encoding="utf-8") as file:
         file.write("| run | status | s | images/s | last line |\n| --- | --- | --- | --- | --- |\n")
         for name, status, seconds, last_line in results:
-            rows = read_log(visit.folder / "save" / name)
-            rate = f"{float(rows[-1]['images_per_second']):.0f}" if rows else ""
-            file.write(f"| {name} | {status} | {seconds:.0f} | {rate} | {last_line[:100]} |\n")
+            rate = mean_of(visit.folder / "save" / name, "images_per_second")
+            rate = "" if math.isnan(rate) else f"{rate:.1f}"
+            last_line = last_line[:100].replace("|", "/")
+            file.write(f"| {name} | {status} | {seconds:.0f} | {rate} | {last_line} |\n")
 
 
-def stop(process: subprocess.Popen, limit: float) -> None:
-    """Wait for the end of a process, at most until `limit`; then ask it to end, then kill it."""
-    try:
-        process.wait(max(0, limit - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.terminate()  # a run of training saves, and ends with status 143
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def mean_of(run: Path, column: str) -> float:
+    """Return the mean of a column of a run's log, without the first epoch; nan without others."""
+    path = run / "log.csv"
+    if not path.exists():
+        return math.nan
+    with path.open(encoding="utf-8", newline="") as file:
+        values = [float(row[column]) for row in csv.DictReader(file)][1:]
+    return fmean(values) if values else math.nan
 
 
 def quoted(path: Path) -> str:
     return shlex.quote(str(path))
-
-
-def read_log(run: Path) -> list[dict[str, str]]:
-    """Return the rows of a run's log, if it has any."""
-    path = run / "log.csv"
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":
