@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Forked
+from conftest import PRETRAIN_QUICK, Forked
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.images import DatasetError
@@ -214,6 +215,32 @@ def test_threads():
         assert pick_device("cpu") == cpu and torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "argv"),
+    [
+        ("main.py", ("--height", 64, "--epochs", 1, "--decoder", "--savedir", "run")),
+        ("lednet_imagenet.py", (*PRETRAIN_QUICK, "--savedir", "run")),
+        ("lednet_imagenet.py", ("--evaluate", "none.pth")),
+        ("eval_cityscapes_server.py", ("--height", 64)),
+        ("predict.py", ("--input", "a.png", "--workers", 0)),
+    ],
+)
+def test_programs_say_at_the_start_how_many_threads_they_use(
+    script, cityscapes, shapes, monkeypatch, tmp_path, name, argv
+):
+    """Before the work begins, which is left out."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    for work in ("utils.training.fit", "utils.speed.measure_latency"):
+        monkeypatch.setattr(work, lambda *args, **options: sys.exit(7))
+    data = {"main.py": cityscapes, "lednet_imagenet.py": shapes}.get(name)
+    before = torch.get_num_threads()
+    try:
+        result = script(name, *argv, *(("--datadir", data) if data else ()), "--threads", 3)
+    finally:
+        torch.set_num_threads(before)
+    assert ", 3 threads" in result.out, result
 
 
 def test_runtimes_for_cpus_refuse_a_gpu(monkeypatch):
