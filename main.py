@@ -192,6 +192,7 @@ def build_stage(
         model=model,
         network=network,
         loader=loader,
+        image_size=data.size,
         prepare=Augment(data.augment, normalize, device, jitter, LABEL_STRIDE[number]),
         loss=partial(LOSSES[args.loss], weight=weights),
         optimizer=optimizer,
