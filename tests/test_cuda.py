@@ -54,7 +54,7 @@ def train(cityscapes, tmp_path) -> Callable[..., int]:
 
 
 def agreement(labels: Tensor, logits: Tensor) -> float:
-    """Return the share of pixels that have the label of the logits, N x C x H x W, but for ties.
+    """Return the share of pixels that have the label of the logits, N x C x H x W, but for near ties.
 
     Where the two highest logits differ by less than half precision may change them, in at most 5 %
     of the pixels, either label is right.
