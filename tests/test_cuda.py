@@ -54,10 +54,10 @@ def train(cityscapes, tmp_path) -> Callable[..., int]:
 
 
 def agreement(labels: Tensor, logits: Tensor) -> float:
-    """Return the share of pixels that have the label of the logits, N x C x H x W, but for near ties.
+    """Return the share of pixels that have the label of the logits, N x C x H x W.
 
-    Where the two highest logits differ by less than half precision may change them, in at most 5 %
-    of the pixels, either label is right.
+    Pixels do not count, 5 % at most, where the two highest logits differ by less than half
+    precision may change them.
     """
     highest = logits.topk(2, 1).values
     clear = highest[:, 0] - highest[:, 1] > 0.05
