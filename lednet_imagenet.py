@@ -114,6 +114,7 @@ def build_stage(
         model=model,
         network=model,
         loader=loader,
+        image_size=(args.size, args.size),
         prepare=lambda batch: (
             normalize(batch.images), batch.labels.to(device, non_blocking=True)
         ),

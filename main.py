@@ -110,7 +110,7 @@ def start_network(
         if loaded < total:
             print("the file has no counts of batches, which nothing reads: they start at 0")
     if others:
-        print(f"left out, since nothing here is called so: {few(others)}")
+        print(f"ignored, as the network has no such tensors: {few(others)}")
     stated = normalisation(start, file)
     if stated and args.mean and stated != (args.mean, args.std):
         raise UserError(
@@ -192,6 +192,7 @@ def build_stage(
         model=model,
         network=network,
         loader=loader,
+        image_size=data.size,
         prepare=Augment(data.augment, normalize, device, jitter, LABEL_STRIDE[number]),
         loss=partial(LOSSES[args.loss], weight=weights),
         optimizer=optimizer,

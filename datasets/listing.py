@@ -26,7 +26,7 @@ STRAYS = {
     *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx"),
     *("$recycle.bin", "system volume information", "lost+found", "__pycache__"),
 }
-# What the name of a label has more than that of its image, before and behind it.
+# What may surround an image's name in its label's, before and behind it.
 BEFORE, BEHIND = r"(|.*[-_. (/\\]|.*[^\W\d_](?=\d))", r"([-_. )/\\].*|)"
 
 
@@ -90,7 +90,7 @@ def matched_files(images: str | os.PathLike, labels: str | os.PathLike | None) -
     """Pair the pictures of a folder with the label maps of another by their paths without suffix,
     sorted; None stands for labels that do not exist.
 
-    Where no image has a label of its own name, all labels may have more in their names, as
+    Where no image has a label of its own name, all labels may share a prefix or suffix, as
     x_mask.png or masks/x.png for x.jpg, or something else, as x_mask.png for x_rgb.jpg.
     """
     for folder in (images, labels):
@@ -186,7 +186,7 @@ def _find_way(
 def _without_common_parts(names: Sequence[str]) -> list[str]:
     """Return names without the words, numbers and signs that all begin and end with."""
     words = [re.findall(r"[^\W\d_]+|\d+|[\W_]", name) for name in names]
-    for _ in range(2):  # from the begin, then from the end
+    for _ in range(2):  # from the beginning, then from the end
         alike = takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
         common = len(list(alike))
         words = [name[common:][::-1] for name in words]

@@ -176,10 +176,10 @@ def test_a_missing_file_and_a_text_are_refused(tmp_path):
             "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
             "is a pointer of Git LFS",
         ),
-        ("\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page or an error of a"),
+        ("\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page or a server's err"),
         (
             '<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
-            "is a web page or an err",
+            "is a web page or a server's err",
         ),
     ],
 )

@@ -53,18 +53,30 @@ def train(cityscapes, tmp_path) -> Callable[..., int]:
 # Inference
 
 
+def agreement(labels: Tensor, logits: Tensor) -> float:
+    """Return the share of pixels that have the label of the logits, N x C x H x W.
+
+    Pixels do not count, 5 % at most, where the two highest logits differ by less than half
+    precision may change them.
+    """
+    highest = logits.topk(2, 1).values
+    clear = highest[:, 0] - highest[:, 1] > 0.05
+    assert clear.float().mean() > 0.95
+    return (labels == logits.argmax(1))[clear].float().mean().item()
+
+
 @pytest.mark.parametrize("form", ["eager", "deployed", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["float32", "float16"])
 @torch.inference_mode()
 def test_labels_are_those_of_a_cpu(network, form, dtype):
     images = street_scenes(2, (360, 480))
-    expected = load_network(SHIPPED)[0](images).argmax(1)
+    expected = load_network(SHIPPED)[0](images)
     model = InPrecision(network, dtype)
     if form != "eager":
         model = deploy(network, dtype=dtype, compiled=form == "compiled")
     logits = model(images.cuda())
     assert logits.is_cuda and logits.dtype == torch.float32
-    assert (logits.argmax(1).cpu() == expected).float().mean() > 0.999
+    assert agreement(logits.argmax(1).cpu(), expected) > 0.999
 
 
 @torch.inference_mode()
@@ -74,8 +86,9 @@ def test_outputs_of_graphs_that_are_copied_stay_what_they_were(network):
     for _ in range(3):  # to compile, and to record
         served(images[0])
     kept = [served(image).clone() for image in images]
+    without_graphs = deploy(network, dtype=HALF, compiled=False)
     for image, labels in zip(images, kept, strict=True):
-        assert (labels == network(image).argmax(1)).float().mean() > 0.999
+        assert agreement(labels, without_graphs(image)) > 0.999
 
 
 def test_scores_of_the_compiled_network_and_one_compilation(script, camvid, tmp_path):
@@ -103,13 +116,15 @@ def losses_of(graphs: bool) -> tuple[list[float], dict[str, Tensor]]:
     """Take six steps, of which one has a smaller batch; return their losses and the weights."""
     torch.manual_seed(0)
     model = LEDNet(5, 4).cuda().to(memory_format=torch.channels_last).train()
-    forward = Graphed(model, 4) if graphs else model
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     images = street_scenes(4, (64, 128)).cuda().to(memory_format=torch.channels_last)
     labels = (images.mean(1) * 5).long().clamp(0, 4)
+    autocast = torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+    with autocast:
+        forward = Graphed(model, torch.zeros_like(images)) if graphs else model
     losses = []
     for count in (4, 4, 4, 2, 4, 4):
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        with autocast:
             outputs = forward(images[:count])
         loss = nn.functional.cross_entropy(outputs.float(), labels[:count])
         optimizer.zero_grad(set_to_none=True)
@@ -130,9 +145,28 @@ def test_graphs_train_like_no_graphs():
 
 def test_dropout_differs_from_step_to_step():
     block = SSnbt(8, 1, 0.5).cuda().train()
-    graphed, images = Graphed(block, 2), torch.rand(2, 8, 16, 16, device="cuda")
+    images = torch.rand(2, 8, 16, 16, device="cuda")
+    graphed = Graphed(block, torch.zeros_like(images))
     first, second = (graphed(images).detach().clone() for _ in range(2))
     assert not torch.equal(first, second)
+
+
+def test_graphs_are_freed_with_their_stage(cityscapes, tmp_path, monkeypatch):
+    """Those of stage 1, before those of stage 2 are recorded."""
+    used = []
+
+    def measured(model: nn.Module, sample: Tensor) -> Graphed:
+        before = torch.cuda.memory_allocated()
+        graphed = Graphed(model, sample)
+        used.append((before, torch.cuda.memory_allocated()))
+        return graphed
+
+    monkeypatch.setattr(utils.training, "Graphed", measured)
+    argv = ("--datadir", cityscapes, *QUICK, "--height", 256, "--device", "cuda")
+    assert run_script("main.py", *argv, "--savedir", tmp_path / "run") == 0
+    (before, recorded), (later, _) = used
+    assert later - before < (recorded - before) / 4
+    assert [row["stage"] for row in read_log(tmp_path / "run")] == ["1", "2"]
 
 
 # Training
@@ -144,7 +178,7 @@ def no_waiting(monkeypatch) -> Iterator[list[int]]:
     steps, train_step = [], utils.training.train_step
 
     def checked(state: utils.training.TrainState, *args: object) -> Tensor:
-        # In the first two, kernels are searched, loaded and recorded.
+        # In the first two, kernels are searched and loaded.
         torch.cuda.set_sync_debug_mode("error" if len(steps) >= 2 else "default")
         try:
             loss = train_step(state, *args)
@@ -172,6 +206,12 @@ def test_a_step_of_pretraining_does_not_wait_for_the_gpu(shapes, tmp_path, no_wa
     assert no_waiting == [1, 2, 3] * 2
 
 
+def test_a_run_with_workers_that_pin_memory(train, tmp_path):
+    """In a thread, which calls CUDA at any moment."""
+    assert train("--cache", "off", "--workers", 2) == 0
+    assert len(read_log(tmp_path / "run")) == 2
+
+
 @pytest.mark.parametrize("cache", ["ram", "off"])
 def test_a_stopped_run_goes_on_from_its_state(train, tmp_path, capsys, cache):
     """To nearly the same end: not all operations of a GPU round the same way twice."""
@@ -194,7 +234,7 @@ def test_a_stopped_run_goes_on_from_its_state(train, tmp_path, capsys, cache):
 
 
 def test_a_gpu_without_memory_is_one_line(cityscapes, tmp_path, capsys):
-    """Of 300 MB, which the images of a batch alone fill."""
+    """Of 300 MB, which the images of a batch and its first layer fill."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(3e8 / total)
@@ -205,4 +245,4 @@ def test_a_gpu_without_memory_is_one_line(cityscapes, tmp_path, capsys):
         torch.cuda.set_per_process_memory_fraction(1.0)
     (line,) = capsys.readouterr().err.splitlines()
     assert status == 2 and "a batch of 4 images of 2048x1024" in line
-    assert re.search(r"the GPU ran out of memory.*--batch-size", line)
+    assert re.search(r"the GPU ran out of memory.*--batch-size.*--no-graphs", line)

@@ -1,3 +1,4 @@
+import argparse
 import json
 from collections.abc import Callable
 from functools import partial
@@ -168,7 +169,8 @@ def test_every_size_of_image_is_compiled(monkeypatch):
     compiled = []
     compile_eagerly = eager_compiler(compiled, monkeypatch)
     monkeypatch.setattr(eval_cityscapes_server, "deploy", lambda model, **_: compile_eagerly(model))
-    model = eval_cityscapes_server.on_runtime(torch.nn.Conv2d(3, 2, 1), "compiled", torch.float32)
+    args = argparse.Namespace(runtime="compiled", precision="float32")
+    model = eval_cityscapes_server.on_runtime(torch.nn.Conv2d(3, 2, 1), args)
     for width in range(64, 84):
         model(torch.zeros(1, 3, 64, width))
     assert len(compiled) == 20

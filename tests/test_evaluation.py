@@ -132,17 +132,25 @@ class Searching(nn.Conv2d):
         return super().forward(images)
 
 
-def test_kernels_are_searched_for_sizes_that_come_again(monkeypatch):
-    """Not for a smaller last batch, nor for the only image of its size."""
+def test_kernels_are_searched_for_the_shape_of_the_first_batch(monkeypatch):
+    """Not for a smaller last batch, nor for another size."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     model = Searching(3, 4, 1)
     model.searched = []
-    images = [torch.rand(3, 16, width) for width in (24, 24, 24, 24, 32, 24, 24, 24)]
+    images = [torch.rand(3, 16, width) for width in (24, 24, 32, 24, 24, 24, 24)]
     labels = [torch.zeros(16, image.shape[-1], dtype=torch.int64) for image in images]
     evaluate(model, batches_of(images, labels, 2), identity, 4, "t", len(images))
-    expected = [(2, 24, False), (2, 24, True), (1, 32, False), (1, 24, False), (2, 24, True)]
+    expected = [(2, 24, True), (1, 32, False), (1, 24, False), (2, 24, True), (1, 24, False)]
     assert model.searched == expected
     assert torch.backends.cudnn.benchmark
+    model.searched.clear()
+    images = torch.rand(5, 3, 16, 24).split(2)
+    batches = [
+        Batch(some, torch.zeros(len(some), dtype=torch.int64), [], [], []) for some in images
+    ]
+    pooled = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    evaluate_classifier(pooled, batches, identity, "t", 5)
+    assert model.searched == [(2, 24, True), (2, 24, True), (1, 24, False)]
 
 
 def test_half_precision_scores(model):

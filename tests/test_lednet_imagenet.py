@@ -201,6 +201,7 @@ def test_by_default_training_follows_the_published_recipe(stage):
     assert built.average is None and built.amp_dtype is None
     assert "RandAugment" not in transforms_of(built)
     assert list(built.best_files) == ["best.pth", "encoder.pth"] and built.score == "val_top1"
+    assert built.prepare(next(iter(built.loader)))[0].shape == (4, 3, *built.image_size)
     # Images are normalised as the checkpoint states.
     grey = torch.full((1, 3, 1, 1), 51, dtype=torch.uint8)
     images, labels = built.prepare(Batch(grey, torch.tensor([4]), [0], [0], []))

@@ -216,6 +216,7 @@ def test_by_default_stages_are_trained_as_published(stages, cityscapes, loss):
         assert type(stage.prepare.recipe) is Paper and stage.prepare.jitter == 0
         assert stage.prepare.label_stride == stride  # labels at the encoder's resolution
         assert stage.average is None and stage.meter is None and stage.amp_dtype is None
+        assert stage.prepare(next(iter(stage.loader)))[0].shape == (2, 3, *stage.image_size)
     first, second = built
     assert type(first.model) is EncoderClassifier and type(second.model) is LEDNet
     assert first.model.encoder is second.model.encoder
@@ -229,6 +230,7 @@ def test_options_reach_the_stages(stages):
         recipe = stage.prepare.recipe
         assert type(recipe) is Strong and stage.prepare.jitter == 0.2
         assert recipe.size == (64, 96) and recipe.scale == (0.9, 1.1)
+        assert stage.prepare(next(iter(stage.loader)))[0].shape == (2, 3, *stage.image_size)
         assert stage.amp_dtype == torch.bfloat16
         assert type(stage.optimizer) is torch.optim.AdamW
         assert type(stage.scheduler) is torch.optim.lr_scheduler.OneCycleLR
@@ -324,7 +326,7 @@ def test_what_a_file_has_beside_the_network_is_named(start, trained, tmp_path):
     save_checkpoint(checkpoint, tmp_path / "more.pth")
     for option in ("--init", "--pretrained-encoder"):
         *_, out = start(option, tmp_path / "more.pth")
-        assert re.search("left out, since nothing here is called so: .*(extra.weight|more)", out)
+        assert re.search("ignored, as the network has no such tensors: .*(extra.weight|more)", out)
 
 
 def test_the_classifier_of_other_classes_is_replaced(start, trained, tmp_path):

@@ -21,10 +21,9 @@ from torch.utils.data import DataLoader
 from datasets.loading import Batch, ShuffledSeeds, batch_loader
 from datasets.segmentation import Classes
 from models.lednet import AuxiliaryHead, LEDNet
-from utils import distributed
+from utils import distributed, training
 from utils.checkpoint import CheckpointError, Description, load_checkpoint, on_cpu, save_checkpoint
 from utils.evaluation import OutOfMemory
-from utils.graphs import Graphed
 from utils.interrupts import Diverged, Guard, StopSignals
 from utils.losses import ohem_cross_entropy, with_auxiliary
 from utils.metrics import ConfusionMatrix, TopKAccuracy
@@ -36,6 +35,7 @@ from utils.training import (
     Validation,
     fit,
     forward_of,
+    record,
     train_one_epoch,
     train_step,
 )
@@ -85,6 +85,7 @@ def stage_of(
         "model": model,
         "network": model,
         "loader": loader,
+        "image_size": (8, 12),
         "prepare": lambda batch: (batch.images, batch.labels),
         "loss": nn.CrossEntropyLoss(),
         "optimizer": optimizer,
@@ -729,19 +730,66 @@ def test_a_compiled_model_ends_with_the_same_weights(opened, monkeypatch):
 
 def test_one_gpu_trains_in_graphs(monkeypatch):
     """A CPU, several processes and a compiled model do not."""
-    stage = SimpleNamespace(device=torch.device("cuda"), model=nn.Linear(3, 2))
-    stage.loader = SimpleNamespace(batch_size=4)
-    forward = forward_of(stage, compiled=False, graphs=True)
-    assert isinstance(forward, Graphed)
-    assert forward.model is stage.model and forward.batch_size == 4
+    stage, graphed = SimpleNamespace(device=torch.device("cuda"), model=nn.Linear(3, 2)), object()
+    monkeypatch.setattr(training, "record", lambda recorded: recorded is stage and graphed)
+    assert forward_of(stage, compiled=False, graphs=True) is graphed
     assert forward_of(stage, compiled=False, graphs=False) is stage.model
-    assert not isinstance(forward_of(stage, compiled=True, graphs=True), Graphed)
+    assert forward_of(stage, compiled=True, graphs=True) is not graphed
     stage.device = CPU
     assert forward_of(stage, compiled=False, graphs=True) is stage.model
     stage.device = torch.device("cuda")
     pretend_processes(monkeypatch, 2)
     monkeypatch.setattr(distributed, "parallel", lambda model, device: model)
     assert forward_of(stage, compiled=False, graphs=True) is stage.model
+
+
+def test_a_step_is_recorded_with_a_full_batch(monkeypatch):
+    """In training and mixed precision, as it will be repeated."""
+    stage, given = stage_of(model=nn.Conv2d(3, 2, 1).eval(), amp_dtype=torch.bfloat16), []
+
+    def make_graphed_callables(model: nn.Module, samples: tuple[Tensor]) -> nn.Module:
+        given.append((model, *samples, model(*samples).dtype, model.training))
+        assert not torch.is_autocast_cache_enabled()
+        model.forward = model.forward
+        return model
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    record(stage)
+    ((model, images, dtype, in_training),) = given
+    assert model is stage.model and in_training and dtype == torch.bfloat16
+    assert images.shape == (4, 3, 8, 12) and images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_gpu_without_memory_for_graphs_says_which_batch_was_too_large(monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", full)
+    with pytest.raises(OutOfMemory, match=r"with a batch of 4 images of 12x8$"):
+        record(stage_of())
+
+
+def test_a_stage_ends_without_graphs_and_gradients(opened, monkeypatch):
+    """The next one needs their memory, and the collector might come too late."""
+    stage, freed = stage_of(epochs=1), []
+
+    class Forward:
+        def __init__(self, *_: object) -> None:
+            self.cycle = self
+            weakref.finalize(self, freed.append, "graphs")
+
+        def __call__(self, points: Tensor) -> Tensor:
+            return stage.model(points)
+
+    monkeypatch.setattr(training, "forward_of", Forward)
+    gc.disable()
+    try:
+        fit(stage, opened())
+        assert freed == ["graphs"]
+    finally:
+        gc.enable()
+    assert all(weight.grad is None for weight in stage.model.parameters())
 
 
 def test_loaders_are_freed_with_their_stage(opened):

@@ -39,7 +39,7 @@ WRAPPERS = {"module", "_orig_mod"}
 # How files begin that lie in place of checkpoints, and what to say of them.
 STAND_INS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: `git lfs pull`",
-    b"<": "is a web page or an error of a server, not a checkpoint: download the file itself",
+    b"<": "is a web page or a server's error message, not a checkpoint: download the file itself",
 }
 # What the reader of weights says of files that Python could read only by running code.
 NEEDS_CODE = re.compile(r"GLOBAL (?P<object>\S+)|TorchScript|operand 149")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import groupby
 
 import torch
@@ -63,11 +63,12 @@ def evaluate(
     device = device_of(model)
     confusion = ConfusionMatrix(num_classes, device)
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
-    shapes: set[torch.Size] = set()
+    first_shape: tuple[int, ...] | None = None
     with progress_bar(title, total) as bar:
         for batch in batches:
+            first_shape = first_shape or (len(batch.images), *batch.images[0].shape)
             with memory_errors(batch.images):
-                outputs = _logits(model, batch.images, normalize, device, amp_dtype, shapes)
+                outputs = _logits(model, batch.images, normalize, device, amp_dtype, first_shape)
                 # One at a time: the upsampled logits of a whole batch need not fit in memory.
                 for image, logits, label in zip(batch.images, outputs, batch.labels, strict=True):
                     label = label.to(device, non_blocking=True)
@@ -95,28 +96,22 @@ def evaluate(
 
 def _logits(
     model: nn.Module, images: Sequence[Tensor], normalize: Normalize, device: torch.device,
-    amp_dtype: torch.dtype | None, shapes: set[torch.Size],
+    amp_dtype: torch.dtype | None, first_shape: tuple[int, ...],
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield logits, 1 x C x h x w, float32; images of one size in a row run together.
 
-    `shapes` are those of earlier batches.
+    Kernels are searched for the shape of the first batch, and not for others, such as that of a
+    smaller last one.
     """
     for _, same_size in groupby(images, lambda image: image.shape):
         # Stacked on the device, since each image lies in pinned memory of its own.
         batch = normalize(torch.stack([image.to(device, non_blocking=True) for image in same_size]))
         with (
-            _search_if_repeated(batch.shape, shapes),
+            kernel_search(batch.shape == first_shape),
             torch.autocast(batch.device.type, amp_dtype, enabled=amp_dtype is not None),
         ):
             logits = model(batch)
         yield from logits.float().split(1)
-
-
-def _search_if_repeated(shape: torch.Size, shapes: set[torch.Size]) -> AbstractContextManager[None]:
-    """Search kernels from the second batch of a shape on: not for a smaller last batch."""
-    repeated = shape in shapes
-    shapes.add(shape)
-    return kernel_search(repeated)
 
 
 def label_map(logits: Tensor, size: tuple[int, int], rows: int | None = None) -> Tensor:
@@ -176,13 +171,14 @@ def evaluate_classifier(
     device = device_of(model)
     accuracy = TopKAccuracy(device=device)
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
-    shapes: set[torch.Size] = set()
+    first_shape: tuple[int, ...] | None = None
     with progress_bar(title, total) as bar:
         for batch in batches:
+            first_shape = first_shape or batch.images.shape
             labels = batch.labels.to(device, non_blocking=True)
             with (
                 memory_errors(batch.images),
-                _search_if_repeated(batch.images.shape, shapes),
+                kernel_search(batch.images.shape == first_shape),
                 torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None),
             ):
                 logits = model(normalize(batch.images)).float()

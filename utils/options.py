@@ -47,7 +47,8 @@ TRAINING_ADVICE = {
     ClassesError: "see --classes",
     MixedSizes: "give --augment strong and --crop HEIGHT WIDTH, to train on crops of one size",
     DrawingError: "run in a folder that can be written, or give --datadir",
-    OutOfMemory: "give a smaller --batch-size, which may change on --resume, or smaller images",
+    OutOfMemory: "give a smaller --batch-size or, where graphs are on, --no-graphs, which may both "
+    "change on --resume, or smaller images",
     WorkerError: "give fewer --workers",
     Diverged: "start another run with a smaller --lr",
     EncoderOnly: "give it as --pretrained-encoder",
@@ -133,8 +134,9 @@ OUTPUT = (
     Option("--savedir", file_path, None, "name of a folder under save/, or a path; default: data "
            "set and time", may_change=True),
     Option("--resume", "flag", False, "continue the run in --savedir", may_change=True),
-    Option("--checkpoint-minutes", natural_float, 10.0, "most minutes between checkpoints; more "
-           "follow each validation and the first epoch", may_change=True),
+    Option("--checkpoint-minutes", natural_float, 10.0, "maximum minutes between checkpoints, "
+           "which are also written after each validation and a stage's first epoch",
+           may_change=True),
     Option("--steps-loss", natural_int, 50, "steps between lines of progress in a log; 0: none",
            may_change=True),
     Option("--epochs-save", natural_int, 0, "keep the weights of every Nth epoch; 0: only the last "

@@ -1,5 +1,6 @@
 """Training: a stage, how far it has come, and the one loop for every program."""
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from datasets.images import Size
 from datasets.loading import Batch
 from utils import distributed
 from utils.checkpoint import CheckpointError, Description, fill, on_cpu
@@ -45,6 +47,7 @@ class Stage:
     model: nn.Module  # what is trained, training heads included
     network: nn.Module  # the part of the model, or all of it, that is scored and saved
     loader: DataLoader  # its sampler is a ShuffledSeeds
+    image_size: Size  # height and width of the prepared images
     prepare: Callable[[Batch], tuple[Tensor, Tensor]]  # returns images and labels on the device
     loss: Callable[[Any, Tensor], Tensor]  # of the model's outputs and the labels
     optimizer: torch.optim.Optimizer
@@ -69,6 +72,12 @@ class Stage:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of a forward pass: mixed precision, if the stage has it."""
+        # Without its cache, which CUDA graphs cannot record; no weight is used twice in a pass.
+        mixed = self.amp_dtype is not None
+        return torch.autocast(self.device.type, self.amp_dtype, mixed, cache_enabled=False)
 
     @property
     def scored(self) -> nn.Module:
@@ -239,6 +248,11 @@ def fit(stage: Stage, run: Run) -> dict[str, Any]:
     forward = forward_of(stage, run.args.compile, run.args.graphs)
     while state.epoch < stage.epochs:
         train_and_validate(state, run, guard, forward)
+    # The next stage needs the memory of this one's graphs. Gradients lie in it, and the collector
+    # must find what holds it, as torch makes a class for each recording, and classes are cycles.
+    del forward
+    stage.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
     return state.best
 
 
@@ -252,8 +266,20 @@ def forward_of(stage: Stage, compiled: bool, graphs: bool) -> Forward:
         # A smaller last batch is compiled on its own: one graph for all sizes would be slower.
         return torch.compile(forward, dynamic=False)
     if graphs and stage.device.type == "cuda" and distributed.processes() == 1:
-        return Graphed(stage.model, stage.loader.batch_size)
+        return record(stage)
     return forward
+
+
+def record(stage: Stage) -> Graphed:
+    """Return the model of a stage in CUDA graphs for full batches; no loader may run meanwhile.
+
+    Raises:
+        OutOfMemory: the GPU has too little memory for a batch.
+    """
+    images = torch.zeros(stage.loader.batch_size, 3, *stage.image_size)
+    with memory_errors(images), stage.autocast():
+        images = images.to(stage.device, memory_format=torch.channels_last)
+        return Graphed(stage.model.train(), images)
 
 
 def train_and_validate(state: TrainState, run: Run, guard: Guard, forward: Forward) -> None:
@@ -343,10 +369,8 @@ def train_step(state: TrainState, forward: Forward, batch: Batch) -> Tensor:
     stage, totals, scaler = state.stage, state.totals, state.stage.scaler
     images, labels = stage.prepare(batch)
     device = images.device
-    mixed = stage.amp_dtype is not None
     with kernel_search(len(images) == stage.loader.batch_size):  # not for a smaller last batch
-        # Without its cache, which CUDA graphs cannot record; no weight is used twice in a pass.
-        with torch.autocast(device.type, stage.amp_dtype, mixed, cache_enabled=False):
+        with stage.autocast():
             outputs = forward(images)
         loss = stage.loss(outputs, labels)
         stage.optimizer.zero_grad(set_to_none=True)
