@@ -13,7 +13,7 @@ _ROOT = _Path(__file__).resolve().parent
 
 
 def lednet(
-    pretrained: bool = False, apn_channels: int = 20, num_classes: int | None = None
+    pretrained: bool | str = False, apn_channels: int = 20, num_classes: int | None = None
 ) -> _torch.nn.Module:
     """LEDNet, a network for real-time semantic segmentation.
 
@@ -21,21 +21,22 @@ def lednet(
     state_dict rather than the network: its class is known only where torch.hub has loaded it.
 
     Args:
-        pretrained: load the weights that come with the code, trained on the 11 classes of CamVid,
-            in evaluation mode.
+        pretrained: load weights that come with the code, in evaluation mode: "camvid" (or True),
+            of 11 classes, or "cityscapes", of 19; weights/README.md says what to expect of them.
         apn_channels: width of the decoder; 20 or 128 for the published versions.
         num_classes: number of classes of a network that is not pretrained; default 19.
 
     Raises:
-        ValueError: there are no weights of this width, or num_classes does not fit them.
+        ValueError: there are no such weights, or num_classes does not fit them.
     """
     build = _network_code().LEDNet
     if not pretrained:
         return build(19 if num_classes is None else num_classes, apn_channels)
-    path = _ROOT / "weights" / f"lednet_d{apn_channels}_camvid.pth"
+    data = "camvid" if pretrained is True else pretrained
+    path = _ROOT / "weights" / f"lednet_d{apn_channels}_{data}.pth"
     if not path.exists():
         found = ", ".join(file.name for file in sorted(path.parent.glob("*.pth")))
-        raise ValueError(f"there are no weights for apn_channels={apn_channels}, only {found}")
+        raise ValueError(f"there are no weights {path.name}, only {found}")
     checkpoint = _torch.load(path, map_location="cpu", weights_only=True)
     if num_classes not in (None, checkpoint["num_classes"]):
         raise ValueError(

@@ -22,14 +22,23 @@ def test_the_shipped_network():
     assert network(image).shape == (1, 11, 64, 96)
 
 
+def test_the_network_of_cityscapes():
+    network, image = load(pretrained="cityscapes"), torch.rand(1, 3, 64, 96)
+    path = ROOT / "weights/lednet_d20_cityscapes.pth"
+    assert torch.equal(network(image), load_network(path)[0](image))
+    assert network(image).shape == (1, 19, 64, 96)
+
+
 def test_an_untrained_network():
     assert sum(p.numel() for p in load(apn_channels=128).parameters()) == 2_358_751
     assert load(num_classes=5)(torch.rand(2, 3, 64, 64)).shape == (2, 5, 64, 64)
 
 
 def test_weights_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match=r"apn_channels=7, only lednet_d20_camvid\.pth"):
+    with pytest.raises(ValueError, match=r"weights lednet_d7_camvid\.pth, only lednet_d20_camvid"):
         load(pretrained=True, apn_channels=7)
+    with pytest.raises(ValueError, match=r"weights lednet_d20_kitti\.pth, only"):
+        load(pretrained="kitti")
     with pytest.raises(ValueError, match="for 11 classes, not 3"):
         load(pretrained=True, num_classes=3)
 

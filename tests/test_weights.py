@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, same_weights
 
-from datasets.camvid import CamVid
+from datasets import DATASETS
 from datasets.drawn.scene import draw_scene
 from utils.checkpoint import load_checkpoint, load_network
 
@@ -14,17 +14,18 @@ SHIPPED = sorted((ROOT / "weights").glob("*.pth"))
 
 
 def test_there_are_weights():
-    assert ROOT / "weights/lednet_d20_camvid.pth" in SHIPPED
+    names = {path.name for path in SHIPPED}
+    assert names >= {"lednet_d20_camvid.pth", "lednet_d20_cityscapes.pth"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_weights_explain_themselves(path):
     assert path.stat().st_size < 10e6
     content = torch.load(path, map_location="cpu", weights_only=True)
-    assert content["class_names"] == CamVid.CLASSES.names and content["dataset"] == "camvid"
-    assert content["label_ids"] == list(range(11)) and content["ignored_ids"] == [11]
-    width = int(re.search(r"_d(\d+)_", path.name)[1])
-    assert content["apn_channels"] == width
+    width, dataset = re.fullmatch(r"lednet_d(\d+)_(\w+)\.pth", path.name).groups()
+    assert content["apn_channels"] == int(width) and content["dataset"] == dataset
+    stated = DATASETS[dataset].CLASSES.to_checkpoint()
+    assert {key: content.get(key) for key in stated} == stated
     assert content["mean"] == [0, 0, 0] and content["std"] == [1, 1, 1]  # as torch.hub promises
     assert not {"optimizer", "training_model", "processes"} & content.keys()
     assert "/" not in str(content["args"]), "a path of the machine that it was trained on"
