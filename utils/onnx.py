@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -97,24 +98,25 @@ def quantize(exported: Path, quantized: Path, images: Iterable[Tensor]) -> None:
             image = next(remaining, None)
             return None if image is None else {"images": image.contiguous().numpy()}
 
-    prepared = exported.with_name("prepared.onnx")
-    # Batch norms are folded already; only the shapes are missing.
-    quant_pre_process(exported, prepared, skip_optimization=True, skip_symbolic_shape=True)
-    nodes = onnx.load(prepared).graph.node
-    decoder = next(i for i, n in enumerate(nodes) if any("decoder." in name for name in n.input))
-    # Attention of 8 bits, which scales every feature, would change 0.5 % of the labels.
-    attention = [n.name for n in nodes[decoder:] if n.op_type not in ("Conv", "Relu")]
-    quantize_static(
-        prepared,
-        quantized,
-        Reader(),
-        nodes_to_exclude=attention,
-        per_channel=True,
-        # Unsigned, since most activations come after a ReLU.
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        reduce_range=True,  # 7 bits: see tools/quantize.py
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder, "prepared.onnx")
+        # Batch norms are folded already; only the shapes are missing.
+        quant_pre_process(exported, prepared, skip_optimization=True, skip_symbolic_shape=True)
+        nodes = onnx.load(prepared).graph.node
+        decoder = next(i for i, n in enumerate(nodes) if any("decoder." in m for m in n.input))
+        # Attention of 8 bits, which scales every feature, would change 0.5 % of the labels.
+        attention = [n.name for n in nodes[decoder:] if n.op_type not in ("Conv", "Relu")]
+        quantize_static(
+            prepared,
+            quantized,
+            Reader(),
+            nodes_to_exclude=attention,
+            per_channel=True,
+            # Unsigned, since most activations come after a ReLU.
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            reduce_range=True,  # 7 bits: see tools/quantize.py
+        )
 
 
 class OnnxNetwork(nn.Module):
