@@ -35,7 +35,7 @@ from utils.training import (
     Validation,
     fit,
     forward_of,
-    record,
+    record_graphs,
     train_one_epoch,
     train_step,
 )
@@ -731,7 +731,7 @@ def test_a_compiled_model_ends_with_the_same_weights(opened, monkeypatch):
 def test_one_gpu_trains_in_graphs(monkeypatch):
     """A CPU, several processes and a compiled model do not."""
     stage, graphed = SimpleNamespace(device=torch.device("cuda"), model=nn.Linear(3, 2)), object()
-    monkeypatch.setattr(training, "record", lambda recorded: recorded is stage and graphed)
+    monkeypatch.setattr(training, "record_graphs", lambda recorded: recorded is stage and graphed)
     assert forward_of(stage, compiled=False, graphs=True) is graphed
     assert forward_of(stage, compiled=False, graphs=False) is stage.model
     assert forward_of(stage, compiled=True, graphs=True) is not graphed
@@ -750,11 +750,12 @@ def test_a_step_is_recorded_with_a_full_batch(monkeypatch):
     def make_graphed_callables(model: nn.Module, samples: tuple[Tensor]) -> nn.Module:
         given.append((model, *samples, model(*samples).dtype, model.training))
         assert not torch.is_autocast_cache_enabled()
+        assert torch.backends.cudnn.benchmark, "slow kernels would be repeated in every step"
         model.forward = model.forward
         return model
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
-    record(stage)
+    record_graphs(stage)
     ((model, images, dtype, in_training),) = given
     assert model is stage.model and in_training and dtype == torch.bfloat16
     assert images.shape == (4, 3, 8, 12) and images.dtype == torch.float32
@@ -767,7 +768,7 @@ def test_a_gpu_without_memory_for_graphs_says_which_batch_was_too_large(monkeypa
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", full)
     with pytest.raises(OutOfMemory, match=r"with a batch of 4 images of 12x8$"):
-        record(stage_of())
+        record_graphs(stage_of())
 
 
 def test_a_stage_ends_without_graphs_and_gradients(opened, monkeypatch):

@@ -118,7 +118,8 @@ def lost_output(error: Exception) -> str | None:
 
 def start_device(args: argparse.Namespace) -> torch.device:
     """Return the device that the options ask for, checked, and join the processes of torchrun."""
-    device = pick_device(args.device, args.threads)
+    device = pick_device(args.device)
+    use_threads(args.threads)
     if args.sync_bn and device.type == "cpu":
         raise UserError("--sync-bn needs GPUs: leave it out")
     pick_amp_dtype(args.amp, device)
@@ -129,7 +130,8 @@ def start_device(args: argparse.Namespace) -> torch.device:
 
 def start_inference(args: argparse.Namespace) -> torch.device:
     """Return the device that the options ask for, after a check that it has their --runtime."""
-    device = pick_device(args.device, args.threads)
+    device = pick_device(args.device)
+    use_threads(args.threads)
     if args.runtime in ("onnx", "openvino") and device.type != "cpu":
         raise UserError(f"--runtime {args.runtime} needs --device cpu")
     if args.runtime == "onnx" and args.precision != "float32":
@@ -141,15 +143,17 @@ def start_inference(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def pick_device(name: str, threads: int | None = None) -> torch.device:
-    """Return the device of that name, or raise a UserError; "auto" is a GPU where there is one.
+def use_threads(count: int | None) -> None:
+    """Let all that runs on the CPU take so many threads from now on; None: as many as before."""
+    if count:
+        torch.set_num_threads(count)
 
-    With `threads`, all that runs on the CPU takes so many from now on.
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name, or raise a UserError; "auto" is a GPU where there is one.
 
     Each process that torchrun starts on a machine gets a GPU of its own.
     """
-    if threads:
-        torch.set_num_threads(threads)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     number = distributed.local_rank()

@@ -266,18 +266,19 @@ def forward_of(stage: Stage, compiled: bool, graphs: bool) -> Forward:
         # A smaller last batch is compiled on its own: one graph for all sizes would be slower.
         return torch.compile(forward, dynamic=False)
     if graphs and stage.device.type == "cuda" and distributed.processes() == 1:
-        return record(stage)
+        return record_graphs(stage)
     return forward
 
 
-def record(stage: Stage) -> Graphed:
+def record_graphs(stage: Stage) -> Graphed:
     """Return the model of a stage in CUDA graphs for full batches; no loader may run meanwhile.
 
     Raises:
         OutOfMemory: the GPU has too little memory for a batch.
     """
     images = torch.zeros(stage.loader.batch_size, 3, *stage.image_size)
-    with memory_errors(images), stage.autocast():
+    # With a search, whose kernels the graphs then repeat in every step.
+    with memory_errors(images), kernel_search(True), stage.autocast():
         images = images.to(stage.device, memory_format=torch.channels_last)
         return Graphed(stage.model.train(), images)
 
