@@ -74,6 +74,14 @@ class Augment:
         return self.normalize(images), labels.long()
 
 
+class Move(NamedTuple):
+    """A flip, and then a shift by pixels."""
+
+    flipped: bool
+    down: int
+    right: int
+
+
 class Paper:
     """The published recipe: a random flip, and a shift by up to 2 pixels in each direction."""
 
@@ -82,16 +90,15 @@ class Paper:
     def __call__(
         self, images: Sequence[Tensor], labels: Sequence[Tensor], randoms: Sequence[torch.Generator]
     ) -> TensorPair:
-        moved = map(self.move, images, labels, randoms)
-        images, labels = zip(*moved, strict=True)
-        return stacked(images), torch.stack(labels)
+        moves = [self.draw(random) for random in randoms]
+        # Labels go the same way as images, as planes of one channel.
+        labels = [label[None] for label in labels]
+        return moved(images, moves, 0), moved(labels, moves, IGNORE_INDEX)[:, 0]
 
-    def move(self, image: Tensor, label: Tensor, random: torch.Generator) -> TensorPair:
-        if uniform(0, 1, random)[0] < 0.5:
-            image, label = image.flip(-1), label.flip(-1)
+    def draw(self, random: torch.Generator) -> Move:
+        flipped = uniform(0, 1, random)[0] < 0.5
         limits = -self.max_shift, self.max_shift + 1
-        down, right = torch.randint(*limits, (2,), generator=random).tolist()
-        return shifted(image, down, right, 0), shifted(label, down, right, IGNORE_INDEX)
+        return Move(flipped, *torch.randint(*limits, (2,), generator=random).tolist())
 
 
 class Window(NamedTuple):
@@ -181,13 +188,17 @@ def stacked(images: Sequence[Tensor]) -> Tensor:
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
-def shifted(planes: Tensor, down: int, right: int, fill: int) -> Tensor:
-    """Shift planes, ... x H x W, by some pixels; the border becomes `fill`."""
-    height, width = planes.shape[-2:]
-    margin = max(abs(down), abs(right))
-    padded = torch.nn.functional.pad(planes, [margin] * 4, value=fill)
-    top, left = margin - down, margin - right
-    return padded[..., top : top + height, left : left + width]
+def moved(images: Sequence[Tensor], moves: Sequence[Move], fill: int) -> Tensor:
+    """Flip and shift images of one size, each C x H x W; what comes from beyond becomes `fill`."""
+    height, width = images[0].shape[-2:]
+    margin = Paper.max_shift
+    padded = torch.nn.functional.pad(stacked(images), [margin] * 4, value=fill)
+    windows = []
+    for image, (flipped, down, right) in zip(padded, moves, strict=True):
+        top, left = margin - down, margin - right
+        image = image.flip(-1) if flipped else image
+        windows.append(image[:, top : top + height, left : left + width])
+    return stacked(windows)
 
 
 def jittered(images: Tensor, factors: Tensor) -> Tensor:
