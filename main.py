@@ -98,11 +98,11 @@ def start_network(
     network = LEDNet(len(classes), args.apn_channels, args.dropout)
     others: list[str] = []
     if args.init and not resumed:
-        fresh, others = init_network(network, start, file, list(classes.names))
-        total = len(network.state_dict())
-        print(f"{file}: {total - len(fresh)} of {total} tensors loaded")
+        fresh, others = init_network(network, start, file, classes)
+        known = len(classes) - len(fresh)
+        print(f"{file}: the network is loaded, with {known} of {len(classes)} classes")
         if fresh:
-            print(f"random, since the classes differ: {', '.join(fresh)}")
+            print(f"not in the file, so that their weights are random: {few(fresh)}")
     elif args.pretrained_encoder and not resumed:
         start, loaded, others = load_encoder(network.encoder, file)
         total = len(network.encoder.state_dict())

@@ -28,6 +28,16 @@ class CamVid(Segmentation):
         ],
         label_ids=range(11),
         ignored_ids=[11],
+        # The names of Cityscapes.
+        related={
+            "Building": ["wall"],
+            "Pavement": ["sidewalk"],
+            "Tree": ["vegetation", "terrain"],
+            "SignSymbol": ["traffic light", "traffic sign"],
+            "Car": ["truck", "bus", "train"],
+            "Pedestrian": ["person"],
+            "Bicyclist": ["rider", "motorcycle", "bicycle"],
+        },
     )
     DEPTH = 1
     SPLITS = ("train", "val", "trainval", "test")

@@ -274,7 +274,7 @@ def test_a_network_loads_from_any_wrapper(network, tmp_path, prefix):
     other = LEDNet(3, 4)
     checkpoint = load_checkpoint(tmp_path / "wrapped.pth")
     beside = [name for name in wrapped if name.startswith("criterion")]
-    assert init_network(other, checkpoint, tmp_path / "wrapped.pth", NAMES) == ([], beside)
+    assert init_network(other, checkpoint, tmp_path / "wrapped.pth", CLASSES) == ([], beside)
     assert same_weights(other.state_dict(), network.state_dict())
 
 
@@ -577,19 +577,49 @@ def test_a_classifier_that_is_described_wrongly_is_refused(classifier, tmp_path,
 
 def test_init_keeps_the_classifier_of_the_same_classes(network, path):
     other = LEDNet(3, 4)
-    assert init_network(other, load_checkpoint(path), path, NAMES) == ([], [])
+    assert init_network(other, load_checkpoint(path), path, CLASSES) == ([], [])
     assert torch.equal(other.decoder.classifier.weight, network.decoder.classifier.weight)
 
 
-@pytest.mark.parametrize("names", [["a", "b", "c"], ["a", "b", "c", "d", "e"]])
+def classes_of(*names: str, **related: list[str]) -> Classes:
+    return Classes(
+        names, [[0, 0, n] for n in range(len(names))], range(len(names)), related=related
+    )
+
+
+@pytest.mark.parametrize("names", ["abc", "abcde"])
 def test_init_replaces_the_classifier_of_other_classes(network, path, names):
     other = LEDNet(len(names), 4)
     own = other.decoder.classifier.weight.clone()
-    fresh, _ = init_network(other, load_checkpoint(path), path, names)
-    assert fresh == ["decoder.classifier.weight", "decoder.classifier.bias"]
+    assert init_network(other, load_checkpoint(path), path, classes_of(*names)) == ([*names], [])
     assert torch.equal(other.decoder.classifier.weight, own)
     reduce = "decoder.reduce.0.weight"
     assert torch.equal(other.state_dict()[reduce], network.state_dict()[reduce])
+
+
+def test_init_keeps_what_the_classifier_knows_of_corresponding_classes(network, path):
+    """By name in any order, and by the names that a data set states."""
+    other = LEDNet(4, 4)
+    classes = classes_of("Tree", "lake", "Street", "road", Street=["road", "sky", "bridge"])
+    own, trained = other.decoder.classifier, network.decoder.classifier
+    lake = own.weight[1].clone(), own.bias[1].clone()
+    assert init_network(other, load_checkpoint(path), path, classes) == (["lake"], [])
+    for kept, stored, random in zip(
+        (own.weight, own.bias), (trained.weight, trained.bias), lake, strict=True
+    ):
+        expected = torch.stack([stored[2], random, (stored[0] + stored[1]) / 2, stored[0]])
+        assert torch.allclose(kept, expected)
+
+
+@pytest.mark.parametrize(("count", "fresh"), [(3, []), (2, ["road", "sky"])])
+def test_init_from_weights_that_name_no_classes(network, tmp_path, count, fresh):
+    """They are those of the network if there are as many."""
+    torch.save({"model": network.state_dict()}, tmp_path / "bare.pth")
+    other, classes = LEDNet(count, 4), classes_of(*NAMES[:count])
+    checkpoint = load_checkpoint(tmp_path / "bare.pth")
+    assert init_network(other, checkpoint, tmp_path / "bare.pth", classes) == (fresh, [])
+    same = torch.equal(other.decoder.classifier.weight, network.decoder.classifier.weight[:count])
+    assert same == (not fresh)
 
 
 def test_more_tensors_than_those_of_the_network_are_left_out(network, tmp_path):
@@ -597,28 +627,28 @@ def test_more_tensors_than_those_of_the_network_are_left_out(network, tmp_path):
     weights = network.state_dict() | {"extra.weight": torch.ones(3)}
     torch.save({"model": weights}, path)
     other = LEDNet(3, 4)
-    assert init_network(other, load_checkpoint(path), path, NAMES) == ([], ["extra.weight"])
+    assert init_network(other, load_checkpoint(path), path, CLASSES) == ([], ["extra.weight"])
     assert same_weights(other.state_dict(), network.state_dict())
     *_, others = load_encoder(Encoder(), path)
     assert others == [name for name in weights if not name.startswith("encoder.")]
     del weights["decoder.reduce.0.weight"]
     torch.save({"model": weights}, path)
     with pytest.raises(CheckpointError, match=r"LEDNet: decoder\.reduce\.0\.weight is missing"):
-        init_network(other, load_checkpoint(path), path, NAMES)
+        init_network(other, load_checkpoint(path), path, CLASSES)
 
 
 def test_init_of_another_width_is_refused(path):
     with pytest.raises(WrongWidth, match="was trained with D = 4, not 8"):
-        init_network(LEDNet(3, 8), load_checkpoint(path), path, NAMES)
+        init_network(LEDNet(3, 8), load_checkpoint(path), path, CLASSES)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_init_from_a_checkpoint_of_an_encoder_is_refused(network, path, stage):
     with pytest.raises(EncoderOnly, match="encoder alone"):
-        init_network(network, load_checkpoint(path) | {"stage": stage}, path, NAMES)
+        init_network(network, load_checkpoint(path) | {"stage": stage}, path, CLASSES)
 
 
 def test_init_from_the_weights_of_an_encoder_is_refused(network, tmp_path):
     torch.save({f"encoder.{k}": v for k, v in network.encoder.state_dict().items()}, tmp_path / "e")
     with pytest.raises(CheckpointError, match=r"decoder.* is missing"):
-        init_network(network, load_checkpoint(tmp_path / "e"), tmp_path / "e", [])
+        init_network(network, load_checkpoint(tmp_path / "e"), tmp_path / "e", CLASSES)

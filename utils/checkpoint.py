@@ -16,7 +16,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -295,33 +295,47 @@ def normalisation(
 
 
 def init_network(
-    network: LEDNet, checkpoint: Mapping[str, Any], path: str | os.PathLike, class_names: list[str]
+    network: LEDNet, checkpoint: Mapping[str, Any], path: str | os.PathLike, classes: Classes
 ) -> tuple[list[str], list[str]]:
-    """Copy the weights of a whole trained network; the classifier only if the classes agree.
+    """Copy the weights of a whole trained network, and in its classifier those of the same classes.
+
+    Classes are the same if their names are equal but for capitals, or if `classes.related` says so;
+    a class starts from the mean of all that are the same.
 
     Args:
-        checkpoint: what `load_checkpoint` read from `path`.
-        class_names: classes of `network`.
+        checkpoint: what `load_checkpoint` read from `path`; if it names no classes but has as many
+            as the network, they are taken to be the same.
+        classes: classes of `network`.
 
     Returns:
-        Names of the tensors that keep their random values: those of the classifier, or none; and
-        of those in the file that the network does not have.
+        Names of the classes whose weights stay random, and of the tensors in the file that the
+        network does not have.
 
     Raises:
         CheckpointError: the file does not fill the rest of the network.
     """
     if checkpoint.get("stage") in (0, 1):
         raise EncoderOnly(f"{path} holds the encoder alone, not a whole network")
-    weights, own = checkpoint["model"], network.state_dict()
-    same_classes = checkpoint.get("class_names", class_names) == class_names
-    fresh = {
-        name: weight
-        for name, weight in own.items()
-        if name.startswith("decoder.classifier.") and name in weights
-        and not (same_classes and weights[name].shape == weight.shape)
-    }  # fmt: skip
-    fill(network, weights | fresh, path)
-    return list(fresh), [name for name in weights if name not in own]
+    weights, own = dict(checkpoint["model"]), network.state_dict()
+    heads = [name for name in own if name.startswith("decoder.classifier.") and name in weights]
+    as_many = all(len(weights[name]) == len(own[name]) for name in heads)
+    stored = checkpoint.get("class_names", classes.names if as_many else ())
+    rows = {name: same_classes(name, classes, stored) for name in classes.names}
+    for head in heads:
+        if weights[head].shape[1:] == own[head].shape[1:]:  # else, another width D: refused below
+            pairs = zip(own[head], rows.values(), strict=True)
+            weights[head] = torch.stack(
+                [weights[head][found].mean(0) if found else row for row, found in pairs]
+            )
+    fill(network, weights, path)
+    fresh = [name for name, found in rows.items() if not found]
+    return fresh, [name for name in weights if name not in own]
+
+
+def same_classes(name: str, classes: Classes, others: Sequence[str]) -> list[int]:
+    """Return the indices of the classes among `others` that show what a class of ours does."""
+    related = {other.lower() for other in (name, *classes.related.get(name, ()))}
+    return [index for index, other in enumerate(others) if other.lower() in related]
 
 
 def apn_channels_of(weights: Mapping[str, Tensor]) -> int | None:
