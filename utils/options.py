@@ -205,8 +205,8 @@ SEGMENTATION: Table = {
         Option("--pretrained-encoder --pretrainedEncoder", file_path, None, "file to take the "
                "encoder from, skipping stage 1: a checkpoint of either program, or a state_dict of "
                "the original code; default: none", argparse_options={"metavar": "FILE"}),
-        Option("--init --state", file_path, None, "whole network to start stage 2 from; its "
-               "classifier is replaced if the classes differ; default: none",
+        Option("--init --state", file_path, None, "whole network to start stage 2 from; "
+               "classes that it does not have start anew; default: none",
                argparse_options={"metavar": "CHECKPOINT"}),
         Option("--decoder", "flag", False, "skip stage 1"),
         *(Option(f"--{name}", check, None, f"{name} to normalise images in [0, 1] with, by RGB "
