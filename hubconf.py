@@ -21,8 +21,8 @@ def lednet(
     state_dict rather than the network: its class is known only where torch.hub has loaded it.
 
     Args:
-        pretrained: load weights that come with the code, in evaluation mode: "camvid" (or True),
-            of 11 classes, or "cityscapes", of 19; weights/README.md says what to expect of them.
+        pretrained: load weights that come with the code, in evaluation mode: "cityscapes" (or
+            True), of 19 classes, or "camvid", of 11; weights/README.md says what to expect of them.
         apn_channels: width of the decoder; 20 or 128 for the published versions.
         num_classes: number of classes of a network that is not pretrained; default 19.
 
@@ -32,7 +32,7 @@ def lednet(
     build = _network_code().LEDNet
     if not pretrained:
         return build(19 if num_classes is None else num_classes, apn_channels)
-    data = "camvid" if pretrained is True else pretrained
+    data = "cityscapes" if pretrained is True else pretrained
     path = _ROOT / "weights" / f"lednet_d{apn_channels}_{data}.pth"
     if not path.exists():
         found = ", ".join(file.name for file in sorted(path.parent.glob("*.pth")))

@@ -10,7 +10,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import QUICK, SHIPPED, after_step, read_log, run_script, send, street_scenes
+from conftest import (
+    QUICK,
+    SHIPPED,
+    SHIPPED_CAMVID,
+    after_step,
+    read_log,
+    run_script,
+    send,
+    street_scenes,
+)
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -98,7 +107,7 @@ def test_scores_of_the_compiled_network_and_one_compilation(script, camvid, tmp_
         torch._dynamo.reset()
         counters.clear()
         result = script(
-            *("eval_cityscapes_server.py", "--checkpoint", SHIPPED, "--datadir", camvid),
+            *("eval_cityscapes_server.py", "--checkpoint", SHIPPED_CAMVID, "--datadir", camvid),
             *("--runtime", runtime, "--precision", precision, "--device", "cuda"),
             *("--json", tmp_path / f"{runtime}.json", "--save-results", tmp_path / runtime),
         )

@@ -101,9 +101,9 @@ def test_a_model_that_differs_is_not_kept(fails, quick_export, monkeypatch, tmp_
 
 def test_the_default_output_is_not_overwritten(script, fails, quick_export, tmp_path):
     assert script("export.py", "--labels").status == 0
-    path = tmp_path / "lednet_d20_camvid.onnx"
+    path = tmp_path / "lednet_d20_cityscapes.onnx"
     before = path.read_bytes()
-    assert "lednet_d20_camvid.onnx exists: name a new file" in fails("export.py")
+    assert "lednet_d20_cityscapes.onnx exists: name a new file" in fails("export.py")
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 

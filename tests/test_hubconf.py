@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHIPPED
+from conftest import ROOT, SHIPPED, SHIPPED_CAMVID
 
 from utils.checkpoint import load_network
 
@@ -19,14 +19,13 @@ def test_the_shipped_network():
     image = torch.rand(1, 3, 64, 96)
     assert not network.training
     assert torch.equal(network(image), load_network(SHIPPED)[0](image))
-    assert network(image).shape == (1, 11, 64, 96)
-
-
-def test_the_network_of_cityscapes():
-    network, image = load(pretrained="cityscapes"), torch.rand(1, 3, 64, 96)
-    path = ROOT / "weights/lednet_d20_cityscapes.pth"
-    assert torch.equal(network(image), load_network(path)[0](image))
     assert network(image).shape == (1, 19, 64, 96)
+
+
+def test_the_network_of_camvid():
+    network, image = load(pretrained="camvid"), torch.rand(1, 3, 64, 96)
+    assert torch.equal(network(image), load_network(SHIPPED_CAMVID)[0](image))
+    assert network(image).shape == (1, 11, 64, 96)
 
 
 def test_an_untrained_network():
@@ -35,11 +34,11 @@ def test_an_untrained_network():
 
 
 def test_weights_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match=r"weights lednet_d7_camvid\.pth, only lednet_d20_camvid"):
+    with pytest.raises(ValueError, match=r"no weights lednet_d7_cityscapes\.pth, only lednet_d20_"):
         load(pretrained=True, apn_channels=7)
     with pytest.raises(ValueError, match=r"weights lednet_d20_kitti\.pth, only"):
         load(pretrained="kitti")
-    with pytest.raises(ValueError, match="for 11 classes, not 3"):
+    with pytest.raises(ValueError, match="for 19 classes, not 3"):
         load(pretrained=True, num_classes=3)
 
 

@@ -343,4 +343,5 @@ def test_results_are_by_default_under_results(script, photo, tmp_path, name, giv
     result = script("predict.py", "--input", given, "--workers", 0, "--height", 64)
     assert result.status == 0 and f"results/{folder}" in result.out
     (path,) = (tmp_path / "results" / folder / "labels").iterdir()
-    assert pixels(path).shape == (222, 333) and pixels(path).max() <= 10
+    assert pixels(path).shape == (222, 333)
+    assert set(np.unique(pixels(path))) <= set(Cityscapes.CLASSES.label_ids)

@@ -253,7 +253,7 @@ def test_code_in_the_weights_of_torch_hub_is_refused(bomb, tmp_path):
     shutil.copytree(ROOT / "models", repository / "models")
     (repository / "weights").mkdir()
     shutil.copy(ROOT / "hubconf.py", repository)
-    shutil.copy(bomb, repository / "weights/lednet_d20_camvid.pth")
+    shutil.copy(bomb, repository / "weights/lednet_d20_cityscapes.pth")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         torch.hub.load(str(repository), "lednet", source="local", pretrained=True)
 

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from utils.arguments import SHIPPED, ArgumentParser, file_path, positive_float
+from utils.arguments import ArgumentParser, file_path, positive_float
 from utils.errors import UserError
 from utils.files import write_errors
 from utils.script import run_script
@@ -213,6 +213,7 @@ def try_everything(visit: Visit) -> None:
         "1024x1024": "--batch-size 12 --epochs 6 --crop 1024 1024 --height 1024",
     }
     half, compiled = "--amp fp16", "--precision float16 --runtime compiled"
+    weights = ROOT / "weights/lednet_d20_camvid.pth"
     if visit.rehearse:
         rates = {"64x64": "--batch-size 2 --epochs 2"}
         half, compiled = "--amp bf16", "--precision bfloat16"
@@ -222,7 +223,7 @@ def try_everything(visit: Visit) -> None:
         "wide": f"{train} --epochs 1 --savedir wide --apn-channels 128",
         "cached": f"{train} --epochs 1 --savedir cached --cache pixels",
         "stopped": f"{train} --epochs 500 --savedir stopped",
-        "evaluate": f"eval_cityscapes_server.py --checkpoint {quoted(SHIPPED)} --datadir "
+        "evaluate": f"eval_cityscapes_server.py --checkpoint {quoted(weights)} --datadir "
         f"{quoted(visit.camvid)} --save-results labels {compiled} {device}",
         "predict": f"predict.py --input {quoted(visit.camvid / 'val')} --output out {device}",
         "pretrain": f"lednet_imagenet.py --epochs 1 --savedir imagenet {device}",

@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.evaluation import OutOfMemory
 from utils.files import WriteError
 
-SHIPPED = Path(__file__).parent.parent / "weights/lednet_d20_camvid.pth"
+SHIPPED = Path(__file__).parent.parent / "weights/lednet_d20_cityscapes.pth"
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
