@@ -8,7 +8,7 @@ python main.py --datadir DIR --train-on coarse --savedir coarse
 python main.py --datadir DIR --init save/coarse/best.pth --savedir fine
 python main.py --dataset camvid --datadir DIR --preset camvid
 python main.py --dataset folder --classes FILE --datadir DIR --preset camvid \\
-    --init weights/lednet_d20_camvid.pth              on your own classes
+    --init weights/lednet_d20_cityscapes.pth          on your own classes
 python main.py --savedir NAME --resume                go on with an interrupted run
 torchrun --nproc-per-node 4 main.py --datadir DIR     one process for each of 4 GPUs
 """

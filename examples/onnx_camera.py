@@ -1,6 +1,6 @@
 """Run an exported network on pictures, a video or a camera, without torch: the program of a robot.
 
-    python export.py --checkpoint weights/lednet_d20_camvid.pth --output lednet.onnx --labels
+    python export.py --output lednet.onnx --labels
     python examples/onnx_camera.py --model lednet.onnx --input photo.jpg
     python examples/onnx_camera.py --model lednet.onnx --input camera:0
     python examples/onnx_camera.py --model lednet.onnx --input rtsp://192.168.0.8/stream
