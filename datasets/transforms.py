@@ -191,7 +191,7 @@ def stacked(images: Sequence[Tensor]) -> Tensor:
 def moved(images: Sequence[Tensor], moves: Sequence[Move], fill: int) -> Tensor:
     """Flip and shift images of one size, each C x H x W; what comes from beyond becomes `fill`."""
     height, width = images[0].shape[-2:]
-    margin = Paper.max_shift
+    margin = max(abs(shift) for _, *shifts in moves for shift in shifts)
     padded = torch.nn.functional.pad(stacked(images), [margin] * 4, value=fill)
     windows = []
     for image, (flipped, down, right) in zip(padded, moves, strict=True):
