@@ -67,13 +67,10 @@ def check_files(pairs: Sequence[FilePair]) -> list[Size]:
     Raises:
         BrokenFiles: files are missing, damaged or cut short, or labels do not fit their images.
     """
-    sizes: list[Size] = []
-    errors: list[FileError] = []
     with ThreadPool(8) as pool:
         checked = pool.imap(_check_pair, pairs, chunksize=16)
-        for found in tqdm(checked, "checking files", len(pairs), leave=False, disable=None):
-            (errors if isinstance(found, FileError) else sizes).append(found)
-    if errors:
+        sizes = list(tqdm(checked, "checking files", len(pairs), leave=False, disable=None))
+    if errors := [error for error in sizes if isinstance(error, FileError)]:
         raise BrokenFiles(
             f"{len(errors)} of {len(pairs)} images or their labels are broken, the first: "
             f"{errors[0]}"

@@ -112,14 +112,12 @@ def file_errors(path: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise FileError(f"{path} declares an absurd size ({error})", "absurd size") from error
     except Exception as error:  # PIL does not document what it raises on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        advice = "fetch it again"
+        reason, way_out = " ".join(str(error).split()) or type(error).__name__, ""
         if isinstance(error, UnidentifiedImageError):
-            reason, advice = (
-                "Pillow does not know its format",
-                "fetch it again, or convert it to PNG",
-            )
-        raise FileError(f"{path} cannot be read as an image ({reason}): {advice}") from error
+            reason, way_out = "Pillow does not know its format", ", or convert it to PNG"
+        raise FileError(
+            f"{path} cannot be read as an image ({reason}): fetch it again{way_out}"
+        ) from error
 
 
 def check_label_size(path: str, size: Size, image_size: Size) -> None:
