@@ -59,10 +59,8 @@ class Problem:
 
 
 def check_files(pairs: Sequence[FilePair]) -> list[Size]:
-    """Check all images and labels in threads, without decoding pixels.
-
-    Returns:
-        Height and width of each image.
+    """Check all images and labels in threads, without decoding pixels, and return the height and
+    width of each image.
 
     Raises:
         BrokenFiles: files are missing, damaged or cut short, or labels do not fit their images.
@@ -182,19 +180,17 @@ def decode_fully(path: str, read: Callable[[str], T]) -> T:
     PIL leaves the rest of a PNG as it was, without an error, if the compressed data end properly
     before it. So decode it over two backgrounds.
     """
-    content = read(path)
-    with open_image(path) as image:
-        if image.format in JPEGS and jpeg_ends_early(path):
-            raise OSError("its pixels end early")
-    decoded = []
+    content, decoded = read(path), []
     for background in (0, 255):
         with open_image(path) as image:
+            if image.format in JPEGS and jpeg_ends_early(path):
+                raise OSError("its pixels end early")
             if image.format != "PNG":
-                return content
+                break
             image.im = Image.new(image.mode, image.size, background).im
             decoded.append(np.asarray(image))
-    if (decoded[0] != decoded[1]).any():
-        raise FileError(f"{path} cannot be read as an image (its pixels end early): fetch it again")
+            if (decoded[0] != decoded[-1]).any():
+                raise OSError("its pixels end early")
     return content
 
 

@@ -201,19 +201,17 @@ def _row(place: str, fields: Iterable[tuple[str, Any]]) -> Row:
             )
         contents[role or key] = content
     name, value = contents.get("name"), contents.get("id")
+    numbers = _integers([value], least=-1)
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise NotUnderstood(f"{place}: a class needs a name of printable characters: {contents}")
     if re.match(r"-?\d+\s", name):
         raise NotUnderstood(f"{place}: is {name!r} a value and a name? Separate them")
-    if value in (None, ""):
-        value = None
-    elif not (numbers := _integers([value], least=-1)):
+    if not numbers and value not in (None, ""):
         raise NotUnderstood(
             f"{place}: the value of {name} is {value!r}: values are 0 to 255, as in the label "
             "files; leave out ids of a database"
         )
-    else:
-        value = numbers[0] % 256  # -1 is stored as 255
+    value = numbers[0] % 256 if numbers else None  # -1 is stored as 255
     color = contents.get("color") or [contents.get(channel, "") for channel in "rgb"]
     return Row(place, " ".join(name.split()), value, _color(place, color))
 

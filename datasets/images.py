@@ -95,16 +95,10 @@ def jpeg_ends_early(path: str) -> bool:
 
 @contextmanager
 def open_image(path: str) -> Iterator[Image.Image]:
-    """Open an image file, to be decoded in the block."""
-    with file_errors(path), Image.open(path) as image:
-        yield image
-
-
-@contextmanager
-def file_errors(path: str) -> Iterator[None]:
-    """Turn any exception that reading a file raises in the block into a FileError."""
+    """Open an image file, to be decoded in the block; any exception there becomes a FileError."""
     try:
-        yield
+        with Image.open(path) as image:
+            yield image
     except DatasetError:
         raise
     except FileNotFoundError as error:
@@ -121,11 +115,7 @@ def file_errors(path: str) -> Iterator[None]:
 
 
 def check_label_size(path: str, size: Size, image_size: Size) -> None:
-    """Compare the size of a label with that of its image.
-
-    Raises:
-        FileError: they differ.
-    """
+    """Raise a FileError if the size of a label is not that of its image."""
     if size != image_size:
         raise FileError(
             f"{path} is {size[1]}x{size[0]} but its image is {image_size[1]}x{image_size[0]}: "
