@@ -6,9 +6,10 @@ one another as in a photograph. Colours overlap between the classes on purpose, 
 and noise vary, so that a network has to learn shape, texture and place.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -31,6 +32,8 @@ TEXTURE = {
     "sky": (0, 0),
 }
 PLAIN_TEXTURE = (3, 3)
+
+CIRCLE = [(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 16, endpoint=False)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Street:
         self.haze_distance = rng.uniform(50, 160)
         self.rgb = Image.new("RGB", (self.width, height), self.haze)
         self.instances = Image.new("I", self.rgb.size, LABEL_ID["sky"])
-        self.instance_count = Counter[str]()
+        self.instance_numbers = defaultdict(count)
 
     # Colours and shapes
 
@@ -106,8 +109,7 @@ class Street:
         """Return the instance id of the next object of a class."""
         if not CLASSES[name].has_instances:
             return LABEL_ID[name]
-        self.instance_count[name] += 1
-        return LABEL_ID[name] * 1000 + self.instance_count[name] - 1
+        return LABEL_ID[name] * 1000 + next(self.instance_numbers[name])
 
     def fill(self, points: Sequence[Point], color: Color, z: float, instance: int) -> None:
         """Fill a polygon at distance z, in the picture and in the ground truth."""
@@ -134,10 +136,8 @@ class Street:
 
     def disc(self, x: float, y: float, radius: float, z: float, stretch: float = 1) -> list[Point]:
         """Return a disc that faces the camera, `stretch` times as high as wide."""
-        angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
-        return self.outline(
-            [(radius * np.cos(a), y + radius * stretch * np.sin(a)) for a in angles], x, z
-        )
+        rim = [(radius * cos, y + radius * stretch * sin) for cos, sin in CIRCLE]
+        return self.outline(rim, x, z)
 
     def outline(self, points: Sequence[Point], x: float, z: float) -> list[Point]:
         """Return a shape that faces the camera, in pixel coordinates; `points` start from x."""
