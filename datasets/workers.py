@@ -168,10 +168,9 @@ def _signals_held_back() -> Iterator[None]:
     if get_start_method() != "fork":
         resource_tracker.ensure_running()  # its start unblocks signals
     numbers, came, handlers = (signal.SIGINT, signal.SIGTERM), [], {}
-    in_main = threading.current_thread() is threading.main_thread()
-    if in_main:  # other threads may get signals that this one blocks
-        for number in numbers:
-            handlers[number] = signal.signal(number, lambda number, _: came.append(number))
+    if threading.current_thread() is threading.main_thread():
+        # Other threads may get signals that this one blocks.
+        handlers = {n: signal.signal(n, lambda n, _: came.append(n)) for n in numbers}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
@@ -179,7 +178,7 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if in_main:
+        if handlers:
             # torch's handler would raise the error of a dead worker at any moment, even in a step.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in came:

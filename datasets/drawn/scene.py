@@ -107,8 +107,6 @@ class Street:
 
     def new_instance(self, name: str) -> int:
         """Return the instance id of the next object of a class."""
-        if not CLASSES[name].has_instances:
-            return LABEL_ID[name]
         return LABEL_ID[name] * 1000 + next(self.instance_numbers[name])
 
     def fill(self, points: Sequence[Point], color: Color, z: float, instance: int) -> None:
