@@ -66,25 +66,15 @@ def check_files(pairs: Sequence[FilePair]) -> list[Size]:
         BrokenFiles: files are missing, damaged or cut short, or labels do not fit their images.
     """
     with ThreadPool(8) as pool:
-        checked = pool.imap(_check_pair, pairs, chunksize=16)
-        sizes = list(tqdm(checked, "checking files", len(pairs), leave=False, disable=None))
-    if errors := [error for error in sizes if isinstance(error, FileError)]:
+        check = partial(_check_pair, None, pairs, True)
+        checked = pool.imap(check, range(len(pairs)), chunksize=16)
+        found = list(tqdm(checked, "checking files", len(pairs), leave=False, disable=None))
+    if broken := [problems[0] for problems, _, _ in found if problems]:
         raise BrokenFiles(
-            f"{len(errors)} of {len(pairs)} images or their labels are broken, the first: "
-            f"{errors[0]}"
-        ) from errors[0]
-    return sizes
-
-
-def _check_pair(pair: FilePair) -> Size | FileError:
-    image_path, label_path = pair
-    try:
-        size = check_file(image_path)
-        if label_path is not None:
-            check_label_size(label_path, check_file(label_path, label=True), size)
-        return size
-    except FileError as error:
-        return error
+            f"{len(broken)} of {len(pairs)} images or their labels are broken, the first: "
+            f"{broken[0].path} {broken[0].message}"
+        )
+    return [size for _, _, size in found]
 
 
 def check_file(path: str, label: bool = False) -> Size:
@@ -140,16 +130,18 @@ def find_problems(
         fast: do the quick check only.
         counts: what the labels without a problem hold is added to it, unless `fast`.
     """
-    find = partial(_problems_of, dataset, dataset.pairs, fast)
-    for problems, found in call_in_workers(find, len(dataset), workers, "checking files"):
+    check = partial(_check_pair, dataset, dataset.pairs, fast)
+    for problems, found, _ in call_in_workers(check, len(dataset), workers, "checking files"):
         if counts and found and not problems:
             counts.add(found)
         yield problems
 
 
-def _problems_of(
-    dataset: Dataset, pairs: Sequence[FilePair], fast: bool, index: int
-) -> tuple[list[Problem], LabelCounts | None]:
+def _check_pair(
+    dataset: Dataset | None, pairs: Sequence[FilePair], fast: bool, index: int
+) -> tuple[list[Problem], LabelCounts | None, Size | None]:
+    """Return what is wrong with an image and its label, what the label holds unless `fast`, and the
+    size of the image."""
     image_path, label_path = pairs[index]
     problems, counts = [], None
 
@@ -171,7 +163,7 @@ def _problems_of(
             attempt(check_label_size, label_path, label_size, size)
         if label_size and not fast:
             counts = attempt(decode_fully, label_path, lambda _: count_label(dataset, index))
-    return problems, counts
+    return problems, counts, size
 
 
 def decode_fully(path: str, read: Callable[[str], T]) -> T:
