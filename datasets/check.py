@@ -82,7 +82,7 @@ def check_file(path: str, label: bool = False) -> Size:
     return the height and width of the upright image."""
     with open_image(path) as image:
         if label:
-            check_label_format(path, image)
+            check_label_format(image)
         width, height = upright_size(image)
         if image.format in JPEGS:
             _check_jpeg(image.fp)

@@ -95,7 +95,6 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     An item is what `loader` returns, after `transform`, and the class number, an int.
 
     Args:
-        loader: function that reads an image file.
         classes: names of the classes in the order of their numbers; default: sorted folders.
     """
 

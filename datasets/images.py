@@ -44,7 +44,8 @@ class DatasetError(UserError):
 
 
 class FileError(DatasetError):
-    """A file cannot be used; the message begins with its path, `problem` names it in two words."""
+    """A file cannot be used; the message begins with its path, which `open_image` puts there for
+    what is raised in its block, and `problem` names it in two words."""
 
     def __init__(self, message: str, problem: str = "unreadable") -> None:
         super().__init__(message)
@@ -99,8 +100,8 @@ def open_image(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
-    except DatasetError:
-        raise
+    except FileError as error:
+        raise FileError(f"{path} {error}", error.problem) from error
     except FileNotFoundError as error:
         raise FileError(f"{path} does not exist: unpack it again", "missing") from error
     except Image.DecompressionBombError as error:

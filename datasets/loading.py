@@ -126,9 +126,7 @@ def batch_loader(
     """Return a loader of `Batch`.
 
     Args:
-        dataset: data set of (image, label).
         sampler: order and seeds of training; None to validate, in the order of the data set.
-        workers: processes that read.
         pin_memory: put batches where a GPU can fetch them from.
         skip_broken: leave out unreadable images: training reads the next one in place of each, and
             a batch of validation is smaller, or empty.

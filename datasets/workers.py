@@ -43,10 +43,7 @@ class Loader(DataLoader):
     """A DataLoader that raises a UserError if its workers die, do not answer, or cannot start.
 
     The error comes when the next batch is asked for, not at any moment, such as within a step.
-
-    Args:
-        workers: processes that read.
-        collate_fn, options: further arguments of DataLoader.
+    Options are further arguments of DataLoader.
     """
 
     def __init__(
