@@ -66,8 +66,7 @@ def check_files(pairs: Sequence[FilePair]) -> list[Size]:
         BrokenFiles: files are missing, damaged or cut short, or labels do not fit their images.
     """
     with ThreadPool(8) as pool:
-        check = partial(_check_pair, None, pairs, True)
-        checked = pool.imap(check, range(len(pairs)), chunksize=16)
+        checked = pool.imap(partial(_check_pair, pairs, None), range(len(pairs)), chunksize=16)
         found = list(tqdm(checked, "checking files", len(pairs), leave=False, disable=None))
     if broken := [problems[0] for problems, _, _ in found if problems]:
         raise BrokenFiles(
@@ -130,7 +129,7 @@ def find_problems(
         fast: do the quick check only.
         counts: what the labels without a problem hold is added to it, unless `fast`.
     """
-    check = partial(_check_pair, dataset, dataset.pairs, fast)
+    check = partial(_check_pair, dataset.pairs, None if fast else dataset)
     for problems, found, _ in call_in_workers(check, len(dataset), workers, "checking files"):
         if counts and found and not problems:
             counts.add(found)
@@ -138,10 +137,10 @@ def find_problems(
 
 
 def _check_pair(
-    dataset: Dataset | None, pairs: Sequence[FilePair], fast: bool, index: int
+    pairs: Sequence[FilePair], dataset: Dataset | None, index: int
 ) -> tuple[list[Problem], LabelCounts | None, Size | None]:
-    """Return what is wrong with an image and its label, what the label holds unless `fast`, and the
-    size of the image."""
+    """Return what is wrong with an image and its label, what the label holds, and the size of the
+    image; without a data set, after the quick check only."""
     image_path, label_path = pairs[index]
     problems, counts = [], None
 
@@ -155,13 +154,13 @@ def _check_pair(
             problems.append(Problem(name, path, message, index))
 
     size = attempt(check_file, image_path)
-    if size and not fast:
+    if size and dataset:
         attempt(decode_fully, image_path, read_image)
     if label_path is not None:
         label_size = attempt(check_file, label_path, True)
         if label_size and size:
             attempt(check_label_size, label_path, label_size, size)
-        if label_size and not fast:
+        if label_size and dataset:
             counts = attempt(decode_fully, label_path, lambda _: count_label(dataset, index))
     return problems, counts, size
 

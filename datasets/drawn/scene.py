@@ -363,7 +363,7 @@ class Street:
             self.tint(self.rectangle(wx, wx + 0.3, y, y + 0.2, z), color, z)
 
     def begin_vehicle(
-        self, name: str, x: float, z: float, lengths: Point, heights: Point
+        self, name: str, x: float, z: float, lengths: Sequence[float], heights: Sequence[float]
     ) -> tuple[int, float, float]:
         """Draw the shadow of a vehicle, and return its instance id, length and height."""
         length, height = self.rng.uniform(*lengths), self.rng.uniform(*heights)
