@@ -44,8 +44,10 @@ class DatasetError(UserError):
 
 
 class FileError(DatasetError):
-    """A file cannot be used; the message begins with its path, which `open_image` puts there for
-    what is raised in its block, and `problem` names it in two words."""
+    """A file cannot be used; the message begins with its path, `problem` names it in two words.
+
+    What is raised within `open_image` leaves the path to it.
+    """
 
     def __init__(self, message: str, problem: str = "unreadable") -> None:
         super().__init__(message)

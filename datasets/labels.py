@@ -32,8 +32,7 @@ class Label(NamedTuple):
 
 
 def check_label_format(image: Image.Image) -> None:
-    """Raise a FileError if the pixels of an image, just opened by `open_image`, cannot be label
-    ids."""
+    """Raise a FileError if the pixels of an image in `open_image` cannot be label ids."""
     lossy = image.format in LOSSY or image.info.get("compression") in LOSSY_TIFF
     if lossy or (image.format == "WEBP" and not _is_lossless_webp(image.filename)):
         raise FileError(
