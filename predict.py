@@ -146,7 +146,7 @@ def read_stills(
     stills: list[tuple[str, str]], height: int, workers: int, fail: Callable[[str], None]
 ) -> Iterator[pictures.Frame]:
     """Read picture files in worker processes, and report those that cannot be read."""
-    read = pictures.Pictures(stills, height).__getitem__
+    read = partial(pictures.read_picture, stills, height)
     for item in call_in_workers(read, len(stills), workers, "pictures"):
         if isinstance(item, str):
             fail(item)

@@ -57,12 +57,7 @@ class Data:
 
 
 def read_classes_for(args: argparse.Namespace) -> Classes:
-    """Return the classes of `args.dataset`, from the file `args.classes` if it has no fixed ones.
-
-    Raises:
-        ClassesError: the file is missing, or needless.
-        DatasetError: the file is wrong.
-    """
+    """Return the classes of `args.dataset`: its own, or those of the file `args.classes`."""
     fixed = DATASETS[args.dataset].CLASSES
     if fixed is None and not args.classes:
         raise ClassesError(f"the data set {args.dataset} needs a file that names its classes")
@@ -81,8 +76,6 @@ def open_splits(
 
     Args:
         args: dataset, datadir, train_on, height, augment, crop, scale, cache, workers, skip_broken.
-        classes: classes of the labels.
-        device: device of the training.
         counts: training pixels by class, if a resumed run knows them.
 
     Raises:

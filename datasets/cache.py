@@ -53,7 +53,6 @@ def cached(
     Args:
         place: "ram", the memory of the device, or of the CPU if the device has too little; or a
             folder, whose files later runs find.
-        workers: processes that decode.
         processes: processes on this machine, each of which keeps the data in memory.
     """
     if place == "ram":

@@ -59,37 +59,21 @@ class Problem:
 
 
 def check_files(pairs: Sequence[FilePair]) -> list[Size]:
-    """Check all images and labels in threads, without decoding pixels.
-
-    Returns:
-        Height and width of each image.
+    """Check all images and labels in threads, without decoding pixels, and return the height and
+    width of each image.
 
     Raises:
         BrokenFiles: files are missing, damaged or cut short, or labels do not fit their images.
     """
-    sizes: list[Size] = []
-    errors: list[FileError] = []
     with ThreadPool(8) as pool:
-        checked = pool.imap(_check_pair, pairs, chunksize=16)
-        for found in tqdm(checked, "checking files", len(pairs), leave=False, disable=None):
-            (errors if isinstance(found, FileError) else sizes).append(found)
-    if errors:
+        checked = pool.imap(partial(_check_pair, pairs, None), range(len(pairs)), chunksize=16)
+        found = list(tqdm(checked, "checking files", len(pairs), leave=False, disable=None))
+    if broken := [problems[0] for problems, _, _ in found if problems]:
         raise BrokenFiles(
-            f"{len(errors)} of {len(pairs)} images or their labels are broken, the first: "
-            f"{errors[0]}"
-        ) from errors[0]
-    return sizes
-
-
-def _check_pair(pair: FilePair) -> Size | FileError:
-    image_path, label_path = pair
-    try:
-        size = check_file(image_path)
-        if label_path is not None:
-            check_label_size(label_path, check_file(label_path, label=True), size)
-        return size
-    except FileError as error:
-        return error
+            f"{len(broken)} of {len(pairs)} images or their labels are broken, the first: "
+            f"{broken[0].path} {broken[0].message}"
+        )
+    return [size for _, _, size in found]
 
 
 def check_file(path: str, label: bool = False) -> Size:
@@ -97,7 +81,7 @@ def check_file(path: str, label: bool = False) -> Size:
     return the height and width of the upright image."""
     with open_image(path) as image:
         if label:
-            check_label_format(path, image)
+            check_label_format(image)
         width, height = upright_size(image)
         if image.format in JPEGS:
             _check_jpeg(image.fp)
@@ -145,16 +129,18 @@ def find_problems(
         fast: do the quick check only.
         counts: what the labels without a problem hold is added to it, unless `fast`.
     """
-    find = partial(_problems_of, dataset, dataset.pairs, fast)
-    for problems, found in call_in_workers(find, len(dataset), workers, "checking files"):
+    check = partial(_check_pair, dataset.pairs, None if fast else dataset)
+    for problems, found, _ in call_in_workers(check, len(dataset), workers, "checking files"):
         if counts and found and not problems:
             counts.add(found)
         yield problems
 
 
-def _problems_of(
-    dataset: Dataset, pairs: Sequence[FilePair], fast: bool, index: int
-) -> tuple[list[Problem], LabelCounts | None]:
+def _check_pair(
+    pairs: Sequence[FilePair], dataset: Dataset | None, index: int
+) -> tuple[list[Problem], LabelCounts | None, Size | None]:
+    """Return what is wrong with an image and its label, what the label holds, and the size of the
+    image; without a data set, after the quick check only."""
     image_path, label_path = pairs[index]
     problems, counts = [], None
 
@@ -168,15 +154,15 @@ def _problems_of(
             problems.append(Problem(name, path, message, index))
 
     size = attempt(check_file, image_path)
-    if size and not fast:
+    if size and dataset:
         attempt(decode_fully, image_path, read_image)
     if label_path is not None:
         label_size = attempt(check_file, label_path, True)
         if label_size and size:
             attempt(check_label_size, label_path, label_size, size)
-        if label_size and not fast:
+        if label_size and dataset:
             counts = attempt(decode_fully, label_path, lambda _: count_label(dataset, index))
-    return problems, counts
+    return problems, counts, size
 
 
 def decode_fully(path: str, read: Callable[[str], T]) -> T:
@@ -185,19 +171,17 @@ def decode_fully(path: str, read: Callable[[str], T]) -> T:
     PIL leaves the rest of a PNG as it was, without an error, if the compressed data end properly
     before it. So decode it over two backgrounds.
     """
-    content = read(path)
-    with open_image(path) as image:
-        if image.format in JPEGS and jpeg_ends_early(path):
-            raise OSError("its pixels end early")
-    decoded = []
+    content, decoded = read(path), []
     for background in (0, 255):
         with open_image(path) as image:
+            if image.format in JPEGS and jpeg_ends_early(path):
+                raise OSError("its pixels end early")
             if image.format != "PNG":
-                return content
+                break
             image.im = Image.new(image.mode, image.size, background).im
             decoded.append(np.asarray(image))
-    if (decoded[0] != decoded[1]).any():
-        raise FileError(f"{path} cannot be read as an image (its pixels end early): fetch it again")
+            if (decoded[0] != decoded[-1]).any():
+                raise OSError("its pixels end early")
     return content
 
 

@@ -58,9 +58,7 @@ class Cityscapes(Segmentation):
                 )
         pictures = list_pictures(images)
         found = sorted(path for path in pictures if path.endswith(IMAGE_END))
-        if len(found) < len(pictures):
-            reason = f"Cityscapes has <city>/*{IMAGE_END}"
-            report_left_out(len(pictures) - len(found), found, images, reason)
+        report_left_out(len(pictures), found, images, f"Cityscapes has <city>/*{IMAGE_END}")
         if any(BROKEN_IMAGE in path for path in found):
             warnings.warn(f"{BROKEN_IMAGE} is known to be broken and is left out", stacklevel=3)
             found = [path for path in found if BROKEN_IMAGE not in path]

@@ -80,8 +80,6 @@ def read_classes(path: str | os.PathLike) -> Classes:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if "\0" in text:
-            raise UnicodeError("it has bytes of value 0")
     except (OSError, ValueError) as error:
         hint = "save it as UTF-8: " if isinstance(error, UnicodeError) else ""
         raise DatasetError(f"{path} cannot be read as a file of classes ({hint}{error})") from error
@@ -94,6 +92,13 @@ def read_classes(path: str | os.PathLike) -> Classes:
 
 def _to_classes(rows: list[Row]) -> Classes:
     _number(rows)
+    trained = [row for row in rows if not row.ignored]
+    if not 2 <= len(trained) <= MAX_CLASSES:
+        ignored = ", ".join(row.name for row in rows if row.ignored)
+        raise NotUnderstood(
+            f"the file has {len(trained)} classes{f' ({ignored} is ignored)' if ignored else ''}: "
+            f"give 2 to {MAX_CLASSES}, a line for each"
+        )
     for row in rows:
         for what, content in (("name", row.name), ("value", row.value)):
             same = [other for other in rows if getattr(other, what) == content]
@@ -101,19 +106,12 @@ def _to_classes(rows: list[Row]) -> Classes:
                 raise NotUnderstood(
                     f"{row.place}: every class needs a unique {what}, {content!r} is not"
                 )
-    trained = {row.value: row for row in rows if not row.ignored}
-    if not 2 <= len(trained) <= MAX_CLASSES:
-        ignored = ", ".join(row.name for row in rows if row.ignored)
-        raise NotUnderstood(
-            f"the file has {len(trained)} classes{f' ({ignored} is ignored)' if ignored else ''}: "
-            f"give 2 to {MAX_CLASSES}, a line for each"
-        )
     picked = {row.value: _pick_color(place, len(rows)) for place, row in enumerate(rows)}
     return Classes(
-        names=[row.name for row in trained.values()],
-        colors=[row.color or picked[value] for value, row in trained.items()],
-        label_ids=list(trained),
-        ignored_ids=sorted({row.value for row in rows} - set(trained)),
+        names=[row.name for row in trained],
+        colors=[row.color or picked[row.value] for row in trained],
+        label_ids=[row.value for row in trained],
+        ignored_ids=sorted({row.value for row in rows if row.ignored}),
         label_colors={row.value: row.color for row in rows if row.color},
     )
 
@@ -121,8 +119,6 @@ def _to_classes(rows: list[Row]) -> Classes:
 def _number(rows: list[Row]) -> None:
     """Give 0, 1, 2, ... to rows without values: all of them but those of 255."""
     others = [row for row in rows if row.value != IGNORE_INDEX]
-    if len(others) > IGNORE_INDEX:
-        raise NotUnderstood(f"the file has {len(others)} classes: give 2 to {MAX_CLASSES}")
     numbered = any(row.value is not None for row in others)
     for value, row in enumerate(others):
         if numbered and row.value is None:
@@ -201,19 +197,17 @@ def _row(place: str, fields: Iterable[tuple[str, Any]]) -> Row:
             )
         contents[role or key] = content
     name, value = contents.get("name"), contents.get("id")
+    numbers = _integers([value], least=-1)
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise NotUnderstood(f"{place}: a class needs a name of printable characters: {contents}")
     if re.match(r"-?\d+\s", name):
         raise NotUnderstood(f"{place}: is {name!r} a value and a name? Separate them")
-    if value in (None, ""):
-        value = None
-    elif not (numbers := _integers([value], least=-1)):
+    if not numbers and value not in (None, ""):
         raise NotUnderstood(
             f"{place}: the value of {name} is {value!r}: values are 0 to 255, as in the label "
             "files; leave out ids of a database"
         )
-    else:
-        value = numbers[0] % 256  # -1 is stored as 255
+    value = numbers[0] % 256 if numbers else None  # -1 is stored as 255
     color = contents.get("color") or [contents.get(channel, "") for channel in "rgb"]
     return Row(place, " ".join(name.split()), value, _color(place, color))
 

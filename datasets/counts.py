@@ -1,6 +1,6 @@
 """What the labels of a data set hold as a whole, and what is wrong with that."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -43,14 +43,22 @@ class LabelCounts:
         return torch.cat([trained, (self.pixels.sum() - trained.sum())[None]])
 
 
+def total(counts: Iterable[LabelCounts]) -> LabelCounts:
+    """Return what all of some label maps hold."""
+    together = LabelCounts()
+    for found in counts:
+        together.add(found)
+    return together
+
+
 def count_labels(parts: Sequence[Segmentation], workers: int = 0) -> LabelCounts:
     """Count the pixels of each label id in all labels at full size."""
-    total = LabelCounts()
-    for part in parts:
-        count = partial(count_label, part)
-        for found in call_in_workers(count, len(part), workers, "counting label pixels"):
-            total.add(found)
-    return total
+    title = "counting label pixels"
+    return total(
+        found
+        for part in parts
+        for found in call_in_workers(partial(count_label, part), len(part), workers, title)
+    )
 
 
 def count_label(dataset: Segmentation, index: int) -> LabelCounts:
@@ -139,16 +147,9 @@ def label_problems(
     return problems
 
 
-def _all_colors(counts: Mapping[str, LabelCounts]) -> dict[tuple[int, Color], str]:
-    total = LabelCounts()
-    for found in counts.values():
-        total.add(found)
-    return total.colors
-
-
 def _differing_palettes(counts: Mapping[str, LabelCounts]) -> str | None:
     first: dict[int, tuple[Color, str]] = {}
-    for (label_id, color), path in _all_colors(counts).items():
+    for (label_id, color), path in total(counts.values()).colors.items():
         other, place = first.setdefault(label_id, (color, path))
         if color != other:
             return f"{label_id} is {other} in the palette of {place} and {color} in that of {path}"
@@ -159,7 +160,7 @@ def palette_note(counts: Mapping[str, LabelCounts], classes: Classes) -> str | N
     """Return a sentence if palettes do not have the colours of the classes, so that their indices
     are the label ids."""
     stated = classes.stated_colors()
-    for label_id, color in sorted(_all_colors(counts)):
+    for label_id, color in sorted(total(counts.values()).colors):
         if stated.get(label_id, color) != color != (label_id,) * 3:
             return (
                 f"{color} is the colour of {label_id} in a palette, not {stated[label_id]}: the "

@@ -95,7 +95,6 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     An item is what `loader` returns, after `transform`, and the class number, an int.
 
     Args:
-        loader: function that reads an image file.
         classes: names of the classes in the order of their numbers; default: sorted folders.
     """
 
@@ -116,9 +115,8 @@ class ImageFolder(torchvision.datasets.ImageFolder):
             raise DatasetError(f"{datadir} has no folder {split}: images lie in {split}/<class>/")
         super().__init__(str(root), transform, loader=loader, allow_empty=True)
         found = {self.classes[number] for number in self.targets}
-        empty = [root / name for name in self.classes if name not in found]
-        empty = [folder for folder in empty if folder.is_dir()]
-        if empty:
+        without = (root / name for name in self.classes if name not in found)
+        if empty := [folder for folder in without if folder.is_dir()]:
             suffixes = ", ".join(sorted(PICTURES))
             raise DatasetError(f"{empty[0]} holds no images ({suffixes}): add some or remove it")
 
@@ -143,8 +141,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
             self.class_of = {row[0]: row[1] for row in rows if len(row) > 1}
             found = sorted(set(self.class_of.values()))
         classes = self.known_classes or found
-        unknown = sorted(set(found) - set(classes))
-        if unknown:
+        if unknown := sorted(set(found) - set(classes)):
             raise DatasetError(
                 f"{directory} has a class that the network is not trained on ({unknown[0]}): "
                 "train and val must have the same classes, remove the folder or rename it"
@@ -162,9 +159,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
             name = self.class_of.get(os.path.basename(path)) if self.class_of else folder
             if name in class_to_idx:
                 samples.append((path, class_to_idx[name]))
-        if len(samples) < len(pictures):
-            count = len(pictures) - len(samples)
-            report_left_out(count, samples, directory, "they belong to no class")
+        report_left_out(len(pictures), samples, directory, "they belong to no class")
         return sorted(samples, key=itemgetter(1))
 
 

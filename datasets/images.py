@@ -44,7 +44,10 @@ class DatasetError(UserError):
 
 
 class FileError(DatasetError):
-    """A file cannot be used; the message begins with its path, `problem` names it in two words."""
+    """A file cannot be used; the message begins with its path, `problem` names it in two words.
+
+    What is raised within `open_image` leaves the path to it.
+    """
 
     def __init__(self, message: str, problem: str = "unreadable") -> None:
         super().__init__(message)
@@ -95,39 +98,27 @@ def jpeg_ends_early(path: str) -> bool:
 
 @contextmanager
 def open_image(path: str) -> Iterator[Image.Image]:
-    """Open an image file, to be decoded in the block."""
-    with file_errors(path), Image.open(path) as image:
-        yield image
-
-
-@contextmanager
-def file_errors(path: str) -> Iterator[None]:
-    """Turn any exception that reading a file raises in the block into a FileError."""
+    """Open an image file, to be decoded in the block; any exception there becomes a FileError."""
     try:
-        yield
-    except DatasetError:
-        raise
+        with Image.open(path) as image:
+            yield image
+    except FileError as error:
+        raise FileError(f"{path} {error}", error.problem) from error
     except FileNotFoundError as error:
         raise FileError(f"{path} does not exist: unpack it again", "missing") from error
     except Image.DecompressionBombError as error:
         raise FileError(f"{path} declares an absurd size ({error})", "absurd size") from error
     except Exception as error:  # PIL does not document what it raises on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        advice = "fetch it again"
+        reason, way_out = " ".join(str(error).split()) or type(error).__name__, ""
         if isinstance(error, UnidentifiedImageError):
-            reason, advice = (
-                "Pillow does not know its format",
-                "fetch it again, or convert it to PNG",
-            )
-        raise FileError(f"{path} cannot be read as an image ({reason}): {advice}") from error
+            reason, way_out = "Pillow does not know its format", ", or convert it to PNG"
+        raise FileError(
+            f"{path} cannot be read as an image ({reason}): fetch it again{way_out}"
+        ) from error
 
 
 def check_label_size(path: str, size: Size, image_size: Size) -> None:
-    """Compare the size of a label with that of its image.
-
-    Raises:
-        FileError: they differ.
-    """
+    """Raise a FileError if the size of a label is not that of its image."""
     if size != image_size:
         raise FileError(
             f"{path} is {size[1]}x{size[0]} but its image is {image_size[1]}x{image_size[0]}: "

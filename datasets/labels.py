@@ -31,20 +31,20 @@ class Label(NamedTuple):
     colors: frozenset[tuple[int, Color]] = frozenset()  # its ids and their colours in a palette
 
 
-def check_label_format(path: str, image: Image.Image) -> None:
-    """Raise a FileError if the pixels of an opened image cannot be label ids."""
+def check_label_format(image: Image.Image) -> None:
+    """Raise a FileError if the pixels of an image in `open_image` cannot be label ids."""
     lossy = image.format in LOSSY or image.info.get("compression") in LOSSY_TIFF
-    if lossy or (image.format == "WEBP" and not _is_lossless_webp(path)):
+    if lossy or (image.format == "WEBP" and not _is_lossless_webp(image.filename)):
         raise FileError(
-            f"{path} is a {image.format} file, whose compression changes label ids: export the "
-            "labels again, as PNG",
+            f"is a {image.format} file, whose compression changes label ids: export the labels "
+            "again, as PNG",
             "lossy label",
         )
     wide = not image.mode.startswith("I") and ";16" in _raw_mode(image)
     if wide or image.mode not in MODES:
         raise FileError(
-            f"{path} has pixels of mode {_raw_mode(image) if wide else image.mode}: a label map "
-            "has ids of 8 bits, or colours of 3 times 8",
+            f"has pixels of mode {_raw_mode(image) if wide else image.mode}: a label map has ids "
+            "of 8 bits, or colours of 3 times 8",
             "wrong mode",
         )
 
@@ -74,17 +74,15 @@ def read_label(
         colors: label ids by colour, as far as the classes state colours.
     """
     with open_image(path) as image:
-        check_label_format(path, image)
+        check_label_format(image)
         if image.mode == "P":
-            return _from_palette(path, image, set(known), colors or {})
+            return _from_palette(image, set(known), colors or {})
         if image.mode in ("RGB", "RGBA"):
-            return _from_colors(path, image, colors or {})
-        return _from_greys(path, image, known, colors or {})
+            return _from_colors(image, colors or {})
+        return _from_greys(image, known, colors or {})
 
 
-def _from_greys(
-    path: str, image: Image.Image, known: Collection[int], colors: Mapping[Color, int]
-) -> Label:
+def _from_greys(image: Image.Image, known: Collection[int], colors: Mapping[Color, int]) -> Label:
     raw, tile = GREY.fullmatch(_raw_mode(image)), image.tile[:1]
     bilevel, inverted = image.mode == "1", bool(raw and raw["inverted"])
     shown = stored = np.array(image.convert("L") if image.mode in ("1", "LA") else image)
@@ -98,7 +96,7 @@ def _from_greys(
         stored = np.round(stored * (tile[0][3][1] / white)).astype(int)
     if stored.min() < 0 or stored.max() > 255:
         wrong = stored.max() if stored.max() > 255 else stored.min()
-        raise FileError(f"{path} holds the label id {wrong}: ids are 0 to 255", "unknown label")
+        raise FileError(f"holds the label id {wrong}: ids are 0 to 255", "unknown label")
     black_and_white = [colors.get((grey,) * 3) for grey in (0, 255)]
     if bilevel and None not in black_and_white:
         stored = np.array(black_and_white)[shown // 255]
@@ -107,8 +105,8 @@ def _from_greys(
         stored = shown
     elif bilevel and inverted:  # most programs turn a mask around as they write it
         raise FileError(
-            f"{path} stores white as 0 and black as 1: give the classes their colours to say which "
-            "one is white",
+            "stores white as 0 and black as 1: give the classes their colours to say which one is "
+            "white",
             "unknown colour",
         )
     return Label(stored.astype(np.uint8, copy=False))
@@ -118,9 +116,7 @@ def _within(values: np.ndarray, known: Collection[int]) -> bool:
     return set(np.unique(values).tolist()) <= set(known)
 
 
-def _from_palette(
-    path: str, image: Image.Image, known: set[int], colors: Mapping[Color, int]
-) -> Label:
+def _from_palette(image: Image.Image, known: set[int], colors: Mapping[Color, int]) -> Label:
     indices, used = np.array(image), np.flatnonzero(image.histogram())
     palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
     stated = len(palette)
@@ -130,27 +126,23 @@ def _from_palette(
     found = [tuple(color) for color in palette[used].tolist()]
     ids, greys = [colors.get(color) for color in found], None
     if None in ids:
-        greys = _grey_ids(path, palette, used, known)
+        greys = _grey_ids(palette, used, known)
         moved = any(value not in (None, index) for value, index in zip(ids, used, strict=True))
         if greys is None and moved:
             other = found[ids.index(None)]
             raise FileError(
-                f"{path} has a palette in another order than the classes, and {other} in it is "
-                "the colour of none: give each class its colour, and ignored ones as well",
+                f"has a palette in another order than the classes, and {other} in it is the "
+                "colour of none: give each class its colour, and ignored ones as well",
                 "unknown colour",
             )
         ids = used.tolist() if greys is None else greys
-    if ids != used.tolist():
-        table = np.zeros(256, np.uint8)
-        table[used] = ids
-        indices = table[indices]
+    table = np.zeros(256, np.uint8)
+    table[used] = ids
     count = 0 if greys else np.searchsorted(used, stated)  # greys are ids, and no colours
-    return Label(indices, frozenset(zip(ids[:count], found[:count], strict=True)))
+    return Label(table[indices], frozenset(zip(ids[:count], found[:count], strict=True)))
 
 
-def _grey_ids(
-    path: str, palette: np.ndarray, used: np.ndarray, known: set[int]
-) -> list[int] | None:
+def _grey_ids(palette: np.ndarray, used: np.ndarray, known: set[int]) -> list[int] | None:
     """Return the ids of the indices `used` of a palette if its greys are the ids, else None.
 
     Programs that shrink PNGs turn grey pixels into such palettes, in any order.
@@ -164,8 +156,8 @@ def _grey_ids(
             return None
         if IGNORE_INDEX not in known:
             raise FileError(
-                f"{path} has a palette that begins with white: give the classes their colours to "
-                "say whether white is 0, 1 or 255",
+                "has a palette that begins with white: give the classes their colours to say "
+                "whether white is 0, 1 or 255",
                 "unknown colour",
             )
     known = known | {IGNORE_INDEX} if levels <= known | {IGNORE_INDEX} else known
@@ -173,7 +165,7 @@ def _grey_ids(
     return ids if known.issuperset(ids) else None
 
 
-def _from_colors(path: str, image: Image.Image, colors: Mapping[Color, int]) -> Label:
+def _from_colors(image: Image.Image, colors: Mapping[Color, int]) -> Label:
     packed = np.array(image.convert("RGBA")).view("<u4")[..., 0] & 0xFFFFFF  # without alpha
     seen = np.zeros(1 << 24, bool)
     seen[packed] = True
@@ -187,8 +179,8 @@ def _from_colors(path: str, image: Image.Image, colors: Mapping[Color, int]) -> 
         more = ids.count(None) - 1
         others = f" and {more} others" if more else ""
         raise FileError(
-            f"{path} holds the colour {first}{others}, which {'are' if more else 'is'} of no "
-            "class, or of several: state a colour for each class, for ignored ones as well (`void "
+            f"holds the colour {first}{others}, which {'are' if more else 'is'} of no class, or of "
+            "several: state a colour for each class, for ignored ones as well (`void "
             f"{' '.join(map(str, first))}`)",
             "unknown colour",
         )

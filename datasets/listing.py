@@ -37,8 +37,12 @@ def is_stray(name: str) -> bool:
     return name.lower() in STRAYS
 
 
+def suffix_of(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
 def is_picture(name: str, kinds: Collection[str] = PICTURES) -> bool:
-    return os.path.splitext(name)[1].lower() in kinds and not is_stray(name)
+    return suffix_of(name) in kinds and not is_stray(name)
 
 
 def is_loop(folder: str, name: str) -> bool:
@@ -64,26 +68,22 @@ def list_pictures(
         folders[:] = [name for name in folders if not skip_folder(os.path.join(folder, name))]
         listed.append((folder, names))
     found: list[str] = []
-    others: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()  # by suffix
     for folder, names in sorted(listed):
         for name in sorted(names):
             if is_picture(name, kinds):
                 found.append(os.path.join(folder, name))
-            elif not is_stray(name):
-                others[os.path.splitext(name)[1].lower()] += 1
-    left_out = [
-        (suffix, count) for suffix, count in others.most_common() if suffix not in UNREPORTED
-    ]
-    if left_out:
-        suffixes = ", ".join(suffix for suffix, _ in left_out[:5])
-        report_left_out(sum(count for _, count in left_out), found, root, f"{suffixes} is not read")
+            elif not is_stray(name) and (suffix := suffix_of(name)) not in UNREPORTED:
+                left_out[suffix] += 1
+    suffixes = ", ".join(suffix for suffix, _ in left_out.most_common(5))
+    report_left_out(len(found) + left_out.total(), found, root, f"{suffixes} is not read")
     return found
 
 
-def report_left_out(count: int, found: Sized, root: str | os.PathLike, reason: str) -> None:
-    """Report how many files of a folder are left out, beside those that were found."""
-    total = count + len(found)
-    print(f"note: {count} of {total} files of {root} are left out: {reason}", file=sys.stderr)
+def report_left_out(total: int, found: Sized, root: str | os.PathLike, reason: str) -> None:
+    """Report how many files of a folder are left out, if any are."""
+    if count := total - len(found):
+        print(f"note: {count} of {total} files of {root} are left out: {reason}", file=sys.stderr)
 
 
 def matched_files(images: str | os.PathLike, labels: str | os.PathLike | None) -> list[FilePair]:
@@ -99,18 +99,17 @@ def matched_files(images: str | os.PathLike, labels: str | os.PathLike | None) -
     found = _by_name(images)
     if not found:
         raise DatasetError(f"{images} holds no images: unpack the data set there")
-    for name, (path, *twins) in found.items():
-        if twins:
-            kinds = " and ".join(os.path.splitext(twin)[1] for twin in (path, *twins))
+    for name, paths in found.items():
+        if len(paths) > 1:
+            kinds = " and ".join(os.path.splitext(path)[1] for path in paths)
             raise DatasetError(f"{images} holds {name} twice, as {kinds}: remove one of them")
     if labels is None:
         return [(path, None) for (path,) in found.values()]
     known = _by_name(labels)
-    pairs: list[FilePair] = []
-    for name, label in _label_names(list(found), known, labels).items():
-        path = _pick_label(os.path.join(labels, label), known.get(label, ()))
-        pairs.append((found[name][0], path))
-    return pairs
+    return [
+        (found[name][0], _pick_label(os.path.join(labels, label), known.get(label, ())))
+        for name, label in _label_names(list(found), known, labels).items()
+    ]
 
 
 def _by_name(root: str | os.PathLike) -> dict[str, list[str]]:
@@ -138,8 +137,8 @@ def _label_names(
     whole = {name: os.path.split(name) for name in names}
     if found := _find_way(whole, candidates, labels):
         return found
-    cores = zip(names, _without_common_parts(names), strict=True)
-    core_of = {name: ("", core) for name, core in cores}
+    cores = _without_common_parts(names)
+    core_of = {name: ("", core) for name, core in zip(names, cores, strict=True)}
     if found := _find_way(core_of, candidates, labels, least=len(names)):
         example = f"{found[names[0]]} for {names[0]}"
         print(f"note: the labels in {labels} are called {example}, and so on", file=sys.stderr)
@@ -209,4 +208,4 @@ def _pick_label(expected: str, paths: Sequence[str]) -> str:
 
 
 def _is_jpeg(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in JPEG_SUFFIXES
+    return suffix_of(path) in JPEG_SUFFIXES

@@ -88,7 +88,7 @@ class SeededItems(Dataset):
         # Without workers this runs in the training process, whose random state is its own.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU too
-            while True:
+            for _ in range(min(MAX_BROKEN, len(self.dataset))):
                 try:
                     image, label = self.dataset[index]
                     return Batch([image], [label], [seed], [index], left_out)
@@ -98,12 +98,10 @@ class SeededItems(Dataset):
                     left_out.append(str(error))
                     if not self.replace:
                         return Batch([], [], [], [], left_out)
-                    if len(left_out) >= min(MAX_BROKEN, len(self.dataset)):
-                        raise NothingReadable(
-                            f"{len(left_out)} images in a row cannot be read: is the disk gone? "
-                            f"{error}"
-                        ) from error
                 index = (index + 1) % len(self.dataset)
+        raise NothingReadable(
+            f"{len(left_out)} images in a row cannot be read: is the disk gone? {left_out[-1]}"
+        )
 
 
 def collate(items: Sequence[Batch], stacked: bool = False) -> Batch:
@@ -128,9 +126,7 @@ def batch_loader(
     """Return a loader of `Batch`.
 
     Args:
-        dataset: data set of (image, label).
         sampler: order and seeds of training; None to validate, in the order of the data set.
-        workers: processes that read.
         pin_memory: put batches where a GPU can fetch them from.
         skip_broken: leave out unreadable images: training reads the next one in place of each, and
             a batch of validation is smaller, or empty.

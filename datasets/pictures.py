@@ -12,10 +12,9 @@ from pathlib import Path
 
 from PIL import Image, ImageSequence
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from datasets.images import MIN_SIZE, DatasetError, Size, decode, file_errors, to_rgb
+from datasets.images import MIN_SIZE, DatasetError, Size, decode, open_image, to_rgb
 from datasets.listing import UNREPORTED, is_stray, list_pictures
 
 # Formats that Pillow opens but cannot draw, at least not without other programs.
@@ -161,30 +160,24 @@ def working_size(height: int, width: int, new_height: int) -> Size:
     return new_height, min(max(new_width, MIN_SIZE), MAX_ASPECT * new_height)
 
 
-class Pictures(Dataset):
-    """Frames of the files that `find_pictures` found; the reason for those that are unreadable."""
-
-    def __init__(self, files: Sequence[tuple[str, str]], height: int) -> None:
-        self.files, self.height = files, height
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Frame | Animation | str:
-        path, name = self.files[index]
-        try:
-            with file_errors(path), Image.open(path) as picture:
-                # All frames at once could fill the memory.
-                if picture.format in ANIMATED and getattr(picture, "n_frames", 1) > 1:
-                    return Animation(path, name)
-                return make_frame(name, decode(picture), self.height)
-        except DatasetError as error:
-            return str(error)
+def read_picture(
+    files: Sequence[tuple[str, str]], height: int, index: int
+) -> Frame | Animation | str:
+    """Read one of the files that `find_pictures` found, or say why that is not possible."""
+    path, name = files[index]
+    try:
+        with open_image(path) as picture:
+            # All frames at once could fill the memory.
+            if picture.format in ANIMATED and getattr(picture, "n_frames", 1) > 1:
+                return Animation(path, name)
+            return make_frame(name, decode(picture), height)
+    except DatasetError as error:
+        return str(error)
 
 
 def animation_frames(animation: Animation, height: int) -> Iterator[Frame]:
     """Yield the frames of an animated picture."""
-    with file_errors(animation.path), Image.open(animation.path) as picture:
+    with open_image(animation.path) as picture:
         for number, image in enumerate(ImageSequence.Iterator(picture)):
             yield make_frame(f"{animation.name}/{number:06d}", to_rgb(image.copy()), height)
 

@@ -145,8 +145,7 @@ class Segmentation(Dataset):
             raise DatasetError(f"{self.root} does not exist: give the folder of the data set")
         self.pairs = self.files()
         labels = [label for _, label in self.pairs if label is not None]
-        missing = [label for label in labels if not os.path.isfile(label)] if need_labels else []
-        if missing:
+        if need_labels and (missing := [path for path in labels if not os.path.isfile(path)]):
             raise DatasetError(
                 f"{len(missing)} of {len(labels)} images of {split} have no label, first missing: "
                 f"{missing[0]} (there lies {beside(missing[0])}); unpack the labels again, name "
@@ -238,7 +237,6 @@ def beside(path: str) -> str:
 
 def resized_size(height: int, width: int, new_height: int) -> Size:
     """Return the height and width of an image that is resized in proportion."""
-    new_height = max(1, new_height)
     return new_height, max(1, round(width * new_height / height))
 
 

@@ -9,10 +9,10 @@ from datasets.check import check_files
 from datasets.images import DatasetError, read_image
 from datasets.pictures import (
     DRAWABLE,
-    Pictures,
     animation_frames,
     find_pictures,
     open_video,
+    read_picture,
     video_frames,
     working_size,
 )
@@ -144,7 +144,7 @@ def test_the_working_size_keeps_the_proportions_within_limits(size, expected):
 
 
 def read(path, height=64):
-    return Pictures([(str(path), "name")], height)[0]
+    return read_picture([(str(path), "name")], height, 0)
 
 
 def test_a_picture_comes_at_two_sizes(tmp_path):

@@ -6,9 +6,10 @@ one another as in a photograph. Colours overlap between the classes on purpose, 
 and noise vary, so that a network has to learn shape, texture and place.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -31,6 +32,8 @@ TEXTURE = {
     "sky": (0, 0),
 }
 PLAIN_TEXTURE = (3, 3)
+
+CIRCLE = [(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 16, endpoint=False)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Street:
         self.haze_distance = rng.uniform(50, 160)
         self.rgb = Image.new("RGB", (self.width, height), self.haze)
         self.instances = Image.new("I", self.rgb.size, LABEL_ID["sky"])
-        self.instance_count = Counter[str]()
+        self.instance_numbers = defaultdict(count)
 
     # Colours and shapes
 
@@ -104,10 +107,7 @@ class Street:
 
     def new_instance(self, name: str) -> int:
         """Return the instance id of the next object of a class."""
-        if not CLASSES[name].has_instances:
-            return LABEL_ID[name]
-        self.instance_count[name] += 1
-        return LABEL_ID[name] * 1000 + self.instance_count[name] - 1
+        return LABEL_ID[name] * 1000 + next(self.instance_numbers[name])
 
     def fill(self, points: Sequence[Point], color: Color, z: float, instance: int) -> None:
         """Fill a polygon at distance z, in the picture and in the ground truth."""
@@ -122,9 +122,7 @@ class Street:
 
     def rectangle(self, x0: float, x1: float, y0: float, y1: float, z: float) -> list[Point]:
         """Return a rectangle that faces the camera, in pixel coordinates."""
-        left, top = self.project(x0, y1, z)
-        right, bottom = self.project(x1, y0, z)
-        return [(left, top), (right, top), (right, bottom), (left, bottom)]
+        return self.outline([(x0, y1), (x1, y1), (x1, y0), (x0, y0)], 0, z)
 
     def panel(self, x: float, z0: float, z1: float, y0: float, y1: float) -> list[Point]:
         """Return an upright rectangle along the street, in pixel coordinates."""
@@ -136,10 +134,8 @@ class Street:
 
     def disc(self, x: float, y: float, radius: float, z: float, stretch: float = 1) -> list[Point]:
         """Return a disc that faces the camera, `stretch` times as high as wide."""
-        angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
-        return self.outline(
-            [(radius * np.cos(a), y + radius * stretch * np.sin(a)) for a in angles], x, z
-        )
+        rim = [(radius * cos, y + radius * stretch * sin) for cos, sin in CIRCLE]
+        return self.outline(rim, x, z)
 
     def outline(self, points: Sequence[Point], x: float, z: float) -> list[Point]:
         """Return a shape that faces the camera, in pixel coordinates; `points` start from x."""
@@ -186,8 +182,7 @@ class Street:
         asphalt = self.jitter([grey] * 3, 8)
         paving = self.jitter([grey + rng.uniform(-15, 45)] * 3, 14)
         grass = self.pick(18, (84, 108, 52), (128, 112, 72))
-        color = np.empty((*x.shape, 3), np.float32)
-        color[:] = grass
+        color = np.full((*x.shape, 3), grass, np.float32)
         color[sidewalk] = paving
         color[on_road] = asphalt
 
@@ -250,11 +245,11 @@ class Street:
     def draw_building(self, x: float, side: int, z0: float, z1: float) -> None:
         rng = self.rng
         color = self.pick(28, (150, 130, 112), (122, 92, 80), (176, 172, 164), (110, 112, 118))
-        dark = tuple(int(c * 0.8) for c in color)
         instance = LABEL_ID["building"]
         storeys = rng.integers(2, 6)
         top = storeys * 3.2 + 0.8
-        self.fill(self.rectangle(*sorted((x, x + side * 12)), 0, top, z0), dark, z0, instance)
+        gable = self.rectangle(*sorted((x, x + side * 12)), 0, top, z0)
+        self.fill(gable, shade(color, 0.8), z0, instance)
         self.fill(self.panel(x, z0, z1, 0, top), color, (z0 + z1) / 2, instance)
         glass = self.jitter((58, 66, 78), 30)
         step = rng.uniform(2.0, 3.0)
@@ -270,7 +265,7 @@ class Street:
     def draw_wall(self, x: float, z0: float, z1: float) -> None:
         height = self.rng.uniform(1.8, 2.8)
         color = self.pick(18, (138, 96, 78), (132, 130, 126))
-        mortar = tuple(int(c * 0.72) for c in color)
+        mortar = shade(color, 0.72)
         self.fill(self.panel(x, z0, z1, 0, height), color, (z0 + z1) / 2, LABEL_ID["wall"])
         for y in np.arange(0.25, height, 0.4):
             self.tint(self.panel(x, z0, z1, y, y + 0.08), mortar, z0)
@@ -350,11 +345,10 @@ class Street:
         """Draw the front, visible side and top of a block; spans are x0, x1, y0, y1, z0, z1."""
         x0, x1, y0, y1, z0, z1 = spans
         if x0 > 0 or x1 < 0:
-            dark = tuple(int(c * 0.7) for c in color)
-            self.fill(self.panel(x0 if x0 > 0 else x1, z0, z1, y0, y1), dark, z0, instance)
+            visible = self.panel(x0 if x0 > 0 else x1, z0, z1, y0, y1)
+            self.fill(visible, shade(color, 0.7), z0, instance)
         if y1 < self.camera_height:
-            light = tuple(min(255, int(c * 1.15)) for c in color)
-            self.fill(self.slab(x0, x1, y1, z0, z1), light, z0, instance)
+            self.fill(self.slab(x0, x1, y1, z0, z1), shade(color, 1.15), z0, instance)
         self.fill(self.rectangle(x0, x1, y0, y1, z0), color, z0, instance)
 
     def draw_wheels(self, instance: int, x: float, half: float, z: float) -> None:
@@ -368,15 +362,19 @@ class Street:
         for wx in (x - half + 0.05, x + half - 0.35):
             self.tint(self.rectangle(wx, wx + 0.3, y, y + 0.2, z), color, z)
 
-    def draw_shadow(self, x: float, half: float, z0: float, z1: float) -> None:
-        dark = self.jitter((38, 38, 40), 6)
-        self.tint(self.slab(x - half, x + half, 0, z0, z1), dark, z0)
+    def begin_vehicle(
+        self, name: str, x: float, z: float, lengths: Sequence[float], heights: Sequence[float]
+    ) -> tuple[int, float, float]:
+        """Draw the shadow of a vehicle, and return its instance id, length and height."""
+        length, height = self.rng.uniform(*lengths), self.rng.uniform(*heights)
+        half = 1.0 if name == "car" else 1.3
+        shadow = self.slab(x - half, x + half, 0, z - 0.2, z + length)
+        self.tint(shadow, self.jitter((38, 38, 40), 6), z - 0.2)
+        return self.new_instance(name), length, height
 
     def draw_car(self, x: float, z: float) -> None:
         color, glass = self.paint_color(), self.jitter((45, 52, 62), 15)
-        instance = self.new_instance("car")
-        length, height = self.rng.uniform(3.6, 4.6), self.rng.uniform(1.4, 1.7)
-        self.draw_shadow(x, 1.0, z - 0.2, z + length)
+        instance, length, height = self.begin_vehicle("car", x, z, (3.6, 4.6), (1.4, 1.7))
         self.draw_wheels(instance, x, 0.9, z + length - 0.5)
         self.draw_box(instance, (x - 0.9, x + 0.9, 0.25, 0.9, z, z + length), color)
         cabin = (x - 0.72, x + 0.72, 0.85, height, z + 0.5, z + length - 0.8)
@@ -392,12 +390,10 @@ class Street:
     def draw_truck(self, x: float, z: float) -> None:
         """Draw a plain cargo box without windows, on a dark chassis."""
         color, dark = self.paint_color(), self.jitter((48, 46, 46), 12)
-        instance = self.new_instance("truck")
-        length, height = self.rng.uniform(6, 9), self.rng.uniform(3.0, 3.6)
-        self.draw_shadow(x, 1.3, z - 0.2, z + length)
+        instance, length, height = self.begin_vehicle("truck", x, z, (6, 9), (3.0, 3.6))
         self.draw_box(instance, (x - 1.1, x + 1.1, 0.4, 1.0, z, z + length), dark)
         self.draw_box(instance, (x - 1.25, x + 1.25, 1.0, height, z, z + length), color)
-        seam = tuple(int(c * 0.6) for c in color)
+        seam = shade(color, 0.6)
         self.tint(self.rectangle(x - 0.04, x + 0.04, 1.0, height, z), seam, z)
         for y in (1.1, height - 0.15):
             self.tint(self.rectangle(x - 1.2, x + 1.2, y, y + 0.08, z), seam, z)
@@ -407,9 +403,7 @@ class Street:
     def draw_bus(self, x: float, z: float) -> None:
         """Draw a box with windows all round, and a bright line number above them."""
         color, glass = self.paint_color(), self.jitter((52, 62, 74), 15)
-        instance = self.new_instance("bus")
-        length, height = self.rng.uniform(9, 12), self.rng.uniform(2.9, 3.2)
-        self.draw_shadow(x, 1.3, z - 0.2, z + length)
+        instance, length, height = self.begin_vehicle("bus", x, z, (9, 12), (2.9, 3.2))
         self.draw_box(instance, (x - 1.25, x + 1.25, 0.3, height, z, z + length), color)
         self.tint(self.rectangle(x - 1.15, x + 1.15, 1.2, height - 0.55, z), glass, z)
         number = self.rectangle(x - 0.8, x + 0.8, height - 0.45, height - 0.1, z)
@@ -425,9 +419,7 @@ class Street:
         """Draw a tram: a rounded front in two colours, one lamp in the middle, a long side."""
         lower, upper = self.paint_color(), self.jitter((222, 218, 205), 18)
         glass = self.jitter((40, 48, 58), 10)
-        instance = self.new_instance("train")
-        length, height = self.rng.uniform(14, 22), self.rng.uniform(3.3, 3.7)
-        self.draw_shadow(x, 1.3, z - 0.2, z + length)
+        instance, length, height = self.begin_vehicle("train", x, z, (14, 22), (3.3, 3.7))
         self.draw_box(instance, (x - 1.2, x + 1.2, 1.4, height, z, z + length), upper)
         self.draw_box(instance, (x - 1.2, x + 1.2, 0.15, 1.4, z, z + length), lower)
         self.fill(self.disc(x, height, 1.2, z, stretch=0.35), upper, z, instance)
@@ -500,33 +492,28 @@ class Street:
         top = self.rng.uniform(4, 7) if top is None else top
         color = self.pick(18, (118, 118, 116), (82, 84, 80))
         self.fill(self.rectangle(x - 0.17, x + 0.17, 0, top, z), color, z, LABEL_ID["pole"])
-        glint = tuple(min(255, int(c * 1.25)) for c in color)
-        self.tint(self.rectangle(x - 0.1, x, 0, top, z), glint, z)
+        self.tint(self.rectangle(x - 0.1, x, 0, top, z), shade(color, 1.25), z)
 
     def draw_traffic_sign(self, x: float, z: float) -> None:
+        """Draw a sign of one colour with a white middle."""
         top, radius = self.rng.uniform(2.3, 3.2), self.rng.uniform(0.42, 0.6)
         self.draw_pole(x, z, top)
-        instance = LABEL_ID["traffic sign"]
-        white, red = (235, 235, 230), self.jitter((190, 30, 38), 20)
-        blue = self.jitter((30, 70, 160), 20)
+        red, blue = self.jitter((190, 30, 38), 20), self.jitter((30, 70, 160), 20)
         kind = self.rng.integers(3)
         if kind == 0:  # a prohibition
-            self.fill(self.disc(x, top, radius, z), red, z, instance)
-            self.tint(self.disc(x, top, radius * 0.65, z), white, z)
+            outer, inner = (self.disc(x, top, radius * size, z) for size in (1, 0.65))
         elif kind == 1:  # a warning
             corners = ((0, 1), (0.9, -0.6), (-0.9, -0.6))
             outer, inner = (
                 self.outline([(size * dx, top + size * dy) for dx, dy in corners], x, z)
                 for size in (1.2 * radius, 0.65 * radius)
             )
-            self.fill(outer, red, z, instance)
-            self.tint(inner, white, z)
         else:  # parking, a direction
-            plate = self.rectangle(x - radius, x + radius, top - radius, top + radius, z)
-            self.fill(plate, blue, z, instance)
+            outer = self.rectangle(x - radius, x + radius, top - radius, top + radius, z)
             width, height = radius * 0.3, radius * 0.6
-            bar = self.rectangle(x - width, x + width, top - height, top + height, z)
-            self.tint(bar, white, z)
+            inner = self.rectangle(x - width, x + width, top - height, top + height, z)
+        self.fill(outer, blue if kind == 2 else red, z, LABEL_ID["traffic sign"])
+        self.tint(inner, (235, 235, 230), z)
 
     def draw_traffic_light(self, x: float, z: float) -> None:
         top = self.rng.uniform(2.6, 3.6)
@@ -536,8 +523,8 @@ class Street:
         self.fill(self.rectangle(x - 0.34, x + 0.34, top, top + 1.5, z), case, z, instance)
         lit = self.rng.integers(3)
         for n, color in enumerate(((60, 225, 120), (250, 190, 50), (245, 50, 40))):
-            shade = color if n == lit else tuple(c // 4 for c in color)
-            self.tint(self.disc(x, top + 0.28 + 0.47 * n, 0.2, z), shade, z)
+            seen = shade(color, 1 if n == lit else 0.25)
+            self.tint(self.disc(x, top + 0.28 + 0.47 * n, 0.2, z), seen, z)
 
     def draw_bonnet(self) -> None:
         """Draw the car that carries the camera, at the bottom of most pictures; not scored."""
@@ -546,8 +533,8 @@ class Street:
             return
         top = self.height * rng.uniform(0.92, 0.97)
         middle, half = self.width * rng.uniform(0.45, 0.55), self.width * rng.uniform(0.35, 0.5)
-        points = [(middle - half, self.height), (middle - half * 0.7, top + 3), (middle, top)]
-        points += [(middle + half * 0.7, top + 3), (middle + half, self.height)]
+        rim = ((-1, self.height), (-0.7, top + 3), (0, top), (0.7, top + 3), (1, self.height))
+        points = [(middle + half * dx, y) for dx, y in rim]
         self.fill(points, self.jitter((70, 72, 78), 25), 1, LABEL_ID["ego vehicle"])
 
     # The picture
@@ -575,6 +562,11 @@ class Street:
         noise = rng.standard_normal((*shape, 3), np.float32) * rng.uniform(2, 7)
         image = np.clip(np.asarray(blurred) + noise, 0, 255).astype(np.uint8)
         return Scene(image, label_ids, instances.astype(np.uint16))
+
+
+def shade(color: Color, factor: float) -> Color:
+    """Make a colour darker or lighter."""
+    return tuple(min(255, int(c * factor)) for c in color)
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:

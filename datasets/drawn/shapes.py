@@ -36,13 +36,9 @@ CLASSES = sorted(PATTERNS)
 def make_shapes(
     root: Path, counts: dict[str, int] = COUNTS, size: tuple[int, int] = SIZE, workers: int = 1
 ) -> None:
-    """Draw a data set; the same arguments give the same pictures.
+    """Draw images of a height and width into a new folder, so many of each class in each split.
 
-    Args:
-        root: folder to make; must not exist.
-        counts: number of images of each class, by split.
-        size: height and width of the images.
-        workers: processes that draw.
+    The same arguments give the same pictures, whatever the number of workers.
     """
     jobs = [
         (split, name, number)

@@ -25,12 +25,9 @@ SEED = 0
 def make_synthetic(
     root: Path, counts: dict[str, int] = COUNTS, height: int = HEIGHT, workers: int = 1
 ) -> None:
-    """Draw a data set of `height` x 2 `height` images; the same arguments give the same bytes.
+    """Draw `height` x 2 `height` images into a new folder, so many in each split.
 
-    Args:
-        root: folder to make; must not exist.
-        counts: number of images in each split.
-        workers: processes that draw.
+    The same arguments give the same bytes, whatever the number of workers.
     """
     jobs = [(split, number) for split, count in counts.items() for number in range(count)]
     make_folder(root, partial(_write_scene, height=height), jobs, workers)
