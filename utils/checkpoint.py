@@ -354,10 +354,10 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLi
     module.load_state_dict({name: weights[name] for name in own})
 
 
-def few(items: list[str]) -> str:
+def few(items: list[str], named: int = 3) -> str:
     """Return the first items as text, with the number of the others."""
-    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
-    return ", ".join(items[:3]) + more
+    more = f" and {len(items) - named} more" if len(items) > named else ""
+    return ", ".join(items[:named]) + more
 
 
 def on_cpu(module: nn.Module) -> dict[str, Tensor]:

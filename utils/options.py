@@ -364,9 +364,9 @@ def settle_pretraining(args: argparse.Namespace) -> None:
     if args.evaluate:
         if args.resume:
             raise UserError("--evaluate and --resume exclude each other: give one of them")
-        if args.evaluate is True and not args.savedir:
-            raise UserError("--evaluate needs a checkpoint, or --savedir, the folder of a run")
         if args.evaluate is True:
+            if not args.savedir:
+                raise UserError("--evaluate needs a checkpoint, or --savedir, the folder of a run")
             args.evaluate = str(run_path(args.savedir, "") / BEST)
         args.batch_size = args.batch_size or 64
         size, datadir = args.size, args.datadir
