@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -82,29 +83,38 @@ class Visit:
         end = self.deadline - reserve
         if time.monotonic() > end:
             return []
+        processes: list[subprocess.Popen] = []
         with ThreadPoolExecutor(len(jobs)) as threads:
-            return list(threads.map(lambda job: self._run_one(job, logs, end), jobs))
+            try:
+                for job in jobs:
+                    processes.append(self._start(job, logs))
+                return list(threads.map(partial(finish, logs=logs, end=end), jobs, processes))
+            finally:  # if this program is stopped, none goes on
+                for process in processes:
+                    process.kill()
 
-    def _run_one(self, job: Job, logs: Path, end: float) -> Result:
-        """Run a program to its end, its limit or the end of the visit; print how it ended."""
+    def _start(self, job: Job, logs: Path) -> subprocess.Popen:
         script, *arguments = shlex.split(job.command)
         command = [sys.executable, ROOT / script, *arguments]
-        path, started = logs / f"{job.name}.log", time.monotonic()
-        with (
-            path.open("w", encoding="utf-8") as log,
-            subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log) as process,
-        ):
-            # After SIGTERM, a run of training saves, and ends with status 143.
-            limit = min(job.limit, end - started)
-            for seconds, stop in ((limit, process.terminate), (GRACE, process.kill)):
-                try:
-                    process.wait(seconds)
-                except subprocess.TimeoutExpired:
-                    stop()
-        status, seconds = process.returncode, time.monotonic() - started
-        last_line = path.read_text("utf-8").replace("\r", "\n").strip().rpartition("\n")[2]
-        print(f"{job.name}: status {status} after {seconds:.0f} s: {last_line}", flush=True)
-        return Result(job.name, status, seconds, last_line)
+        with (logs / f"{job.name}.log").open("w", encoding="utf-8") as log:
+            return subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
+
+
+def finish(job: Job, process: subprocess.Popen, logs: Path, end: float) -> Result:
+    """Wait for the end of a program, at most to its limit or until `end`, and print how it was."""
+    started = time.monotonic()
+    # After SIGTERM, a run of training saves, and ends with status 143.
+    limit = min(job.limit, end - started)
+    for seconds, stop in ((limit, process.terminate), (GRACE, process.kill)):
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            stop()
+    status, seconds = process.wait(), time.monotonic() - started
+    lines = (logs / f"{job.name}.log").read_text("utf-8").replace("\r", "\n").strip()
+    result = Result(job.name, status, seconds, lines.rpartition("\n")[2])
+    print(f"{job.name}: status {status} after {seconds:.0f} s: {result.last_line}", flush=True)
+    return result
 
 
 def main() -> None:
