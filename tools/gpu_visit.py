@@ -13,7 +13,6 @@ Each ends in time and leaves at most 8 small files in out/weights, out/tables or
 whatever becomes of its parts. --rehearse does the same on a CPU with tiny settings.
 """
 
-import csv
 import math
 import shlex
 import shutil
@@ -22,7 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.arguments import ArgumentParser, file_path, positive_float
 from utils.errors import UserError
 from utils.files import write_errors
+from utils.run_folder import read_log
 from utils.script import run_script
 
 ROOT = Path(__file__).parent.parent
@@ -81,41 +83,37 @@ class Visit:
         end = self.deadline - reserve
         if time.monotonic() > end:
             return []
-        started = time.monotonic()
-        processes: dict[str, subprocess.Popen] = {}
-        results: dict[str, Result] = {}
-        asked = set()
+        processes: list[subprocess.Popen] = []
+        with ThreadPoolExecutor(len(jobs)) as threads:
+            try:
+                for job in jobs:
+                    processes.append(self._start(job, logs))
+                return list(threads.map(partial(finish, logs=logs, end=end), jobs, processes))
+            finally:  # if this program is stopped, none goes on
+                for process in processes:
+                    process.kill()
+
+    def _start(self, job: Job, logs: Path) -> subprocess.Popen:
+        script, *arguments = shlex.split(job.command)
+        command = [sys.executable, ROOT / script, *arguments]
+        with (logs / f"{job.name}.log").open("w", encoding="utf-8") as log:
+            return subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
+
+
+def finish(job: Job, process: subprocess.Popen, logs: Path, end: float) -> Result:
+    """Wait for the end of a program, at most to its limit or until `end`, and print how it was."""
+    started = time.monotonic()
+    # After SIGTERM, a run of training saves, and ends with status 143.
+    limit = min(job.limit, end - started)
+    for seconds, stop in ((limit, process.terminate), (GRACE, process.kill)):
         try:
-            for name, command, _ in jobs:
-                script, *arguments = shlex.split(command)
-                with (logs / f"{name}.log").open("w", encoding="utf-8") as log:
-                    processes[name] = subprocess.Popen(
-                        [sys.executable, ROOT / script, *arguments],
-                        cwd=self.folder, stdout=log, stderr=log,
-                    )  # fmt: skip
-            while len(results) < len(jobs):
-                time.sleep(0.1)
-                seconds = time.monotonic() - started
-                for name, _, limit in jobs:
-                    process, over = processes[name], seconds - min(limit, end - started)
-                    if name not in results and process.poll() is not None:
-                        results[name] = result_of(name, process, seconds, logs)
-                    elif over > GRACE:
-                        process.kill()
-                    elif over > 0 and name not in asked:
-                        process.terminate()  # a run of training saves, and ends with status 143
-                        asked.add(name)
-        finally:
-            for process in processes.values():
-                process.kill()
-        return [results[job.name] for job in jobs]
-
-
-def result_of(name: str, process: subprocess.Popen, seconds: float, logs: Path) -> Result:
-    """Print and return how a program ended."""
-    lines = (logs / f"{name}.log").read_text("utf-8").replace("\r", "\n").strip()
-    result = Result(name, process.returncode, seconds, lines.rpartition("\n")[2])
-    print(f"{name}: status {result.status} after {seconds:.0f} s: {result.last_line}", flush=True)
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            stop()
+    status, seconds = process.wait(), time.monotonic() - started
+    lines = (logs / f"{job.name}.log").read_text("utf-8").replace("\r", "\n").strip()
+    result = Result(job.name, status, seconds, lines.rpartition("\n")[2])
+    print(f"{job.name}: status {status} after {seconds:.0f} s: {result.last_line}", flush=True)
     return result
 
 
@@ -163,8 +161,8 @@ def train_weights(visit: Visit, init: str) -> None:
     visit.run(jobs, visit.output)
     # The first epoch starts everything; the second program starts a little later than the first.
     seconds = [mean_of(visit.folder / f"save/probe-{split}", "seconds") for split in splits]
-    slowest = max((value for value in seconds if not math.isnan(value)), default=math.nan)
-    if math.isnan(slowest):
+    slowest = max(seconds)
+    if not slowest:
         raise UserError(f"no probe has trained two epochs: see its log in {visit.output}")
     epochs = max(1, int((visit.deadline - time.monotonic() - RESERVE) / (1.1 * slowest)))
     epochs = min(epochs, 4) if visit.rehearse else epochs
@@ -242,19 +240,15 @@ def try_everything(visit: Visit) -> None:
         file.write("| run | status | s | images/s | last line |\n| --- | --- | --- | --- | --- |\n")
         for name, status, seconds, last_line in results:
             rate = mean_of(visit.folder / "save" / name, "images_per_second")
-            rate = "" if math.isnan(rate) else f"{rate:.1f}"
+            rate = f"{rate:.1f}" if rate else ""
             last_line = last_line[:100].replace("|", "/")
             file.write(f"| {name} | {status} | {seconds:.0f} | {rate} | {last_line} |\n")
 
 
 def mean_of(run: Path, column: str) -> float:
-    """Return the mean of a column of a run's log, without the first epoch; nan without others."""
-    path = run / "log.csv"
-    if not path.exists():
-        return math.nan
-    with path.open(encoding="utf-8", newline="") as file:
-        values = [float(row[column]) for row in csv.DictReader(file)][1:]
-    return fmean(values) if values else math.nan
+    """Return the mean of a column of a run's log, without the first epoch; 0 without others."""
+    values = [float(row[column]) for row in read_log(run / "log.csv")[1:]]
+    return fmean(values) if values else 0.0
 
 
 def quoted(path: Path) -> str:

@@ -35,11 +35,9 @@ INFERENCE_ADVICE = {
 class ArgumentParser(argparse.ArgumentParser):
     """A parser that reports a mistake in one line, without the usage before it."""
 
-    def __init__(self, description: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, description: str | None = None) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            description=description, formatter_class=formatter, allow_abbrev=False, **kwargs
-        )
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def add_checkpoint(self) -> None:
         """Add --checkpoint, by default the weights that come with the code."""

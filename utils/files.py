@@ -102,11 +102,9 @@ def unused_folder(folder: Path) -> Path:
     """Return a folder that holds nothing yet: this one, or one beside it with a number."""
     beside = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
     with write_errors(folder):
-        return next(path for path in chain([folder], beside) if not path.exists() or empty(path))
-
-
-def empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+        for path in chain([folder], beside):
+            if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+                return path
 
 
 def result_path(folder: Path, name: str) -> Path:
@@ -117,9 +115,8 @@ def result_path(folder: Path, name: str) -> Path:
             or through a symbolic link.
         OSError: the subfolder cannot be made.
     """
-    path, relative = folder / name, PurePath(name)
-    parts = relative.parts
-    leaves = relative.is_absolute() or ".." in parts or not parts or "\0" in name
+    path, parts = folder / name, PurePath(name).parts
+    leaves = ".." in parts or not parts or "\0" in name
     if leaves or not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{name!r} leads out of {folder}: rename the file")
     path.parent.mkdir(parents=True, exist_ok=True)

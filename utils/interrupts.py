@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from datasets.workers import kill_workers
 from utils import distributed, script
+from utils.checkpoint import few
 from utils.errors import UserError
 from utils.script import Interrupted
 
@@ -31,17 +32,20 @@ class Diverged(UserError):
 
 
 class Action(IntEnum):
-    """What a process needs; all do what the largest value among them says."""
+    """What a process needs; all do what the largest value among them says.
+
+    To stop on a signal has the number of the signal.
+    """
 
     CONTINUE = 0
     SAVE = 1
-    STOP_ON_SIGINT = 2
-    STOP_ON_SIGTERM = 3
-    FAIL = 4
-    FAIL_UNSAVED = 5
+    STOP_ON_SIGINT = signal.SIGINT
+    STOP_ON_SIGTERM = signal.SIGTERM
+    FAIL = 100
+    FAIL_UNSAVED = 101
 
 
-SIGNALS = {Action.STOP_ON_SIGINT: signal.SIGINT, Action.STOP_ON_SIGTERM: signal.SIGTERM}
+STOPS = (Action.STOP_ON_SIGINT, Action.STOP_ON_SIGTERM)
 
 
 class StopSignals:
@@ -52,7 +56,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         # An ignored signal stays ignored, such as Ctrl-C under nohup.
-        handled = [n for n in SIGNALS.values() if signal.getsignal(n) != signal.SIG_IGN]
+        handled = [n for n in STOPS if signal.getsignal(n) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self._note) for number in handled}
         if script.received is not None:  # earlier, and Python dropped its exception
             self._note(script.received, None)
@@ -144,11 +148,10 @@ class Guard:
         self.check_finite()
         checkpoint = self.state.state_dict()
         distributed.first(lambda: self.run.save(checkpoint))
-        self.saved_at = time.monotonic()
         self._note_saved()
 
     def _note_saved(self) -> None:
-        place = self.state.place()
+        self.saved_at, place = time.monotonic(), self.state.place()
         self.last_good = f"the last good checkpoint is {self.run.last}, after {place}"
 
     def check_finite(self) -> None:
@@ -184,7 +187,7 @@ class Guard:
         elif failure is not None:
             action = Action.FAIL
         elif self.stopping:
-            action = next(a for a, number in SIGNALS.items() if number == self.signals.received)
+            action = self.signals.received
         elif due and distributed.is_first():
             action = Action.SAVE
         else:
@@ -201,9 +204,9 @@ class Guard:
         if action == Action.SAVE:
             return
         how = f"saved after {self.state.place()}; resume with: {self.run.command}"
-        if action in SIGNALS:
+        if action in STOPS:
             name = "Ctrl-C" if action == Action.STOP_ON_SIGINT else "SIGTERM"
-            raise Interrupted(f"stopped by {name}, {how}", SIGNALS[action])
+            raise Interrupted(f"stopped by {name}, {how}", action)
         if failure is None:  # another process failed, and says why
             sys.exit(2)
         if isinstance(failure, Diverged):
@@ -222,13 +225,11 @@ class Guard:
                 event.synchronize()
             if not math.isfinite(loss.item()):
                 self.losses.clear()
-                files = (self.state.stage.files(int(index)) for index in indices)
-                paths = [path for paths_of_item in files for path in paths_of_item if path]
-                more = f" and {len(paths) - FILES_NAMED} more" if len(paths) > FILES_NAMED else ""
+                files = self.state.stage.files
+                paths = [path for index in indices for path in files(int(index)) if path]
                 return Diverged(
-                    f"the loss is {loss.item()} in {place}, with "
-                    f"{', '.join(paths[:FILES_NAMED])}{more}: training has diverged, or these "
-                    f"files are wrong; {self.last_good}"
+                    f"the loss is {loss.item()} in {place}, with {few(paths, FILES_NAMED)}: "
+                    f"training has diverged, or these files are wrong; {self.last_good}"
                 )
         return None
 

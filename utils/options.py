@@ -270,9 +270,10 @@ def parse_options(
     # Pretraining has no --dataset; settle_pretraining fills it in.
     parser.set_defaults(dataset=None)
     may_change = {row.name: row.may_change for rows in table.values() for row in rows}
-    stored = _stored_options(may_change.keys())
-    parser.set_defaults(**stored)
     args = parser.parse_args()
+    stored = _stored_options(args.savedir, may_change.keys()) if args.resume else {}
+    parser.set_defaults(**stored)
+    args = parser.parse_args()  # with those of the run to resume where none are given
     settle(args)
     for name, value in stored.items():
         if not may_change.get(name) and getattr(args, name) != value:
@@ -290,17 +291,11 @@ def parse_options(
     return args
 
 
-def _stored_options(names: Collection[str]) -> dict[str, Any]:
-    """Return the options of the run that the command line resumes; none for a new run."""
-    parser = ArgumentParser(add_help=False)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--savedir")
-    first, _ = parser.parse_known_args()
-    if not first.resume:
-        return {}
-    if not first.savedir:
+def _stored_options(savedir: str | None, names: Collection[str]) -> dict[str, Any]:
+    """Return the options of the run to resume, which are among these names."""
+    if savedir is None:
         raise UserError("--resume needs --savedir, the folder of the run to continue")
-    folder = run_path(first.savedir, "")
+    folder = run_path(savedir, "")
     stored = read_args(folder)
     if not stored.keys() <= {*names, "dataset"}:
         raise UserError(f"{folder} holds a run of another program: resume it with that")
@@ -364,9 +359,9 @@ def settle_pretraining(args: argparse.Namespace) -> None:
     if args.evaluate:
         if args.resume:
             raise UserError("--evaluate and --resume exclude each other: give one of them")
-        if args.evaluate is True and not args.savedir:
-            raise UserError("--evaluate needs a checkpoint, or --savedir, the folder of a run")
         if args.evaluate is True:
+            if not args.savedir:
+                raise UserError("--evaluate needs a checkpoint, or --savedir, the folder of a run")
             args.evaluate = str(run_path(args.savedir, "") / BEST)
         args.batch_size = args.batch_size or 64
         size, datadir = args.size, args.datadir

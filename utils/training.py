@@ -238,13 +238,12 @@ class TrainState:
 def fit(stage: Stage, run: Run) -> dict[str, Any]:
     """Train a stage to its end, from where it stopped; return its best epoch and its scores."""
     state = TrainState(stage)
-    resumed = run.resumed if run.resumed and run.resumed["stage"] == stage.number else None
-    differences = state.load_state_dict(resumed, run.last) if resumed else []
-    guard = Guard(run, state)
-    if resumed:
+    if run.resumed and run.resumed["stage"] == stage.number:
+        differences = state.load_state_dict(run.resumed, run.last)
         print(f"resuming after {state.place()}")
-    for difference in differences:
-        print(f"note: {difference}")
+        for difference in differences:
+            print(f"note: {difference}")
+    guard = Guard(run, state)
     forward = forward_of(stage, run.args.compile, run.args.graphs)
     while state.epoch < stage.epochs:
         train_and_validate(state, run, guard, forward)
