@@ -10,16 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import (
-    QUICK,
-    SHIPPED,
-    SHIPPED_CAMVID,
-    after_step,
-    read_log,
-    run_script,
-    send,
-    street_scenes,
-)
+from conftest import CAMVID_WEIGHTS, QUICK, after_step, read_log, run_script, send, street_scenes
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -45,7 +36,7 @@ EVERYTHING = (
 
 @pytest.fixture(scope="module")
 def network() -> LEDNet:
-    return load_network(SHIPPED)[0].cuda().requires_grad_(False)
+    return load_network(CAMVID_WEIGHTS)[0].cuda().requires_grad_(False)
 
 
 @pytest.fixture
@@ -79,7 +70,7 @@ def agreement(labels: Tensor, logits: Tensor) -> float:
 @torch.inference_mode()
 def test_labels_are_those_of_a_cpu(network, form, dtype):
     images = street_scenes(2, (360, 480))
-    expected = load_network(SHIPPED)[0](images)
+    expected = load_network(CAMVID_WEIGHTS)[0](images)
     model = InPrecision(network, dtype)
     if form != "eager":
         model = deploy(network, dtype=dtype, compiled=form == "compiled")
@@ -107,7 +98,7 @@ def test_scores_of_the_compiled_network_and_one_compilation(script, camvid, tmp_
         torch._dynamo.reset()
         counters.clear()
         result = script(
-            *("eval_cityscapes_server.py", "--checkpoint", SHIPPED_CAMVID, "--datadir", camvid),
+            *("eval_cityscapes_server.py", "--checkpoint", CAMVID_WEIGHTS, "--datadir", camvid),
             *("--runtime", runtime, "--precision", precision, "--device", "cuda"),
             *("--json", tmp_path / f"{runtime}.json", "--save-results", tmp_path / runtime),
         )

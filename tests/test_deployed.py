@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import SHIPPED, street_scenes
+from conftest import CAMVID_WEIGHTS, street_scenes
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,7 +18,7 @@ from utils.speed import InPrecision
 @pytest.fixture(scope="module")
 def network():
     """A trained one: random weights would give all pixels one class."""
-    return load_network(SHIPPED)[0].requires_grad_(False)
+    return load_network(CAMVID_WEIGHTS)[0].requires_grad_(False)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
-from conftest import SHIPPED, full_disk, run_script
+from conftest import CAMVID_WEIGHTS, full_disk, run_script
 from PIL import Image
 
 import eval_cityscapes_server
@@ -118,7 +118,7 @@ def test_training_learns_its_images(evaluate, learned):
     ids=["compiled", "onnx", "openvino", "bfloat16", "batches"],
 )
 def test_runtimes_score_the_same(
-    request, evaluate, monkeypatch, options, ran, tolerance, agreement
+    request, evaluate, camvid, monkeypatch, options, ran, tolerance, agreement
 ):
     if {"onnx", "openvino"} & {*options}:
         request.getfixturevalue("quick_export")
@@ -129,8 +129,9 @@ def test_runtimes_score_the_same(
         "measure_latency",
         lambda model, size: timed.append(model) or speed.Latency(1, 1, 1, 1),
     )
-    _, plain, expected = evaluate("--height", 64, checkpoint=SHIPPED, name="plain")
-    _, other, maps = evaluate("--height", 64, *options, checkpoint=SHIPPED, name="other")
+    shipped = {"checkpoint": CAMVID_WEIGHTS, "datadir": camvid}
+    _, plain, expected = evaluate("--height", 72, **shipped, name="plain")
+    _, other, maps = evaluate("--height", 72, *options, **shipped, name="other")
     assert ran in [type(module).__name__ for module in timed[1].modules()][:2]
     assert (plain["runtime"], plain["precision"]) == ("torch", "float32")
     assert options[1] in (other["runtime"], other["precision"], 2)
@@ -155,10 +156,10 @@ def eager_compiler(compiled: list, monkeypatch) -> Callable:
     return torch.compile
 
 
-def test_what_is_scored_and_timed_is_compiled_once(evaluate, monkeypatch):
+def test_what_is_scored_and_timed_is_compiled_once(evaluate, camvid, monkeypatch):
     compiled = []
     eager_compiler(compiled, monkeypatch)
-    evaluate("--runtime", "compiled")
+    evaluate("--height", 72, "--runtime", "compiled", checkpoint=CAMVID_WEIGHTS, datadir=camvid)
     assert len(compiled) == 1
 
 
@@ -236,14 +237,16 @@ def test_impossible_options_are_refused(fails, options, message):
     assert message in fails(EVAL, *options)
 
 
-def test_the_model_given_is_scored(evaluate, exported):
+def test_the_model_given_is_scored(evaluate, exported, camvid, monkeypatch):
     """In place of the checkpoint, which is another network here."""
-    options = ("--runtime", "openvino", "--model", exported / "logits.onnx", "--height", 64)
-    _, plain, expected = evaluate("--height", 64, checkpoint=SHIPPED, name="plain")
-    changed = load_checkpoint(SHIPPED)
-    changed["model"]["decoder.classifier.bias"] += torch.arange(19.0)
+    options = ("--runtime", "openvino", "--model", exported / "logits.onnx", "--height", 72)
+    _, plain, expected = evaluate(
+        "--height", 72, checkpoint=CAMVID_WEIGHTS, datadir=camvid, name="plain"
+    )
+    changed = load_checkpoint(CAMVID_WEIGHTS)
+    changed["model"]["decoder.classifier.bias"] += torch.arange(11.0)
     save_checkpoint(changed, "changed.pth")
-    printed, other, maps = evaluate(*options, checkpoint="changed.pth")
+    printed, other, maps = evaluate(*options, checkpoint="changed.pth", datadir=camvid)
     assert other["class_miou"] == pytest.approx(plain["class_miou"], abs=1e-4)
     assert f"float32, openvino with {exported / 'logits.onnx'}, on " in printed
     assert all((maps[name] == labels).mean() > 0.999 for name, labels in expected.items())

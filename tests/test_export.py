@@ -6,17 +6,19 @@ import sys
 import onnx
 import pytest
 import torch
-from conftest import SHIPPED, full_disk, street_scenes
+from conftest import CAMVID_WEIGHTS, full_disk, street_scenes
 
 from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.onnx import METADATA, OnnxNetwork, export_onnx
+
+EXPORT = ("export.py", "--checkpoint", CAMVID_WEIGHTS)
 
 
 @pytest.fixture(scope="module")
 def networks(exported):
     """The shipped network in PyTorch, and its exported logits and labels in ONNX Runtime."""
     models = [OnnxNetwork(exported / f"{name}.onnx") for name in ("logits", "labels")]
-    return load_network(SHIPPED)[0], *models
+    return load_network(CAMVID_WEIGHTS)[0], *models
 
 
 @pytest.mark.parametrize("size", [(1, 360, 480), (3, 64, 64), (2, 97, 150), (1, 256, 512)], ids=str)
@@ -54,7 +56,7 @@ def test_a_model_of_one_size_has_only_nodes_that_every_runtime_knows(exported):
 def test_opencv_runs_a_model_of_one_size(networks, tmp_path):
     cv2 = pytest.importorskip("cv2")
     path, images = tmp_path / "sized.onnx", street_scenes(1, (97, 150))
-    export_onnx(*load_network(SHIPPED), path, size=(97, 150))
+    export_onnx(*load_network(CAMVID_WEIGHTS), path, size=(97, 150))
     network = cv2.dnn.readNetFromONNX(str(path))
     network.setInput(images.numpy())
     expected = networks[1](images)
@@ -64,7 +66,7 @@ def test_opencv_runs_a_model_of_one_size(networks, tmp_path):
 
 @pytest.mark.parametrize("name", ["logits", "labels", "sized"])
 def test_the_model_describes_itself(exported, name):
-    checkpoint, model = load_checkpoint(SHIPPED), onnx.load(exported / f"{name}.onnx")
+    checkpoint, model = load_checkpoint(CAMVID_WEIGHTS), onnx.load(exported / f"{name}.onnx")
     onnx.checker.check_model(model, full_check=True)
     stated = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert stated == {key: checkpoint[key] for key in METADATA}
@@ -74,7 +76,7 @@ def test_the_model_describes_itself(exported, name):
 
 
 def test_metadata_come_from_the_checkpoint(quick_export, tmp_path):
-    content = load_checkpoint(SHIPPED) | {"mean": [0.5, 0.4, 0.3], "height": 200}
+    content = load_checkpoint(CAMVID_WEIGHTS) | {"mean": [0.5, 0.4, 0.3], "height": 200}
     save_checkpoint(content, tmp_path / "other.pth")
     export_onnx(*load_network(tmp_path / "other.pth"), tmp_path / "other.onnx")
     model = OnnxNetwork(tmp_path / "other.onnx").session.get_modelmeta().custom_metadata_map
@@ -95,15 +97,15 @@ def test_a_model_that_differs_is_not_kept(fails, quick_export, monkeypatch, tmp_
     monkeypatch.setattr(
         OnnxNetwork, "forward", lambda self, images: forward(self, images.flip(3) * 1.01)
     )
-    assert "is not the network" in fails("export.py", "--output", "l.onnx", *options)
+    assert "is not the network" in fails(*EXPORT, "--output", "l.onnx", *options)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_default_output_is_not_overwritten(script, fails, quick_export, tmp_path):
-    assert script("export.py", "--labels").status == 0
-    path = tmp_path / "lednet_d20_cityscapes.onnx"
+    assert script(*EXPORT, "--labels").status == 0
+    path = tmp_path / "lednet_d20_camvid.onnx"
     before = path.read_bytes()
-    assert "lednet_d20_cityscapes.onnx exists: name a new file" in fails("export.py")
+    assert "lednet_d20_camvid.onnx exists: name a new file" in fails(*EXPORT)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -117,7 +119,7 @@ def test_impossible_requests_are_refused(fails, trained):
 @pytest.mark.parametrize("size", [1000, 3_000_000])
 def test_a_full_disk_is_reported(fails, quick_export, tmp_path, size):
     with full_disk(size):
-        line = fails("export.py", "--output", "l.onnx")
+        line = fails(*EXPORT, "--output", "l.onnx")
     assert "l.onnx cannot be written (File too large); make room, or give another --output" in line
     assert not list(tmp_path.iterdir())
 
@@ -125,7 +127,7 @@ def test_a_full_disk_is_reported(fails, quick_export, tmp_path, size):
 def test_a_failed_export_leaves_the_old_model(quick_export, tmp_path):
     (tmp_path / "l.onnx").write_text("old")
     with full_disk(3_000_000), pytest.raises(OSError, match=r"l\.onnx"):
-        export_onnx(*load_network(SHIPPED), tmp_path / "l.onnx")
+        export_onnx(*load_network(CAMVID_WEIGHTS), tmp_path / "l.onnx")
     assert (tmp_path / "l.onnx").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -134,7 +136,7 @@ def test_missing_extras_are_named(fails, quick_export, monkeypatch, tmp_path):
         raise ImportError("No module named 'onnxscript'")
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert "pip install onnxruntime" in fails("export.py", "--output", "l.onnx")
+    assert "pip install onnxruntime" in fails(*EXPORT, "--output", "l.onnx")
     monkeypatch.setattr(torch.onnx, "export", export)
-    assert "pip install onnx onnxscript onnxruntime" in fails("export.py", "--output", "l.onnx")
+    assert "pip install onnx onnxscript onnxruntime" in fails(*EXPORT, "--output", "l.onnx")
     assert not list(tmp_path.iterdir())

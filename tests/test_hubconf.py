@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHIPPED, SHIPPED_CAMVID
+from conftest import CAMVID_WEIGHTS, CITYSCAPES_WEIGHTS, ROOT
 
 from utils.checkpoint import load_network
 
@@ -18,13 +18,13 @@ def test_the_shipped_network():
     network = load(pretrained=True)
     image = torch.rand(1, 3, 64, 96)
     assert not network.training
-    assert torch.equal(network(image), load_network(SHIPPED)[0](image))
+    assert torch.equal(network(image), load_network(CITYSCAPES_WEIGHTS)[0](image))
     assert network(image).shape == (1, 19, 64, 96)
 
 
 def test_the_network_of_camvid():
     network, image = load(pretrained="camvid"), torch.rand(1, 3, 64, 96)
-    assert torch.equal(network(image), load_network(SHIPPED_CAMVID)[0](image))
+    assert torch.equal(network(image), load_network(CAMVID_WEIGHTS)[0](image))
     assert network(image).shape == (1, 11, 64, 96)
 
 

@@ -13,7 +13,7 @@ import onnx
 import openvino
 import pytest
 import torch
-from conftest import NEEDS_BFLOAT16, ROOT, SHIPPED
+from conftest import CAMVID_WEIGHTS, NEEDS_BFLOAT16, ROOT
 from PIL import Image
 from test_images import png_of_16_bits
 from test_listing import put_strays
@@ -85,7 +85,8 @@ def test_labels_are_those_of_predict(exported, camera, script, scene, tmp_path):
     Image.fromarray(twelve).save(tmp_path / "in/twelve.png")
     Image.fromarray((twelve / 4095).astype(np.float32)).save(tmp_path / "in/float.tif")
     put_strays(tmp_path / "in")
-    assert script("predict.py", "--input", "in", "--workers", 0, "--output", "torch").status == 0
+    argv = ("--checkpoint", CAMVID_WEIGHTS, "--input", "in", "--workers", 0, "--output", "torch")
+    assert script("predict.py", *argv).status == 0
     expected = labels_in(tmp_path / "torch")
     for output in ("logits", "labels"):
         result = camera("--model", exported / f"{output}.onnx", "--input", "in", "--output", output)
@@ -292,7 +293,7 @@ def test_a_model_of_one_size_gets_pictures_of_that_size(exported, camera, scene,
     model = exported / "sized.onnx"
     assert camera("--model", model, "--input", "in", "--output", "out").status == 0
     labels = labels_in(tmp_path / "out")
-    normalize = load_network(SHIPPED)[1].normalizer(torch.device("cpu"))
+    normalize = load_network(CAMVID_WEIGHTS)[1].normalizer(torch.device("cpu"))
     images = normalize(torch.from_numpy(np.array(small)).permute(2, 0, 1)[None])
     assert (labels["b"] == OnnxNetwork(model)(images)[0].numpy()).mean() > 0.999
     assert labels["a"].shape == (240, 320)

@@ -5,7 +5,7 @@ import sys
 import openvino
 import pytest
 import torch
-from conftest import NEEDS_BFLOAT16, SHIPPED, street_scenes
+from conftest import CAMVID_WEIGHTS, NEEDS_BFLOAT16, street_scenes
 
 from utils.checkpoint import load_network
 from utils.errors import UserError
@@ -24,7 +24,7 @@ PRECISIONS = pytest.mark.parametrize(
 def test_labels_are_those_of_the_network(exported, size, dtype, agreement):
     images = street_scenes(size[0], size[1:])
     with torch.inference_mode():
-        logits = load_network(SHIPPED)[0](images)
+        logits = load_network(CAMVID_WEIGHTS)[0](images)
     result = OpenVinoNetwork(exported / "logits.onnx", dtype)(images)
     assert result.shape == logits.shape and result.dtype == torch.float32
     assert (result.argmax(1) == logits.argmax(1)).float().mean() > agreement
@@ -37,7 +37,7 @@ def test_integers_stay_integers(exported, tmp_path, dtype, agreement):
     """They are rounded elsewhere than in ONNX Runtime, since other steps are fused."""
     images = street_scenes(3, (180, 240))
     quantize(exported / "logits.onnx", tmp_path / "int8.onnx", images.split(1))
-    model = in_openvino(load_network(SHIPPED)[0], dtype, tmp_path / "int8.onnx")
+    model = in_openvino(load_network(CAMVID_WEIGHTS)[0], dtype, tmp_path / "int8.onnx")
     expected = OnnxNetwork(tmp_path / "int8.onnx")(images)
     assert 0.95 < (model(images).argmax(1) == expected.argmax(1)).float().mean() < 1
     steps = [op.get_rt_info()["runtimePrecision"].astype(str) for op in convolutions(model)]
@@ -85,7 +85,7 @@ def test_what_cannot_be_computed_is_refused(monkeypatch):
 
 
 def test_other_models_are_refused(exported, tmp_path):
-    network, _ = load_network(SHIPPED)
+    network, _ = load_network(CAMVID_WEIGHTS)
     (tmp_path / "text.onnx").write_text("hello")
     for path in (tmp_path / "text.onnx", tmp_path / "none.onnx"):
         with pytest.raises(UserError, match="cannot be read as an ONNX model"):

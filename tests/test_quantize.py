@@ -5,7 +5,7 @@ from io import StringIO
 import onnx
 import pytest
 import torch
-from conftest import SHIPPED_CAMVID, run_script, street_scenes
+from conftest import CAMVID_WEIGHTS, run_script, street_scenes
 from onnx import numpy_helper
 
 from utils.checkpoint import load_network
@@ -18,7 +18,7 @@ def quantized(camvid, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized")
     out = StringIO()
     with redirect_stdout(out):
-        argv = ("--checkpoint", SHIPPED_CAMVID, "--datadir", camvid, "--labels")
+        argv = ("--checkpoint", CAMVID_WEIGHTS, "--datadir", camvid, "--labels")
         assert run_script("tools/quantize.py", *argv, "--output", folder / "int8.onnx") == 0
     return folder, out.getvalue()
 
@@ -33,7 +33,7 @@ def test_integers_score_as_floats(quantized):
 
 
 def test_integers_give_the_labels_of_floats(quantized):
-    network, _ = load_network(SHIPPED_CAMVID)
+    network, _ = load_network(CAMVID_WEIGHTS)
     images = street_scenes(1, (180, 240))
     with torch.inference_mode():
         truth = network(images).argmax(1)
