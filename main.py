@@ -31,14 +31,13 @@ from utils import distributed
 from utils.checkpoint import (
     Description,
     apn_channels_of,
-    few,
     init_network,
     load_checkpoint,
     load_encoder,
     normalisation,
     on_cpu,
 )
-from utils.errors import UserError
+from utils.errors import UserError, few
 from utils.evaluation import evaluate
 from utils.losses import LOSSES, class_weights, with_auxiliary
 from utils.metrics import ConfusionMatrix, mean_score
@@ -100,9 +99,9 @@ def start_network(
     if args.init and not resumed:
         fresh, others = init_network(network, start, file, classes)
         known = len(classes) - len(fresh)
-        print(f"{file}: the network is loaded, with {known} of {len(classes)} classes")
+        print(f"{file}: the network is loaded; it knows {known} of the {len(classes)} classes")
         if fresh:
-            print(f"not in the file, so that their weights are random: {few(fresh)}")
+            print(f"these classes start from random weights: {few(fresh)}")
     elif args.pretrained_encoder and not resumed:
         start, loaded, others = load_encoder(network.encoder, file)
         total = len(network.encoder.state_dict())

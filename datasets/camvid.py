@@ -28,15 +28,12 @@ class CamVid(Segmentation):
         ],
         label_ids=range(11),
         ignored_ids=[11],
-        # The names of Cityscapes.
-        related={
-            "Building": ["wall"],
-            "Pavement": ["sidewalk"],
-            "Tree": ["vegetation", "terrain"],
-            "SignSymbol": ["traffic light", "traffic sign"],
-            "Car": ["truck", "bus", "train"],
-            "Pedestrian": ["person"],
-            "Bicyclist": ["rider", "motorcycle", "bicycle"],
+        related={  # in Cityscapes
+            "Pavement": "sidewalk",
+            "Tree": "vegetation",
+            "SignSymbol": "traffic sign",
+            "Pedestrian": "person",
+            "Bicyclist": "bicycle",
         },
     )
     DEPTH = 1

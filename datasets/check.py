@@ -8,7 +8,7 @@ import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from typing import Any, BinaryIO, TypeVar
@@ -59,14 +59,17 @@ class Problem:
 
 
 def check_files(pairs: Sequence[FilePair]) -> list[Size]:
-    """Check all images and labels in threads, without decoding pixels, and return the height and
-    width of each image.
+    """Check all images and labels in threads, without decoding pixels.
+
+    Returns:
+        Height and width of each image.
 
     Raises:
         BrokenFiles: files are missing, damaged or cut short, or labels do not fit their images.
     """
+    check = partial(_check_pair, pairs)
     with ThreadPool(8) as pool:
-        checked = pool.imap(partial(_check_pair, pairs, None), range(len(pairs)), chunksize=16)
+        checked = pool.imap(check, range(len(pairs)), chunksize=16)
         found = list(tqdm(checked, "checking files", len(pairs), leave=False, disable=None))
     if broken := [problems[0] for problems, _, _ in found if problems]:
         raise BrokenFiles(
@@ -77,8 +80,11 @@ def check_files(pairs: Sequence[FilePair]) -> list[Size]:
 
 
 def check_file(path: str, label: bool = False) -> Size:
-    """Check the header of an image or label, the checksums of a PNG, the end marker of a JPEG, and
-    return the height and width of the upright image."""
+    """Check the header of an image or label, the checksums of a PNG, and the end marker of a JPEG.
+
+    Returns:
+        Height and width of the upright image.
+    """
     with open_image(path) as image:
         if label:
             check_label_format(image)
@@ -129,18 +135,30 @@ def find_problems(
         fast: do the quick check only.
         counts: what the labels without a problem hold is added to it, unless `fast`.
     """
-    check = partial(_check_pair, dataset.pairs, None if fast else dataset)
+    check = partial(_check_pair, dataset.pairs, decoded_by=None if fast else dataset)
     for problems, found, _ in call_in_workers(check, len(dataset), workers, "checking files"):
         if counts and found and not problems:
             counts.add(found)
-        yield problems
+        yield [_without_label(problem, dataset.pairs[problem.index]) for problem in problems]
+
+
+def _without_label(problem: Problem, pair: FilePair) -> Problem:
+    """Report a missing label as a problem of its image, and others as they are."""
+    image_path, label_path = pair
+    if (problem.name, problem.path) != ("missing", label_path):
+        return problem
+    message = f"{label_path} {problem.message}"
+    return replace(problem, name="image without label", path=image_path, message=message)
 
 
 def _check_pair(
-    pairs: Sequence[FilePair], dataset: Dataset | None, index: int
+    pairs: Sequence[FilePair], index: int, decoded_by: Dataset | None = None
 ) -> tuple[list[Problem], LabelCounts | None, Size | None]:
-    """Return what is wrong with an image and its label, what the label holds, and the size of the
-    image; without a data set, after the quick check only."""
+    """Check an image and its label; decode both if a data set is given to decode labels by.
+
+    Returns:
+        What is wrong, what a decoded label holds, and the size of the image.
+    """
     image_path, label_path = pairs[index]
     problems, counts = [], None
 
@@ -148,41 +166,41 @@ def _check_pair(
         try:
             return check(path, *args)
         except FileError as error:
-            name, message = error.problem, str(error).removeprefix(path).strip()
-            if name == "missing" and path == label_path:
-                name, path, message = "image without label", image_path, str(error)
-            problems.append(Problem(name, path, message, index))
+            message = str(error).removeprefix(path).strip()
+            problems.append(Problem(error.problem, path, message, index))
 
     size = attempt(check_file, image_path)
-    if size and dataset:
+    if size and decoded_by:
         attempt(decode_fully, image_path, read_image)
     if label_path is not None:
         label_size = attempt(check_file, label_path, True)
         if label_size and size:
             attempt(check_label_size, label_path, label_size, size)
-        if label_size and dataset:
-            counts = attempt(decode_fully, label_path, lambda _: count_label(dataset, index))
+        if label_size and decoded_by:
+            counts = attempt(decode_fully, label_path, lambda _: count_label(decoded_by, index))
     return problems, counts, size
 
 
 def decode_fully(path: str, read: Callable[[str], T]) -> T:
-    """Return what `read` reads from a file, after a check that its pixels reach the last row.
-
-    PIL leaves the rest of a PNG as it was, without an error, if the compressed data end properly
-    before it. So decode it over two backgrounds.
-    """
-    content, decoded = read(path), []
-    for background in (0, 255):
-        with open_image(path) as image:
-            if image.format in JPEGS and jpeg_ends_early(path):
-                raise OSError("its pixels end early")
-            if image.format != "PNG":
-                break
-            image.im = Image.new(image.mode, image.size, background).im
-            decoded.append(np.asarray(image))
-            if (decoded[0] != decoded[-1]).any():
-                raise OSError("its pixels end early")
+    """Return what `read` reads from a file, after a check that its pixels reach the last row."""
+    content = read(path)
+    with open_image(path) as image:
+        kind = image.format
+        if kind in JPEGS and jpeg_ends_early(path):
+            raise OSError("its pixels end early")
+    if kind == "PNG" and (_over(path, 0) != _over(path, 255)).any():
+        raise FileError(f"{path} cannot be read as an image (its pixels end early): fetch it again")
     return content
+
+
+def _over(path: str, background: int) -> np.ndarray:
+    """Decode a PNG over pixels of one value.
+
+    PIL leaves them as they were, without an error, if the compressed data end properly before it.
+    """
+    with open_image(path) as image:
+        image.im = Image.new(image.mode, image.size, background).im
+        return np.asarray(image)
 
 
 def labels_without_image(dataset: Segmentation) -> list[Problem]:

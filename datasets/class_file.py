@@ -80,6 +80,8 @@ def read_classes(path: str | os.PathLike) -> Classes:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:  # UTF-16
+            raise UnicodeError("it has bytes of value 0")
     except (OSError, ValueError) as error:
         hint = "save it as UTF-8: " if isinstance(error, UnicodeError) else ""
         raise DatasetError(f"{path} cannot be read as a file of classes ({hint}{error})") from error
@@ -119,6 +121,8 @@ def _to_classes(rows: list[Row]) -> Classes:
 def _number(rows: list[Row]) -> None:
     """Give 0, 1, 2, ... to rows without values: all of them but those of 255."""
     others = [row for row in rows if row.value != IGNORE_INDEX]
+    if len(others) > IGNORE_INDEX:
+        raise NotUnderstood(f"the file has {len(others)} classes: give 2 to {MAX_CLASSES}")
     numbered = any(row.value is not None for row in others)
     for value, row in enumerate(others):
         if numbered and row.value is None:

@@ -46,7 +46,7 @@ class DatasetError(UserError):
 class FileError(DatasetError):
     """A file cannot be used; the message begins with its path, `problem` names it in two words.
 
-    What is raised within `open_image` leaves the path to it.
+    Within `open_image`, raise it without the path, which is put in front there.
     """
 
     def __init__(self, message: str, problem: str = "unreadable") -> None:
@@ -109,11 +109,11 @@ def open_image(path: str) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise FileError(f"{path} declares an absurd size ({error})", "absurd size") from error
     except Exception as error:  # PIL does not document what it raises on damaged files
-        reason, way_out = " ".join(str(error).split()) or type(error).__name__, ""
+        reason, advice = " ".join(str(error).split()) or type(error).__name__, ""
         if isinstance(error, UnidentifiedImageError):
-            reason, way_out = "Pillow does not know its format", ", or convert it to PNG"
+            reason, advice = "Pillow does not know its format", ", or convert it to PNG"
         raise FileError(
-            f"{path} cannot be read as an image ({reason}): fetch it again{way_out}"
+            f"{path} cannot be read as an image ({reason}): fetch it again{advice}"
         ) from error
 
 

@@ -189,9 +189,9 @@ def stacked(images: Sequence[Tensor]) -> Tensor:
 
 
 def moved(images: Sequence[Tensor], moves: Sequence[Move], fill: int) -> Tensor:
-    """Flip and shift images of one size, each C x H x W; what comes from beyond becomes `fill`."""
+    """Flip and shift images of one size, each C x H x W; pixels from outside become `fill`."""
     height, width = images[0].shape[-2:]
-    margin = max(abs(shift) for _, *shifts in moves for shift in shifts)
+    margin = max(max(abs(move.down), abs(move.right)) for move in moves)
     padded = torch.nn.functional.pad(stacked(images), [margin] * 4, value=fill)
     windows = []
     for image, (flipped, down, right) in zip(padded, moves, strict=True):

@@ -6,6 +6,7 @@ from conftest import read_log, run_script
 from PIL import Image
 
 from datasets.camvid import CamVid
+from datasets.cityscapes import Cityscapes
 from datasets.images import DatasetError
 from utils.checkpoint import load_checkpoint
 
@@ -21,6 +22,13 @@ def test_class_table():
     assert classes.colors[8] == (64, 0, 128) and classes.names[8] == "Car"
     expected = [*range(11), 255, *[254] * 243, 255]  # 11 is unlabelled
     assert classes.to_train_ids().tolist() == expected
+
+
+def test_all_classes_but_those_of_the_same_name_state_one_of_cityscapes():
+    names = set(Cityscapes.CLASSES.names)
+    others = {name for name in CamVid.CLASSES.names if name.lower() not in names}
+    assert CamVid.CLASSES.related.keys() == others
+    assert set(CamVid.CLASSES.related.values()) <= names
 
 
 def test_splits_are_pairs_of_two_folders(camvid):

@@ -1,5 +1,6 @@
 import functools
 import os
+import re
 import signal
 import struct
 import zlib
@@ -159,7 +160,9 @@ def test_a_damage_is_found_and_nothing_else(make, damage):
     assert names_and_paths(dataset) == [(name, pair[which])]
     assert names_and_paths(dataset, fast=True) == ([(name, pair[which])] if quickly else [])
     if quickly and damage != "no image":
-        with pytest.raises(BrokenFiles, match=r"1 of \d+ images or their labels are broken"):
+        path = pair[1] if damage == "no label" else pair[which]
+        message = rf"1 of \d+ images or their labels are broken, the first: {re.escape(path)} "
+        with pytest.raises(BrokenFiles, match=message):
             check_files(dataset.pairs)
     else:
         check_files(dataset.pairs)

@@ -74,6 +74,7 @@ def test_classes_without_a_colour_get_a_unique_one(tmp_path, count):
         ("road\nignore\n", "has 1 classes"),
         ("# road\n\n", "has 0 classes"),
         ("".join(f"c{n}\n" for n in range(255)), "has 255 classes"),
+        ("".join(f"c{n}\n" for n in range(250)) + 10 * "void\n", "has 260 classes"),
     ],
 )
 def test_wrong_text_files(tmp_path, text, message):
@@ -127,7 +128,8 @@ def test_wrong_json_files(tmp_path, text, message):
 def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Straße\nWeg\n".encode("latin-1"))
     (tmp_path / "wide.txt").write_bytes("road\nsky\n".encode("utf-16"))
-    for name in ("latin.txt", "wide.txt"):
+    (tmp_path / "unmarked.txt").write_bytes("road\nsky\n".encode("utf-16-le"))
+    for name in ("latin.txt", "wide.txt", "unmarked.txt"):
         with pytest.raises(DatasetError, match="save it as UTF-8"):
             read_classes(tmp_path / name)
     for name in ("none.txt", "latin.txt", ""):

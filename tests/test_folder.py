@@ -100,7 +100,7 @@ def test_fine_tuning_from_other_classes(trained, script, fields, tmp_path):
     argv = argv_of(fields, "--init", trained / "best.pth", "--D", 20, "--lr", 1e-9)
     result = script("main.py", *argv, "--savedir", "a")
     assert result.status == 0, result.err
-    assert "best.pth: the network is loaded, with 0 of 3 classes" in result.out
+    assert "best.pth: the network is loaded; it knows 0 of the 3 classes" in result.out
     tuned = load_checkpoint(tmp_path / "save/a/best.pth")
     assert tuned["class_names"] == ["grass", "water", "dirt road"]
     start = load_checkpoint(trained / "best.pth")["model"]

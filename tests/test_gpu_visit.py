@@ -78,6 +78,21 @@ def test_programs_are_stopped_each_at_its_limit_and_all_at_the_deadline(visit, t
     assert visit.run(jobs, tmp_path) == [], "started after the deadline"
 
 
+def test_programs_end_with_the_visit(visit, tmp_path, monkeypatch):
+    processes, start = [], visit._start
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        visit, "_start", lambda *job: processes.append(start(*job)) or processes[-1]
+    )
+    monkeypatch.setattr(gpu_visit, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        visit.run([gpu_visit.Job(name, "sleep.py") for name in ("one", "two")], tmp_path)
+    assert [process.wait(10) for process in processes] == [-9, -9]
+
+
 def test_what_has_trained_is_kept_if_the_other_run_fails(visit, tmp_path, monkeypatch, capsys):
     def run(self, jobs, logs, reserve=0):
         ran = [job for job in jobs if "trainval" not in job.name]

@@ -173,7 +173,7 @@ def test_training_starts_from_coarse_annotations(script, cityscapes, tmp_path, m
     assert "6 of train_coarse + 3 of train_extra to train on" in coarse.out
     monkeypatch.setattr(utils.training, "fit", interrupted)
     fine = script(*argv, "--init", "save/coarse/best.pth", "--savedir", "fine")
-    assert "best.pth: the network is loaded, with 19 of 19 classes" in fine.out
+    assert "best.pth: the network is loaded; it knows 19 of the 19 classes" in fine.out
     assert "0 epochs of stage 1" in fine.out and "D = 4" in fine.out
 
 
@@ -316,7 +316,7 @@ def test_a_network_of_the_same_classes_is_taken_whole(start, trained):
     network, *_, out = start("--init", trained / "best.pth")
     stored = load_checkpoint(trained / "best.pth")["model"]
     assert same_weights(network.state_dict(), stored)
-    assert "the network is loaded, with 19 of 19 classes\n" in out and "random" not in out
+    assert "the network is loaded; it knows 19 of the 19 classes\n" in out and "random" not in out
 
 
 def test_what_a_file_has_beside_the_network_is_named(start, trained, tmp_path):
@@ -336,8 +336,8 @@ def test_the_classifier_of_other_classes_is_replaced(start, trained, tmp_path):
     checkpoint |= {"num_classes": 7, "class_names": [f"class {n}" for n in range(7)]}
     save_checkpoint(checkpoint, tmp_path / "seven.pth")
     network, *_, out = start("--init", tmp_path / "seven.pth")
-    assert "seven.pth: the network is loaded, with 0 of 19 classes" in out
-    assert "not in the file, so that their weights are random: road, sidewalk, building and" in out
+    assert "seven.pth: the network is loaded; it knows 0 of the 19 classes" in out
+    assert "these classes start from random weights: road, sidewalk, building and" in out
     assert network.decoder.classifier.out_channels == 19
 
 

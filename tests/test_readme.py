@@ -56,7 +56,7 @@ def test_own_data_without_code(script, tmp_path):
     train, score, predict = commands.replace("\\\n", "").splitlines()
 
     result = script(*train.split()[1:], *TINY)
-    assert result.status == 0 and "with 2 of 3 classes" in result.out
+    assert result.status == 0 and "it knows 2 of the 3 classes" in result.out
     result = script(*score.split()[1:], "--workers", 0)
     assert result.status == 0 and "class IoU in %" in result.out
     assert re.search(r"traffic light +[\d.]+", result.out)

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     # They write pickles that contain code, and see them refused.
     "tests/test_checkpoint.py": {"pickle"},
     "tests/test_safety.py": {"pickle"},
-    # Processes of one run hand over what they read in memory that no other process can write.
+    # The training process unpickles what its own workers packed, and nothing else.
     "datasets/workers.py": {"pickle"},
 }
 UNSAFE_CALLS = {

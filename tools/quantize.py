@@ -1,6 +1,6 @@
 """Export a trained network with 8-bit integers, and measure what that gains and costs.
 
-    python tools/quantize.py --datadir camvid --output lednet_int8.onnx
+    python tools/quantize.py --datadir cityscapes --output lednet_int8.onnx
     python tools/quantize.py --datadir DIR --checkpoint save/NAME/best.pth --output robot_int8.onnx
 
 The ranges of the activations are taken from images of train; then both models, float32 and int8,

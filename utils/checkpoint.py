@@ -17,7 +17,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from datasets import DATASETS
 from datasets.segmentation import Classes, Segmentation
 from datasets.transforms import normalizer
 from models.lednet import Encoder, ImageClassifier, LEDNet
-from utils.errors import UserError
+from utils.errors import UserError, few
 from utils.files import atomic_write
 from utils.original_names import original_names
 
@@ -286,9 +286,6 @@ def init_network(
 ) -> tuple[list[str], list[str]]:
     """Copy the weights of a whole trained network, and in its classifier those of the same classes.
 
-    Classes are the same if their names are equal but for capitals, or if `classes.related` says so;
-    a class starts from the mean of all that are the same.
-
     Args:
         checkpoint: what `load_checkpoint` read from `path`; if it names no classes but has as many
             as the network, they are taken to be the same.
@@ -305,24 +302,36 @@ def init_network(
         raise EncoderOnly(f"{path} holds the encoder alone, not a whole network")
     weights, own = dict(checkpoint["model"]), network.state_dict()
     heads = [name for name in own if name.startswith("decoder.classifier.") and name in weights]
-    as_many = all(len(weights[name]) == len(own[name]) for name in heads)
-    stored = checkpoint.get("class_names", classes.names if as_many else ())
-    rows = {name: same_classes(name, classes, stored) for name in classes.names}
+    count = len(weights[heads[0]]) if heads else 0
+    rows = _rows_of(classes, checkpoint.get("class_names"), count)
     for head in heads:
         if weights[head].shape[1:] == own[head].shape[1:]:  # else, another width D: refused below
-            pairs = zip(own[head], rows.values(), strict=True)
+            pairs = zip(own[head], rows, strict=True)
             weights[head] = torch.stack(
-                [weights[head][found].mean(0) if found else row for row, found in pairs]
+                [random if row is None else weights[head][row] for random, row in pairs]
             )
     fill(network, weights, path)
-    fresh = [name for name, found in rows.items() if not found]
+    fresh = [name for name, row in zip(classes.names, rows, strict=True) if row is None]
     return fresh, [name for name in weights if name not in own]
 
 
-def same_classes(name: str, classes: Classes, others: Sequence[str]) -> list[int]:
-    """Return the indices of the classes among `others` that show what a class of ours does."""
-    related = {other.lower() for other in (name, *classes.related.get(name, ()))}
-    return [index for index, other in enumerate(others) if other.lower() in related]
+def _rows_of(classes: Classes, stored: Any, count: int) -> list[int | None]:
+    """Return the row of each class in a classifier of `count` rows, None for classes without one.
+
+    A class has the row of its own name, else of that name in other capitals, else of its name in
+    `classes.related`.
+    """
+    if stored is None and count == len(classes):
+        return list(range(count))
+    # Other programs may state anything by that key.
+    if not isinstance(stored, list) or list(map(type, stored)) != [str] * count:
+        return [None] * len(classes)
+    rows = {name.lower(): row for row, name in enumerate(stored)}
+    rows |= {name: row for row, name in enumerate(stored)}
+    return [
+        rows.get(name, rows.get(name.lower(), rows.get(classes.related.get(name))))
+        for name in classes.names
+    ]
 
 
 def apn_channels_of(weights: Mapping[str, Tensor]) -> int | None:
@@ -349,12 +358,6 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLi
             "checkpoint of this network"
         )
     module.load_state_dict({name: weights[name] for name in own})
-
-
-def few(items: list[str], named: int = 3) -> str:
-    """Return the first items as text, with the number of the others."""
-    more = f" and {len(items) - named} more" if len(items) > named else ""
-    return ", ".join(items[:named]) + more
 
 
 def on_cpu(module: nn.Module) -> dict[str, Tensor]:

@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from datasets.workers import kill_workers
 from utils import distributed, script
-from utils.checkpoint import few
-from utils.errors import UserError
+from utils.errors import UserError, few
 from utils.script import Interrupted
 
 SAME_SIGNAL = 1.0  # seconds within which a repeated signal counts as the same one
@@ -34,7 +33,7 @@ class Diverged(UserError):
 class Action(IntEnum):
     """What a process needs; all do what the largest value among them says.
 
-    To stop on a signal has the number of the signal.
+    Stopping on a signal has the number of that signal, which is more than SAVE and less than FAIL.
     """
 
     CONTINUE = 0
@@ -187,7 +186,7 @@ class Guard:
         elif failure is not None:
             action = Action.FAIL
         elif self.stopping:
-            action = self.signals.received
+            action = Action(self.signals.received)
         elif due and distributed.is_first():
             action = Action.SAVE
         else:

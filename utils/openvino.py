@@ -75,7 +75,7 @@ def in_openvino(
         if str(model.output_shape) != f"[?,{classes},?,?]":
             raise UserError(
                 f"{exported} does not give logits of {classes} classes for images of any size: "
-                "make it with neither --labels nor --size"
+                "make it of the same --checkpoint, with neither --labels nor --size"
             )
         return model
     with tempfile.TemporaryDirectory() as folder:

@@ -36,7 +36,7 @@ CLASSES = sorted(PATTERNS)
 def make_shapes(
     root: Path, counts: dict[str, int] = COUNTS, size: tuple[int, int] = SIZE, workers: int = 1
 ) -> None:
-    """Draw images of a height and width into a new folder, so many of each class in each split.
+    """Draw images of a height and width into a new folder, `counts` of each class in each split.
 
     The same arguments give the same pictures, whatever the number of workers.
     """

@@ -25,7 +25,7 @@ SEED = 0
 def make_synthetic(
     root: Path, counts: dict[str, int] = COUNTS, height: int = HEIGHT, workers: int = 1
 ) -> None:
-    """Draw `height` x 2 `height` images into a new folder, so many in each split.
+    """Draw `height` x 2 `height` images into a new folder, `counts` in each split.
 
     The same arguments give the same bytes, whatever the number of workers.
     """
