@@ -16,7 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
-from multiprocessing import active_children, get_start_method, reduction, resource_tracker
+from multiprocessing import (
+    active_children,
+    get_start_method,
+    reduction,
+    resource_tracker,
+    synchronize,
+)
 from typing import Any, BinaryIO
 
 import torch
@@ -68,7 +74,29 @@ class Loader(DataLoader):
         watch = _Watch()
         with _system_errors("processes that load data cannot start"), watch, _signals_held_back():
             batches = super().__iter__()  # starts workers, the first time
+        if not isinstance(batches._workers_done_event, _DoneEvent):
+            batches._workers_done_event = _DoneEvent(batches._workers_done_event)
         return _watched_batches(batches, watch)
+
+
+class _DoneEvent:
+    """The event by which a DataLoader tells its workers to end, without an endless wait.
+
+    A worker that is killed as it looks at the event keeps the event's lock for ever. So the loader,
+    which alone sets it, looks at a copy, and sets it only if the lock comes soon.
+    """
+
+    def __init__(self, shared: synchronize.Event) -> None:
+        self.shared, self.done = shared, False
+
+    def is_set(self) -> bool:
+        return self.done
+
+    def set(self) -> None:
+        self.done = True
+        if self.shared._cond.acquire(timeout=1):
+            self.shared._cond.release()
+            self.shared.set()
 
 
 @contextmanager

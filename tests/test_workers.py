@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing import reduction
@@ -258,6 +259,29 @@ def test_a_dying_worker_does_not_interrupt_a_step():
     time.sleep(0.5)  # a step
     with pytest.raises(WorkerError):
         list(batches)
+
+
+def test_a_worker_killed_with_a_lock_of_its_loader_does_not_hold_up_the_end():
+    """A loader tells its workers to end by an event, whose lock a killed one may have kept."""
+    loader = Loader(range(40), 1, int, batch_size=None, prefetch_factor=1)
+    batches = iter(loader)
+    assert next(batches) == 0
+    event = loader._iterator._workers_done_event
+    getattr(event, "shared", event)._cond.acquire()  # as by a worker that looks at it
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    ended = []
+
+    def end() -> None:
+        with pytest.raises(WorkerError):
+            list(batches)
+        loader._iterator._shutdown_workers()
+        ended.append(True)
+
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert ended
 
 
 def slow(index: int) -> int:
