@@ -71,7 +71,8 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         if not self.num_workers:
             return super().__iter__()
-        watch = _Watch()
+        with _signals_held_back():
+            watch = _Watch()  # a signal would break the start of its thread
         with _system_errors("processes that load data cannot start"), watch, _signals_held_back():
             batches = super().__iter__()  # starts workers, the first time
         if not isinstance(batches._workers_done_event, _DoneEvent):
