@@ -7,15 +7,14 @@ file handle of its own. Where either runs out, the tensor is lost, and its recei
 import atexit
 import errno
 import os
-import pickle
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass, replace
 from functools import partial
-from io import BytesIO
 from multiprocessing import (
     active_children,
     get_start_method,
@@ -23,7 +22,7 @@ from multiprocessing import (
     resource_tracker,
     synchronize,
 )
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -224,33 +223,14 @@ def _leave_signals_to_parent(_worker: int) -> None:
 # Handing over
 
 
-class _Pickler(pickle.Pickler):
-    """A pickler that writes tensors into the file itself, and leaves the rest to a buffer."""
+class _Place(NamedTuple):
+    """Where a tensor lies in a parcel."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.rest = file, BytesIO()
-        super().__init__(self.rest)
-
-    def persistent_id(self, value: Any) -> tuple | None:
-        """Write a tensor in the order of its strides, and return where it lies."""
-        if not isinstance(value, Tensor):
-            return None
-        order = sorted(range(value.dim()), key=value.stride, reverse=True)
-        dense = value.permute(order).contiguous()
-        start = self.file.seek(-self.file.tell() % ALIGNMENT, os.SEEK_CUR)
-        self.file.write(dense.numpy())
-        return start, self.file.tell(), dense.dtype, dense.shape, order
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, memory: Tensor, start: int) -> None:
-        self.memory = memory
-        super().__init__(BytesIO(memory[start:].numpy()))
-
-    def persistent_load(self, place: tuple) -> Tensor:
-        start, end, dtype, shape, order = place
-        dense = self.memory[start:end].view(dtype).view(shape)
-        return dense.permute(sorted(range(dense.dim()), key=order.__getitem__))
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: Sequence[int]  # of its dimensions in the order of their strides
+    order: Sequence[int]
 
 
 class Parcel:
@@ -262,21 +242,29 @@ class Parcel:
 
     def __init__(self, value: Any) -> None:
         with os.fdopen(os.memfd_create("parcel"), "wb") as file:
-            pickler = _Pickler(file)
-            pickler.dump(value)
+
+            def write(tensor: Tensor) -> _Place:
+                order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+                dense = tensor.permute(order).contiguous()
+                start = file.tell() + -file.tell() % ALIGNMENT
+                file.seek(start)
+                file.write(dense.numpy())
+                return _Place(start, file.tell(), dense.dtype, tuple(dense.shape), order)
+
+            rest = _map_instances(Tensor, write, value)
             self.rest = file.tell()
             # Not left to the queue: a long message can be cut short if this process is killed.
-            file.write(pickler.rest.getbuffer())
+            file.write(reduction.ForkingPickler.dumps(rest))
             file.flush()
-            self.handle = reduction.DupFd(file.fileno()) if self.rest else None
+            self.handle = reduction.DupFd(file.fileno())
 
     def unpack(self, pin: bool = False) -> Any:
         """Return the value, its tensors with the strides they had; call this once."""
         try:
             handle = self.handle.detach()
-        except ConnectionError:  # the worker died
-            raise
         except (OSError, RuntimeError) as error:
+            if isinstance(error, ConnectionError):  # the worker died
+                raise
             # RuntimeError is "received 0 items of ancdata", for want of a handle.
             raise WorkerError(
                 f"too many files are open ({one_line(error)}): raise ulimit -n"
@@ -284,7 +272,15 @@ class Parcel:
         with os.fdopen(handle):
             length = os.fstat(handle).st_size
             memory = torch.from_file(f"/proc/self/fd/{handle}", True, length, dtype=torch.uint8)
-        return _Unpickler(memory.pin_memory() if pin else memory, self.rest).load()
+        if pin:
+            memory = memory.pin_memory()
+
+        def read(place: _Place) -> Tensor:
+            dense = memory[place.start : place.end].view(place.dtype).view(place.shape)
+            return dense.permute(sorted(range(dense.dim()), key=place.order.__getitem__))
+
+        rest = reduction.ForkingPickler.loads(memory[self.rest :].numpy())
+        return _map_instances(_Place, read, rest)
 
     def pin_memory(self) -> Any:
         return self.unpack(pin=True)
@@ -292,10 +288,25 @@ class Parcel:
 
 def _packed(function: Callable[[Any], Any], argument: Any) -> Any:
     """Call a function in a worker, and pack its result if it holds tensors."""
-    value = function(argument)
-    if not hasattr(os, "memfd_create"):  # elsewhere than on Linux, torch does not need /dev/shm
+    value, tensors = function(argument), []
+    _map_instances(Tensor, tensors.append, value)
+    # Elsewhere than on Linux, torch does not need /dev/shm.
+    if not tensors or not hasattr(os, "memfd_create"):
         return value
     with _system_errors("what a worker read cannot be handed over"):
-        parcel = Parcel(value)
-    # Without tensors, the queue pickles it again: that costs less than to pass a handle.
-    return parcel if parcel.handle else value
+        return Parcel(value)
+
+
+def _map_instances(kind: type, change: Callable[[Any], Any], value: Any) -> Any:
+    """Return lists, tuples and dataclasses of any depth with each object of a kind changed."""
+    if isinstance(value, kind):
+        return change(value)
+    again = partial(_map_instances, kind, change)
+    if isinstance(value, list):
+        return [again(item) for item in value]
+    if isinstance(value, tuple):
+        items = [again(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if is_dataclass(value):
+        return replace(value, **{name: again(item) for name, item in vars(value).items()})
+    return value

@@ -34,7 +34,7 @@ def test_an_untrained_network():
 
 
 def test_weights_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match=r"no weights lednet_d7_cityscapes\.pth, only lednet_d20_"):
+    with pytest.raises(ValueError, match=r"lednet_d7_cityscapes\.pth, only lednet_d20_camvid"):
         load(pretrained=True, apn_channels=7)
     with pytest.raises(ValueError, match=r"weights lednet_d20_kitti\.pth, only"):
         load(pretrained="kitti")

@@ -341,6 +341,21 @@ def test_signals_wait_until_workers_have_started(monkeypatch, method):
             signal.signal(number, handler)
 
 
+def test_a_signal_waits_until_the_watch_has_started(monkeypatch):
+    """In the start of its thread, it would leave a traceback."""
+    started = []
+
+    def watch(start=workers._Watch) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        started.append(start())
+        return started[-1]
+
+    monkeypatch.setattr(workers, "_Watch", watch)
+    with pytest.raises(KeyboardInterrupt):
+        iter(Loader(range(2), 1, int, batch_size=None))
+    started[0].stopped.set()
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_all_that_workers_get_can_be_sent(command, monkeypatch, name):
     """As it is with the start methods spawn and forkserver."""
