@@ -57,7 +57,12 @@ class Data:
 
 
 def read_classes_for(args: argparse.Namespace) -> Classes:
-    """Return the classes of `args.dataset`: its own, or those of the file `args.classes`."""
+    """Return the classes of `args.dataset`: its own, or those of the file `args.classes`.
+
+    Raises:
+        ClassesError: the file is missing, or needless.
+        DatasetError: the file is wrong.
+    """
     fixed = DATASETS[args.dataset].CLASSES
     if fixed is None and not args.classes:
         raise ClassesError(f"the data set {args.dataset} needs a file that names its classes")

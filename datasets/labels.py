@@ -136,10 +136,12 @@ def _from_palette(image: Image.Image, known: set[int], colors: Mapping[Color, in
                 "unknown colour",
             )
         ids = used.tolist() if greys is None else greys
-    table = np.zeros(256, np.uint8)
-    table[used] = ids
+    if ids != used.tolist():
+        table = np.zeros(256, np.uint8)
+        table[used] = ids
+        indices = table[indices]
     count = 0 if greys else np.searchsorted(used, stated)  # greys are ids, and no colours
-    return Label(table[indices], frozenset(zip(ids[:count], found[:count], strict=True)))
+    return Label(indices, frozenset(zip(ids[:count], found[:count], strict=True)))
 
 
 def _grey_ids(palette: np.ndarray, used: np.ndarray, known: set[int]) -> list[int] | None:

@@ -7,8 +7,7 @@ A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts:
     epoch, best     finished epochs of the stage; its best epoch so far and the scores of that
     dataset, num_classes, class_names, ...          see `Description`
 
-`last.pth` also holds what `utils.training` needs to resume from any step. A file that is missing,
-damaged, or not what a function takes raises a CheckpointError.
+`last.pth` also holds what `utils.training` needs to resume from any step.
 """
 
 import math
@@ -131,6 +130,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
     The checkpoint may be a plain state_dict, or have it under any of `WEIGHTS`; it is returned
     under "model", with the names that LEDNet has without what was wrapped around it.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or something else.
     """
     if not os.path.isfile(path):
         wrong = "is a folder" if os.path.isdir(path) else "does not exist"
@@ -190,7 +192,11 @@ def _plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_network(path: str | os.PathLike) -> tuple[LEDNet, Description]:
-    """Rebuild a network of main.py, in evaluation mode on the CPU, and read its description."""
+    """Rebuild a trained network, in evaluation mode on the CPU, and read its description.
+
+    Raises:
+        CheckpointError: the file is not a checkpoint of a whole network by main.py.
+    """
     checkpoint = load_checkpoint(path)
     if checkpoint.get("stage") in (0, 1):
         raise EncoderOnly(f"{path} holds the encoder alone, not a whole network")
@@ -203,7 +209,11 @@ def load_network(path: str | os.PathLike) -> tuple[LEDNet, Description]:
 
 
 def load_classifier(path: str | os.PathLike) -> tuple[ImageClassifier, Description]:
-    """Rebuild a classifier of lednet_imagenet.py, like `load_network`."""
+    """Rebuild an image classifier, in evaluation mode on the CPU, and read its description.
+
+    Raises:
+        CheckpointError: the file is not a checkpoint of a classifier by lednet_imagenet.py.
+    """
     checkpoint = load_checkpoint(path)
     if checkpoint.get("stage") != 0 or "head.weight" not in checkpoint["model"]:
         raise CheckpointError(
@@ -226,6 +236,9 @@ def load_encoder(
 
     Returns:
         The checkpoint without its weights, the number of tensors copied, and the names of others.
+
+    Raises:
+        CheckpointError: the file is not a checkpoint or does not fill the encoder.
     """
     checkpoint = load_checkpoint(path)
     weights = checkpoint.pop("model")
@@ -341,7 +354,11 @@ def apn_channels_of(weights: Mapping[str, Tensor]) -> int | None:
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Copy weights into a module, all that it has; others than its own are left out."""
+    """Copy weights into a module; others than its own are left out.
+
+    Raises:
+        CheckpointError: a tensor of the module is missing, or has another shape.
+    """
     own = module.state_dict()
     width, stored_width = apn_channels_of(own), apn_channels_of(weights)
     if width and stored_width and width != stored_width:
