@@ -29,11 +29,17 @@ class CamVid(Segmentation):
         label_ids=range(11),
         ignored_ids=[11],
         related={  # in Cityscapes
-            "Pavement": "sidewalk",
-            "Tree": "vegetation",
-            "SignSymbol": "traffic sign",
-            "Pedestrian": "person",
-            "Bicyclist": "bicycle",
+            "Sky": ["sky"],
+            "Building": ["building", "wall"],
+            "Pole": ["pole"],
+            "Road": ["road"],
+            "Pavement": ["sidewalk"],
+            "Tree": ["vegetation", "terrain"],
+            "SignSymbol": ["traffic sign", "traffic light"],
+            "Fence": ["fence"],
+            "Car": ["car", "truck", "bus", "train"],
+            "Pedestrian": ["person"],
+            "Bicyclist": ["bicycle", "rider", "motorcycle"],
         },
     )
     DEPTH = 1

@@ -42,8 +42,8 @@ class Classes:
     categories: Sequence[str] = ()  # group of each class, for scores by group; may be empty
     # Colours of label files by label id, of ignored ids as well; None: those of the classes.
     label_colors: Mapping[int, Sequence[int]] | None = None
-    # Names that other data sets give a class, for --init; not kept in checkpoints.
-    related: Mapping[str, str] = field(default_factory=dict)
+    # Classes of another data set that are parts of each, the main one first; not in checkpoints.
+    related: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)

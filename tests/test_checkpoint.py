@@ -581,7 +581,7 @@ def test_init_keeps_the_classifier_of_the_same_classes(network, path):
     assert torch.equal(other.decoder.classifier.weight, network.decoder.classifier.weight)
 
 
-def classes_of(names: list[str], **related: str) -> Classes:
+def classes_of(names: list[str], **related: list[str]) -> Classes:
     return Classes(
         names, [[0, 0, n] for n in range(len(names))], range(len(names)), related=related
     )
@@ -600,7 +600,8 @@ def test_init_replaces_the_classifier_of_other_classes(network, path, names):
 def test_init_keeps_the_classes_of_the_same_names_and_related_ones(network, path):
     """In any order; a name in other capitals counts only without the name itself."""
     names = ["Tree", "lake", "street", "ROAD", "road"]
-    other, classes = LEDNet(5, 4), classes_of(names, street="sky", road="tree")
+    classes = classes_of(names, street=["path", "sky", "tree"], road=["tree"])
+    other = LEDNet(5, 4)
     own, trained = other.decoder.classifier, network.decoder.classifier
     random = own.weight[1].clone(), own.bias[1].clone()
     assert init_network(other, load_checkpoint(path), path, classes) == (["lake"], [])

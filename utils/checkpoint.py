@@ -331,8 +331,8 @@ def init_network(
 def _rows_of(classes: Classes, stored: Any, count: int) -> list[int | None]:
     """Return the row of each class in a classifier of `count` rows, None for classes without one.
 
-    A class has the row of its own name, else of that name in other capitals, else of its name in
-    `classes.related`.
+    A class has the row of its own name, else of that name in other capitals, else of the first of
+    its names in `classes.related`.
     """
     if stored is None and count == len(classes):
         return list(range(count))
@@ -341,10 +341,12 @@ def _rows_of(classes: Classes, stored: Any, count: int) -> list[int | None]:
         return [None] * len(classes)
     rows = {name.lower(): row for row, name in enumerate(stored)}
     rows |= {name: row for row, name in enumerate(stored)}
-    return [
-        rows.get(name, rows.get(name.lower(), rows.get(classes.related.get(name))))
-        for name in classes.names
-    ]
+
+    def row_of(name: str) -> int | None:
+        names = (name, name.lower(), *classes.related.get(name, ()))
+        return next((rows[known] for known in names if known in rows), None)
+
+    return list(map(row_of, classes.names))
 
 
 def apn_channels_of(weights: Mapping[str, Tensor]) -> int | None:
