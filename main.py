@@ -37,6 +37,7 @@ from utils.checkpoint import (
     normalisation,
     on_cpu,
 )
+from utils.distillation import Distillation, load_teacher
 from utils.errors import UserError, few
 from utils.evaluation import evaluate
 from utils.losses import LOSSES, class_weights, with_auxiliary
@@ -66,6 +67,7 @@ def main() -> None:
             args.dataset, classes, mean, std, args.height, len(data.train_files),
             args.apn_channels, vars(args),
         )  # fmt: skip
+        teacher = load_teacher(args.teacher, classes, (mean, std)) if args.teacher else None
         print_plan(args, data, network, about, device)
         run.begin()
         distributed.first(lambda: run.write_json(COUNTS, data.counts))
@@ -75,7 +77,7 @@ def main() -> None:
             encoder = {f"encoder.{name}": w for name, w in on_cpu(network.encoder).items()}
             checkpoint = about.to_checkpoint() | {"model": encoder, "stage": 1}
             distributed.first(lambda: run.save_network(checkpoint, ENCODER))
-        best = fit(network_stage(network, data, about, args, device), run)
+        best = fit(network_stage(network, data, about, args, device, teacher), run)
     report(best, classes, run)
 
 
@@ -148,14 +150,17 @@ def encoder_stage(
 
 
 def network_stage(
-    network: LEDNet, data: Data, about: Description, args: argparse.Namespace, device: torch.device
-) -> Stage:
+    network: nn.Module, data: Data, about: Description, args: argparse.Namespace,
+    device: torch.device, teacher: Distillation | None = None,
+) -> Stage:  # fmt: skip
     """Return stage 2: the whole network, with an auxiliary head on the encoder if asked for."""
     model = AuxiliaryHead(network, len(data.classes)) if args.aux_weight else network
     stage = build_stage(2, args.epochs, model, network, data, about, args, device)
     stage.best_files, stage.epochs_before = {BEST: on_cpu}, args.encoder_epochs
     if args.aux_weight:
         stage.loss = with_auxiliary(stage.loss, args.aux_weight)
+    if teacher:
+        stage.teacher = teacher.to(device, memory_format=torch.channels_last)
     if args.ema:
         stage.average = average_of(network, args.epochs * stage.steps)
     return stage

@@ -16,6 +16,7 @@ from datasets.images import Size
 from datasets.loading import Batch
 from utils import distributed
 from utils.checkpoint import CheckpointError, Description, fill, on_cpu
+from utils.distillation import Distillation
 from utils.evaluation import memory_errors
 from utils.graphs import Graphed
 from utils.interrupts import Guard
@@ -58,6 +59,7 @@ class Stage:
     files: Callable[[int], Sequence[str]]  # returns the paths of a training item, for messages
     # Files that the best epoch is saved to, each with a function that returns its weights.
     best_files: Mapping[str, Callable[[nn.Module], dict[str, Tensor]]] = field(default_factory=dict)
+    teacher: Distillation | None = None  # to learn from as well as from the labels
     average: Average | None = None  # of the network's weights, scored and saved in its place
     meter: Callable[[], Meter] | None = None  # makes the meter of an epoch's training predictions
     amp_dtype: torch.dtype | None = None  # of mixed precision; None for full precision
@@ -372,7 +374,11 @@ def train_step(state: TrainState, forward: Forward, batch: Batch) -> Tensor:
     with kernel_search(len(images) == stage.loader.batch_size):  # not for a smaller last batch
         with stage.autocast():
             outputs = forward(images)
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
         loss = stage.loss(outputs, labels)
+        if stage.teacher:
+            with stage.autocast():
+                loss = loss + stage.teacher(images, logits)
         stage.optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
     scale = scaler.scale(torch.ones((), device=device))  # unlike get_scale(), this does not wait
@@ -389,7 +395,6 @@ def train_step(state: TrainState, forward: Forward, batch: Batch) -> Tensor:
     totals["loss"] += loss.detach() * len(images)
     totals["images"] += len(images)
     if state.meter:
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs
         state.meter.update_from_logits(logits.detach(), labels)
     return loss
 
