@@ -39,7 +39,13 @@ def main() -> None:
     add("--cityscapes", type=file_path, metavar="DIR", required=True, help="Cityscapes, fine train")
     add("--classes", type=file_path, metavar="FILE", help="for a smaller copy of Cityscapes in the "
         "layout of --dataset folder: its file of classes")  # fmt: skip
-    add("--train-on", choices=tuple(CamVid.TRAIN_ON), default="train", help="splits of CamVid")
+    add(
+        "--train-on",
+        "--annotations",
+        choices=tuple(CamVid.TRAIN_ON),
+        default="train",
+        help="splits of CamVid",
+    )
     add("--repeat", type=positive_int, default=6, help="links to each training image of CamVid")
     add("--output", type=new_file, metavar="DIR", required=True, help="new folder")
     args = parser.parse_args()
