@@ -181,7 +181,7 @@ def build_stage(
     drop_last = len(sampler) % args.batch_size == 1
     loader = batch_loader(data.train, sampler, *loading, drop_last=drop_last)
     normalize = about.normalizer(device)
-    colours = (args.jitter, args.light) if args.augment == "strong" else (0.0, 0.0)
+    jitter = args.jitter if args.augment == "strong" else 0.0
 
     c = WEIGHT_C[number] if args.weight_c is None else args.weight_c
     counts = torch.tensor(list(data.counts.values()))
@@ -197,7 +197,7 @@ def build_stage(
         network=network,
         loader=loader,
         image_size=data.size,
-        prepare=Augment(data.augment, normalize, device, *colours, LABEL_STRIDE[number]),
+        prepare=Augment(data.augment, normalize, device, jitter, LABEL_STRIDE[number]),
         loss=partial(LOSSES[args.loss], weight=weights),
         optimizer=optimizer,
         scheduler=SCHEDULES[args.schedule](optimizer, epochs * len(loader)),

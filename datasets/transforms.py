@@ -55,7 +55,6 @@ class Augment:
     normalize: Callable[[Tensor], Tensor]  # turns images, 0 to 255, into the input of the network
     device: torch.device
     jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
-    light: float = 0.0  # strength of random changes of gamma and colour balance: see `relit`
     label_stride: int = 1  # by which labels are made smaller; 8 for the encoder's resolution
 
     def __call__(self, batch: Batch) -> TensorPair:
@@ -69,9 +68,6 @@ class Augment:
             limits = 1 - self.jitter, 1 + self.jitter
             factors = torch.tensor([uniform(*limits, random, 3) for random in randoms])
             images = jittered(images, factors)
-        if self.light:
-            draws = torch.tensor([uniform(-1, 1, random, 4) for random in randoms])
-            images = relit(images, self.light * draws)
         if self.label_stride > 1:
             smaller = [-(-length // self.label_stride) for length in labels.shape[-2:]]
             labels = resize_label(labels, smaller)
@@ -221,22 +217,6 @@ def jittered(images: Tensor, factors: Tensor) -> Tensor:
     mean = F.rgb_to_grayscale_image(images).mean((1, 2, 3), keepdim=True)
     images = torch.lerp(mean, images, contrast).clamp_(0, 255)
     return torch.lerp(F.rgb_to_grayscale_image(images), images, saturation).clamp_(0, 255)
-
-
-def relit(images: Tensor, changes: Tensor) -> Tensor:
-    """Change the gamma and the colour balance of images, as other light and other cameras do.
-
-    Args:
-        images: N x 3 x H x W, 0 to 255.
-        changes: N x 4, of the gamma and of each channel, for every image; 0 changes nothing, -1 and
-            1 halve and double the gamma, and divide and multiply a channel by 1.2.
-
-    Returns:
-        N x 3 x H x W, float32, 0 to 255.
-    """
-    changes = changes.to(images.device, non_blocking=True).view(-1, 4, 1, 1)
-    gamma, gains = 2 ** changes[:, :1], 1.2 ** changes[:, 1:]
-    return (images / 255).pow_(gamma).mul_(255 * gains).clamp_(max=255)
 
 
 def uniform(low: float, high: float, random: torch.Generator, count: int = 1) -> list[float]:

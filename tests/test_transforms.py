@@ -1,5 +1,3 @@
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -7,7 +5,7 @@ from torchvision.transforms.v2 import functional as F
 
 from datasets.loading import Batch
 from datasets.segmentation import resize_label
-from datasets.transforms import Augment, Paper, Strong, jittered, normalizer, relit
+from datasets.transforms import Augment, Paper, Strong, jittered, normalizer
 
 CPU = torch.device("cpu")
 RECIPES = {"paper": Paper(), "strong": Strong((64, 128))}
@@ -51,16 +49,16 @@ def test_a_batch_becomes_two_tensors(recipe, jitter):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_each_image_follows_its_seed_alone(recipe):
     """Not its batch, nor the random state of training."""
-    augment = Augment(RECIPES[recipe], lambda images: images, CPU, jitter=0.4, light=1)
+    augment = Augment(RECIPES[recipe], lambda images: images, CPU, jitter=0.4)
     pairs = [make_pair(64, 128), make_pair(64, 128, block=16)]
     images, labels = augment(batch_of(pairs, [5, 2**62 - 1]))
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
     for number, seed in enumerate([5, 2**62 - 1]):
-        image, label = augmented(RECIPES[recipe], pairs[number], seed, jitter=0.4, light=1)
+        image, label = augmented(RECIPES[recipe], pairs[number], seed, jitter=0.4)
         assert torch.equal(image, images[number]) and torch.equal(label, labels[number])
-        other, _ = augmented(RECIPES[recipe], pairs[number], seed - 1, jitter=0.4, light=1)
+        other, _ = augmented(RECIPES[recipe], pairs[number], seed - 1, jitter=0.4)
         assert not torch.equal(other, image)
     assert torch.equal(torch.rand(3), expected)
 
@@ -70,7 +68,7 @@ def test_a_cached_image_is_not_changed():
     kept = image.clone(), label.clone()
     for recipe in RECIPES.values():
         for seed in range(4):
-            augmented(recipe, (image, label), seed, jitter=0.4, light=1)
+            augmented(recipe, (image, label), seed, jitter=0.4)
     assert torch.equal(image, kept[0]) and torch.equal(label, kept[1])
 
 
@@ -251,29 +249,6 @@ def test_jitter_reaches_its_limits():
     found = [augmented(whole, grey, seed, jitter=0.3)[0].mean().item() for seed in range(100)]
     assert 69.9 < min(found) < 78 and 122 < max(found) < 130.1
     assert torch.allclose(augmented(whole, grey)[0], torch.tensor(100.0))
-
-
-def test_light_changes_gamma_and_channels():
-    images = torch.randint(256, (3, 3, 8, 9), dtype=torch.uint8)
-    changes = torch.tensor([[1.0, 0, 0, 0], [-1, 0, 0, 0], [0.5, 1, 0, -1]])
-    gammas, gains = (2, 0.5, 2**0.5), torch.tensor([1.2, 1, 1 / 1.2]).view(3, 1, 1)
-    ours = relit(images, changes)
-    expected = [F.adjust_gamma(image / 255, g) for image, g in zip(images, gammas, strict=True)]
-    expected[2] = (expected[2] * gains).clamp(max=1)
-    assert torch.allclose(ours, 255 * torch.stack(expected), atol=0.01)
-    assert torch.allclose(relit(images, torch.zeros(3, 4)), images.float(), atol=0.01)
-
-
-def test_light_reaches_its_limits():
-    grey = torch.full((3, 64, 64), 64, dtype=torch.uint8), torch.zeros(64, 64, dtype=torch.uint8)
-    whole = Strong((64, 64), (1, 1))
-    found = [augmented(whole, grey, seed, light=0.5)[0].mean((1, 2)) for seed in range(200)]
-    found = torch.stack(found) / 255
-    # A gamma of 0.71 to 1.41, in one channel 1.095 times as bright or dark.
-    low, high = 0.251 ** (2**0.5) / 1.2**0.5, 0.251 ** (2**-0.5) * 1.2**0.5
-    assert low - 1e-3 < found.min() < 1.15 * low and 0.87 * high < found.max() < high + 1e-3
-    ratios = (found[:, 0] / found[:, 1]).log() / math.log(1.2)
-    assert -1 <= ratios.min() < -0.7 and 0.7 < ratios.max() <= 1
 
 
 # The input of the network

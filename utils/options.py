@@ -199,8 +199,6 @@ SEGMENTATION: Table = {
                dict(camvid=[0.67, 1.5]), argparse_options={"nargs": 2, "metavar": ("MIN", "MAX")}),
         Option("--jitter", probability, 0.4, "range of brightness, contrast and saturation of "
                "--augment strong"),
-        Option("--light", natural_float, 0.0, "strength of random gamma and colour balance of "
-               "--augment strong; 1: gamma 0.5 to 2, channels by 1.2", dict(camvid=1.0)),
     ),
     "network": (
         Option("--apn-channels --D", positive_int, None, "width D of the decoder; default 20, or "
@@ -323,7 +321,7 @@ def settle_segmentation(args: argparse.Namespace) -> None:
     if skips_stage_1 and args.encoder_epochs and not args.resume:
         raise UserError("--encoder-epochs: --init, --pretrained-encoder and --decoder skip stage 1")
     args.epochs = args.epochs or args.num_epochs
-    needs_strong = [n for n in ("crop", "scale", "jitter", "light") if getattr(args, n) is not None]
+    needs_strong = [n for n in ("crop", "scale", "jitter") if getattr(args, n) is not None]
     args.preset = args.preset or ("quick" if args.datadir is None else "paper")
     if args.encoder_epochs is None and args.preset == "paper":  # the others have one stage
         args.encoder_epochs = args.num_epochs
