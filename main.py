@@ -62,13 +62,13 @@ def main() -> None:
     with open_run(args) as run:
         classes = Classes.from_checkpoint(run.resumed) if run.resumed else read_classes_for(args)
         network, mean, std = start_network(args, classes, run.resumed)
+        teacher = load_teacher(args.teacher, classes, (mean, std)) if args.teacher else None
         data = open_splits(args, classes, device, distributed.first(run.class_counts))
         about = Description(
             args.dataset, classes, mean, std, args.height, len(data.train_files),
             args.apn_channels, vars(args),
         )  # fmt: skip
-        teacher = load_teacher(args.teacher, classes, (mean, std)) if args.teacher else None
-        print_plan(args, data, network, about, device)
+        print_plan(f"LEDNet, D = {args.apn_channels}", args, data, network, about, device)
         run.begin()
         distributed.first(lambda: run.write_json(COUNTS, data.counts))
         seed_process(args.seed)
@@ -91,6 +91,8 @@ def start_network(
     Returns:
         The network, and the mean and std to normalise images with.
     """
+    if args.apn_channels == 0:
+        raise UserError(f"{args.savedir} holds a teacher: resume it by tools/train_teacher.py")
     torch.manual_seed(args.seed)
     start = resumed or (load_checkpoint(args.init) if args.init else {})
     file = args.init or args.pretrained_encoder or LAST
@@ -123,12 +125,13 @@ def start_network(
 
 
 def print_plan(
-    args: argparse.Namespace, data: Data, network: LEDNet, about: Description, device: torch.device
-) -> None:
+    name: str, args: argparse.Namespace, data: Data, network: nn.Module, about: Description,
+    device: torch.device,
+) -> None:  # fmt: skip
     count = distributed.processes()
     each = f" in each of {count} processes" if count > 1 else ""
     print(
-        f"LEDNet, D = {args.apn_channels}: {count_parameters(network):,} parameters\n"
+        f"{name}: {count_parameters(network):,} parameters\n"
         f"on {device_name(device)}, in {pick_amp_dtype(args.amp, device) or 'full precision'}\n"
         f"data: {args.datadir}: {data.summary}\n"
         f"images: {data.size[1]}x{data.size[0]}, in batches of {args.batch_size}{each}, "
@@ -137,6 +140,8 @@ def print_plan(
     )
     if (about.mean, about.std) != NOT_NORMALISED:
         print(f"images are normalised with mean {about.mean} and std {about.std}")
+    if args.teacher:
+        print(f"it learns from the teacher {args.teacher} as well as from the labels")
     if data.trains_on_val:
         print("val is trained on: its scores say nothing about new images")
 

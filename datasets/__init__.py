@@ -4,6 +4,7 @@ To add a data set, write its module and add its line to DATASETS.
 """
 
 import argparse
+import os
 from dataclasses import dataclass
 
 import torch
@@ -117,10 +118,15 @@ def open_splits(
         size=size,
         augment=Strong(size, tuple(args.scale)) if args.augment == "strong" else Paper(),
         summary=f"{sources} to train on, {len(val)} of val to validate, {len(classes)} classes",
-        trains_on_val=not set(files).isdisjoint(val.pairs),
+        trains_on_val=not real_images(files).isdisjoint(real_images(val.pairs)),
         workers=0 if args.cache == "ram" else args.workers,
         pin_memory=device.type == "cuda" and not (args.cache == "ram" and val_items[0][0].is_cuda),
     )
+
+
+def real_images(pairs: list[FilePair]) -> set[str]:
+    """Return the paths of images without symbolic links."""
+    return {os.path.realpath(image) for image, _ in pairs}
 
 
 def _find_splits(args: argparse.Namespace, classes: Classes) -> dict[Segmentation, list[Size]]:

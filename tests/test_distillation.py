@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import QUICK, after_step, read_log, same_weights, send, street_scenes
+from conftest import QUICK, after_step, read_log, run_script, same_weights, send, street_scenes
 from torch import nn
 
 from datasets.camvid import CamVid
@@ -14,7 +14,8 @@ from datasets.cityscapes import Cityscapes
 from models.lednet import LEDNet
 from models.teacher import Teacher
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network
-from utils.distillation import Distillation, MissingPackage, load_teacher, new_teacher
+from utils.distillation import Distillation, load_teacher, new_teacher
+from utils.errors import UserError
 
 PLAIN = ([0.0] * 3, [1.0] * 3)
 
@@ -123,27 +124,61 @@ def test_a_wrong_teacher_is_refused_before_training(fails, taught, trained, tmp_
 # The teacher of tools/train_teacher.py
 
 
-def test_a_teacher_is_trained_and_taught_from(script, fails, camvid, tmp_path):
-    data = ("--dataset", "camvid", "--datadir", camvid, "--preset", "camvid", "--epochs", 1)
-    data += ("--height", 72, "--crop", 64, 64, "--batch-size", 2, "--workers", 0)
-    tool = "tools/train_teacher.py"
-    with after_step("step 1 of epoch 1 of stage 2", send(signal.SIGTERM)):
-        assert script(tool, *data, "--savedir", "t").status == 128 + signal.SIGTERM
-    result = script(tool, "--savedir", "t", "--resume")
-    assert result.status == 0 and "--teacher save/t/best.pth" in result.out
-    saved = load_checkpoint(tmp_path / "save/t/best.pth")
-    assert saved["mean"] == [127 / 255] * 3 and saved["apn_channels"] == 0
-    teacher = load_teacher(tmp_path / "save/t/best.pth", CamVid.CLASSES, PLAIN).teacher
-    assert type(teacher) is Teacher and same_weights(teacher.state_dict(), saved["model"])
+TOOL = "tools/train_teacher.py"
 
-    result = script("main.py", *data, "--D", 4, "--teacher", "save/t/best.pth", "--savedir", "s")
-    assert result.status == 0
+
+@pytest.fixture(scope="module")
+def lesson(camvid):
+    data = ("--dataset", "camvid", "--datadir", camvid, "--preset", "camvid", "--epochs", 1)
+    return (*data, "--height", 72, "--crop", 64, 64, "--batch-size", 2, "--workers", 0)
+
+
+@pytest.fixture(scope="module")
+def teacher(lesson, tmp_path_factory):
+    """The folder of a short run of tools/train_teacher.py; not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "teacher"
+    assert run_script(TOOL, *lesson, "--savedir", folder) == 0
+    return folder
+
+
+def test_a_network_learns_from_a_trained_teacher(script, fails, lesson, teacher, tmp_path):
+    saved = load_checkpoint(teacher / "last.pth")
+    assert saved["mean"] == [127 / 255] * 3 and saved["apn_channels"] == 0
+    loaded = load_teacher(teacher / "last.pth", CamVid.CLASSES, PLAIN).teacher
+    assert type(loaded) is Teacher and same_weights(loaded.state_dict(), saved["model"])
+    argv = (*lesson, "--D", 4, "--teacher", teacher / "last.pth", "--savedir", "s")
+    result = script("main.py", *argv)
+    assert result.status == 0 and f"from the teacher {teacher}/last.pth" in result.out
     network, _ = load_network(tmp_path / "save/s/best.pth")
     assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 11, 64, 64)
-    assert "holds no decoder" in fails(
-        "predict.py", "--checkpoint", "save/t/best.pth", "--input", "."
-    )
-    assert "--init is for main.py alone" in fails(tool, *data, "--init", "a.pth", "--savedir", "u")
+    argv = ("--checkpoint", teacher / "last.pth", "--input", ".")
+    assert "holds a teacher, which main.py takes as --teacher" in fails("predict.py", *argv)
+
+
+def test_a_resumed_teacher_is_the_same(script, lesson, teacher, tmp_path):
+    with after_step("step 1 of epoch 1 of stage 2", send(signal.SIGTERM)):
+        assert script(TOOL, *lesson, "--savedir", "t").status == 128 + signal.SIGTERM
+    result = script(TOOL, "--savedir", "t", "--resume")
+    assert result.status == 0 and "--teacher save/t/last.pth" in result.out
+    weights = [load_checkpoint(run / "last.pth") for run in (teacher, tmp_path / "save/t")]
+    assert same_weights(weights[0]["training_model"], weights[1]["training_model"])
+
+
+def test_each_program_resumes_its_own_runs(fails, lesson, teacher, trained, tmp_path):
+    for program, run in (("main.py", teacher), (TOOL, trained)):
+        folder = shutil.copytree(run, tmp_path / run.name)
+        before = (folder / "args.json").read_bytes()
+        assert "resume it by" in fails(program, "--savedir", folder, "--resume")
+        assert (folder / "args.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--D", 20), ("--init", "a"), ("--decoder",), ("--dropout", 0.1), ("--std", 1, 1, 1)],
+    ids=lambda option: option[0],
+)
+def test_options_of_lednet_are_refused(fails, lesson, option):
+    assert "is for main.py alone" in fails(TOOL, *lesson, *option, "--savedir", "u")
 
 
 def test_a_teacher_starts_with_the_weights_of_imagenet():
@@ -162,13 +197,14 @@ def test_a_teacher_starts_with_the_weights_of_imagenet():
         assert torch.allclose(torch.relu(whole._bn1(whole._conv_head(x))).clamp(max=6), expected)
 
 
-def test_a_teacher_answers_at_a_quarter_of_any_size():
-    teacher = Teacher(5)
-    assert teacher(torch.rand(2, 3, 70, 101)).shape == (2, 5, 70, 101)
-    assert teacher.eval()(torch.rand(2, 3, 72, 104)).shape == (2, 5, 18, 26)
+@pytest.mark.parametrize("size", [(64, 96), (70, 101)])
+def test_a_teacher_answers_at_the_size_of_the_images(size):
+    network = Teacher(5)
+    for mode in (network.train(), network.eval()):
+        assert mode(torch.rand(2, 3, *size)).shape == (2, 5, *size)
 
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(MissingPackage, match="pip install efficientnet-lite-pytorch"):
+    with pytest.raises(UserError, match="efficientnet_lite_pytorch: pip install"):
         new_teacher(11)

