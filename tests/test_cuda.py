@@ -199,6 +199,12 @@ def test_a_step_does_not_wait_for_the_gpu(train, no_waiting, loss, graphs, amp):
     assert no_waiting == [1, 2, 3] * 2
 
 
+@pytest.mark.parametrize("graphs", ["--graphs", "--no-graphs"])
+def test_a_step_with_a_teacher_does_not_wait_for_the_gpu(train, no_waiting, trained, graphs):
+    assert train("--teacher", trained / "best.pth", graphs) == 0
+    assert no_waiting == [1, 2, 3] * 2
+
+
 def test_a_step_of_pretraining_does_not_wait_for_the_gpu(shapes, tmp_path, no_waiting):
     argv = ("--size", 32, "--epochs", 2, "--batch-size", 4, "--workers", 0, "--recipe", "modern")
     run = ("--datadir", shapes, "--device", "cuda", "--savedir", tmp_path / "run")

@@ -51,6 +51,15 @@ def test_a_network_that_agrees_has_no_loss():
         assert loss.item() == pytest.approx(0, abs=1e-6)
 
 
+def test_the_mean_of_the_parts_of_a_batch_is_that_of_the_batch():
+    """As several processes have it."""
+    loss = Distillation(nn.Conv2d(3, 5, 1), PLAIN, PLAIN)
+    images, logits = torch.rand(4, 3, 8, 12), torch.randn(4, 5, 8, 12)
+    halves = [loss(images[n::2], logits[n::2]) for n in range(2)]
+    assert torch.allclose(sum(halves) / 2, loss(images, logits), rtol=1e-6)
+    assert abs(halves[0] - halves[1]) > 1e-3
+
+
 def test_the_teacher_gets_images_as_it_was_trained_with():
     images = torch.rand(2, 3, 8, 12)
     own, its = ([0.1, 0.2, 0.3], [0.5, 0.4, 0.3]), ([0.5, 0.4, 0.6], [0.2, 0.25, 0.3])
