@@ -118,13 +118,13 @@ def open_splits(
         size=size,
         augment=Strong(size, tuple(args.scale)) if args.augment == "strong" else Paper(),
         summary=f"{sources} to train on, {len(val)} of val to validate, {len(classes)} classes",
-        trains_on_val=not real_images(files).isdisjoint(real_images(val.pairs)),
+        trains_on_val=not _real_images(files).isdisjoint(_real_images(val.pairs)),
         workers=0 if args.cache == "ram" else args.workers,
         pin_memory=device.type == "cuda" and not (args.cache == "ram" and val_items[0][0].is_cuda),
     )
 
 
-def real_images(pairs: list[FilePair]) -> set[str]:
+def _real_images(pairs: list[FilePair]) -> set[str]:
     """Return the paths of images without symbolic links."""
     return {os.path.realpath(image) for image, _ in pairs}
 
