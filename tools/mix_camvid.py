@@ -62,8 +62,9 @@ def main() -> None:
     same, output = np.arange(IGNORE_INDEX + 1, dtype=np.uint8), Path(args.output)
     with write_errors(output):
         add_pairs(output, "val", "camvid", labelled(val, same))
+        pairs = list(labelled(train, same))  # read once
         for number in range(args.repeat):
-            add_pairs(output, "train", f"camvid{number}", labelled(train, same))
+            add_pairs(output, "train", f"camvid{number}", pairs)
         add_pairs(output, "train", "cityscapes", labelled(city, to_camvid))
         add_pairs(output, "train", "unlabelled", map(without_label, pictures))
     if others:
