@@ -13,7 +13,7 @@ from conftest import PRETRAIN_QUICK, Forked
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.images import DatasetError
+from datasets.images import DatasetError, open_image
 from utils import distributed, script
 from utils.errors import UserError, one_line
 from utils.files import WriteError
@@ -155,6 +155,19 @@ def test_a_signal_ends_the_program_in_one_line_after_it_has_cleaned_up(
     assert code == status and message in err and err.strip().count("\n") == 0
     assert cleaned == [True]
     assert {name: signal.getsignal(name) for name in handlers} == handlers
+
+
+def test_a_signal_while_an_image_is_read_is_not_taken_for_a_broken_file(ended, tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path)
+
+    def main() -> None:
+        with open_image(str(path)):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    code, err = ended(main)
+    assert code == 143 and "stopped by SIGTERM" in err and "a.png" not in err
 
 
 def test_an_ignored_ctrl_c_stays_ignored(monkeypatch):

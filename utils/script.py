@@ -23,8 +23,11 @@ from utils.openvino import check_openvino
 Advice = Mapping[type[Exception], str]
 
 
-class Interrupted(Exception):
-    """A signal ended the program cleanly; the message says how to resume."""
+class Interrupted(BaseException):
+    """A signal ended the program cleanly; the message says how to resume.
+
+    Like KeyboardInterrupt, it is not an Exception: what reads files turns those into their errors.
+    """
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
