@@ -37,10 +37,9 @@ from utils.checkpoint import (
     normalisation,
     on_cpu,
 )
-from utils.distillation import Distillation, load_teacher
 from utils.errors import UserError, few
 from utils.evaluation import evaluate
-from utils.losses import LOSSES, class_weights, with_auxiliary
+from utils.losses import LOSSES, class_weights, with_auxiliary, with_soft_labels
 from utils.metrics import ConfusionMatrix, mean_score
 from utils.optim import SCHEDULES, average_of, build_optimizer
 from utils.options import SEGMENTATION, TRAINING_ADVICE, parse_options, settle_segmentation
@@ -62,7 +61,6 @@ def main() -> None:
     with open_run(args) as run:
         classes = Classes.from_checkpoint(run.resumed) if run.resumed else read_classes_for(args)
         network, mean, std = start_network(args, classes, run.resumed)
-        teacher = load_teacher(args.teacher, classes, (mean, std)) if args.teacher else None
         data = open_splits(args, classes, device, distributed.first(run.class_counts))
         about = Description(
             args.dataset, classes, mean, std, args.height, len(data.train_files),
@@ -77,7 +75,7 @@ def main() -> None:
             encoder = {f"encoder.{name}": w for name, w in on_cpu(network.encoder).items()}
             checkpoint = about.to_checkpoint() | {"model": encoder, "stage": 1}
             distributed.first(lambda: run.save_network(checkpoint, ENCODER))
-        best = fit(network_stage(network, data, about, args, device, teacher), run)
+        best = fit(network_stage(network, data, about, args, device), run)
     report(best, classes, run)
 
 
@@ -140,8 +138,9 @@ def print_plan(
     )
     if (about.mean, about.std) != NOT_NORMALISED:
         print(f"images are normalised with mean {about.mean} and std {about.std}")
-    if args.teacher:
-        print(f"it learns from the teacher {args.teacher} as well as from the labels")
+    if data.soft_labels:
+        count, total = data.soft_labels.count(), len(data.train_files)
+        print(f"soft labels: of {count} of the {total} images, {args.soft_labels}")
     if data.trains_on_val:
         print("val is trained on: its scores say nothing about new images")
 
@@ -156,7 +155,7 @@ def encoder_stage(
 
 def network_stage(
     network: nn.Module, data: Data, about: Description, args: argparse.Namespace,
-    device: torch.device, teacher: Distillation | None = None,
+    device: torch.device,
 ) -> Stage:  # fmt: skip
     """Return stage 2: the whole network, with an auxiliary head on the encoder if asked for."""
     model = AuxiliaryHead(network, len(data.classes)) if args.aux_weight else network
@@ -164,8 +163,8 @@ def network_stage(
     stage.best_files, stage.epochs_before = {BEST: on_cpu}, args.encoder_epochs
     if args.aux_weight:
         stage.loss = with_auxiliary(stage.loss, args.aux_weight)
-    if teacher:
-        stage.teacher = teacher.to(device, memory_format=torch.channels_last)
+    if data.soft_labels:
+        stage.loss = with_soft_labels(stage.loss)
     if args.ema:
         stage.average = average_of(network, args.epochs * stage.steps)
     return stage
@@ -184,7 +183,10 @@ def build_stage(
     loading = (args.batch_size, data.workers, data.pin_memory, args.skip_broken)
     # A last batch of one image cannot train the batch norm on the pooled plane.
     drop_last = len(sampler) % args.batch_size == 1
-    loader = batch_loader(data.train, sampler, *loading, drop_last=drop_last)
+    soft_labels = data.soft_labels if number == 2 else None
+    loader = batch_loader(
+        data.train, sampler, *loading, drop_last=drop_last, soft_labels=soft_labels
+    )
     normalize = about.normalizer(device)
     jitter = args.jitter if args.augment == "strong" else 0.0
 

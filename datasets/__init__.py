@@ -21,6 +21,7 @@ from datasets.drawn.streets import make_synthetic
 from datasets.folder import Folder
 from datasets.images import MIN_SIZE, DatasetError, FilePair, Size
 from datasets.segmentation import Classes, Segmentation, resized_size
+from datasets.soft_labels import SoftLabels
 from datasets.transforms import Paper, Strong
 from utils import distributed
 
@@ -48,6 +49,7 @@ class Data:
     train: Dataset  # of (image, label), cached if the options say so
     val: Dataset
     train_files: list[FilePair]  # image and label of each index of train
+    soft_labels: SoftLabels | None  # of each index of train
     counts: dict[str, int]  # training pixels by name of the class, then "ignored"
     size: Size  # height and width that is trained on
     augment: Paper | Strong  # recipe of transforms.Augment
@@ -81,7 +83,8 @@ def open_splits(
     """Open, check, count and cache what a run trains and validates on, in all its processes.
 
     Args:
-        args: dataset, datadir, train_on, height, augment, crop, scale, cache, workers, skip_broken.
+        args: dataset, datadir, train_on, soft_labels, height, augment, crop, scale, cache, workers,
+            skip_broken.
         counts: training pixels by class, if a resumed run knows them.
 
     Raises:
@@ -97,6 +100,10 @@ def open_splits(
         raise DatasetError(
             f"{args.datadir} has too few training images, {len(files)}: give 2{each}"
         )
+    soft_labels = None
+    if args.soft_labels:
+        images = [image for image, _ in files]
+        soft_labels = SoftLabels(args.soft_labels, args.datadir, images, classes.names)
     if counts is None:
         counts = distributed.first(lambda: _count_classes(parts, val, classes, args))
 
@@ -114,6 +121,7 @@ def open_splits(
         train=ConcatDataset(train_items),
         val=val_items,
         train_files=files,
+        soft_labels=soft_labels,
         counts=counts,
         size=size,
         augment=Strong(size, tuple(args.scale)) if args.augment == "strong" else Paper(),

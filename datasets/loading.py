@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler
 from tqdm import tqdm
 
 from datasets.images import DatasetError, NothingReadable
+from datasets.soft_labels import SoftLabels
 from datasets.workers import Loader
 
 # After this many unreadable images in a row, the disk is more likely gone than the images broken.
@@ -30,6 +31,7 @@ class Batch(NamedTuple):
     seeds: list[int]  # of the augmentation of each image; 0 in validation
     indices: list[int]  # in the data set
     left_out: list[str]  # why images could not be read, with skip_broken
+    soft_labels: Sequence[Tensor] = ()  # C x h x w, uint8, if training has them
 
 
 class ShuffledSeeds(Sampler[tuple[int, int]]):
@@ -74,10 +76,18 @@ class SeededItems(Dataset):
     Args:
         skip_broken: report unreadable images instead of raising their errors.
         replace: with skip_broken, read the next readable image instead: batches keep their size.
+        soft_labels: those of each image, if training has them.
     """
 
-    def __init__(self, dataset: Dataset, skip_broken: bool = False, replace: bool = True) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        skip_broken: bool = False,
+        replace: bool = True,
+        soft_labels: SoftLabels | None = None,
+    ) -> None:
         self.dataset, self.skip_broken, self.replace = dataset, skip_broken, replace
+        self.soft_labels = soft_labels
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -91,7 +101,8 @@ class SeededItems(Dataset):
             for _ in range(min(MAX_BROKEN, len(self.dataset))):
                 try:
                     image, label = self.dataset[index]
-                    return Batch([image], [label], [seed], [index], left_out)
+                    soft = [self.soft_labels[index]] if self.soft_labels else []
+                    return Batch([image], [label], [seed], [index], left_out, soft)
                 except DatasetError as error:
                     if not self.skip_broken:
                         raise
@@ -122,6 +133,7 @@ def batch_loader(
     skip_broken: bool = False,
     stacked: bool = False,
     drop_last: bool = False,
+    soft_labels: SoftLabels | None = None,
 ) -> Loader:
     """Return a loader of `Batch`.
 
@@ -132,10 +144,11 @@ def batch_loader(
             a batch of validation is smaller, or empty.
         stacked: stack the images, which must be of one size; labels are class numbers.
         drop_last: leave out a smaller last batch.
+        soft_labels: those of each image, if training has them.
     """
     validating = sampler is None
     return Loader(
-        SeededItems(dataset, skip_broken, replace=not validating),
+        SeededItems(dataset, skip_broken, not validating, soft_labels),
         workers,
         partial(collate, stacked=stacked),
         sampler=[(index, 0) for index in range(len(dataset))] if validating else sampler,

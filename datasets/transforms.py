@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from torchvision.transforms.v2 import functional as F
 from datasets.images import IGNORE_INDEX, Size
 from datasets.loading import Batch
 from datasets.segmentation import resize_label
+from datasets.soft_labels import STRIDE
 
 TensorPair = tuple[Tensor, Tensor]
+Tensors = Sequence[Tensor]
 
 
 def normalizer(
@@ -44,63 +46,6 @@ def normalizer(
     return normalize
 
 
-Recipe = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[torch.Generator]], TensorPair]
-
-
-@dataclass
-class Augment:
-    """Augment a batch and normalise its images, on the device."""
-
-    recipe: Recipe  # turns images and labels, given a generator for each, into one tensor of each
-    normalize: Callable[[Tensor], Tensor]  # turns images, 0 to 255, into the input of the network
-    device: torch.device
-    jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
-    label_stride: int = 1  # by which labels are made smaller; 8 for the encoder's resolution
-
-    def __call__(self, batch: Batch) -> TensorPair:
-        """Return images, N x 3 x h x w, float32, and labels, N x h x w, int64, where h and w of the
-        labels are divided by label_stride and rounded up."""
-        randoms = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
-        images = [image.to(self.device, non_blocking=True) for image in batch.images]
-        labels = [label.to(self.device, non_blocking=True) for label in batch.labels]
-        images, labels = self.recipe(images, labels, randoms)
-        if self.jitter:
-            limits = 1 - self.jitter, 1 + self.jitter
-            factors = torch.tensor([uniform(*limits, random, 3) for random in randoms])
-            images = jittered(images, factors)
-        if self.label_stride > 1:
-            smaller = [-(-length // self.label_stride) for length in labels.shape[-2:]]
-            labels = resize_label(labels, smaller)
-        return self.normalize(images), labels.long()
-
-
-class Move(NamedTuple):
-    """A flip, and then a shift by pixels."""
-
-    flipped: bool
-    down: int
-    right: int
-
-
-class Paper:
-    """The published recipe: a random flip, and a shift by up to 2 pixels in each direction."""
-
-    max_shift = 2
-
-    def __call__(
-        self, images: Sequence[Tensor], labels: Sequence[Tensor], randoms: Sequence[torch.Generator]
-    ) -> TensorPair:
-        moves = [self.draw(random) for random in randoms]
-        # Labels go the same way as images, as planes of one channel.
-        labels = [label[None] for label in labels]
-        return moved(images, moves, 0), moved(labels, moves, IGNORE_INDEX)[:, 0]
-
-    def draw(self, random: torch.Generator) -> Move:
-        flipped = uniform(0, 1, random)[0] < 0.5
-        limits = -self.max_shift, self.max_shift + 1
-        return Move(flipped, *torch.randint(*limits, (2,), generator=random).tolist())
-
-
 class Window(NamedTuple):
     """The part of an image that becomes a crop; it may reach beyond the image."""
 
@@ -108,7 +53,68 @@ class Window(NamedTuple):
     left: int
     height: int
     width: int
-    flipped: bool
+    flipped: bool  # after it is cut out
+
+
+class Recipe(Protocol):
+    def draw(self, label: Tensor, random: torch.Generator) -> Window:
+        """Choose the window of an image, given its label, H x W."""
+
+    def __call__(self, images: Tensors, labels: Tensors, windows: Sequence[Window]) -> TensorPair:
+        """Cut windows of images, 3 x H x W, and labels, H x W, to one size, and stack them."""
+
+
+@dataclass
+class Augment:
+    """Augment a batch and normalise its images, on the device."""
+
+    recipe: Recipe
+    normalize: Callable[[Tensor], Tensor]  # turns images, 0 to 255, into the input of the network
+    device: torch.device
+    jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
+    label_stride: int = 1  # by which labels are made smaller; 8 for the encoder's resolution
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Augment a batch.
+
+        Returns:
+            Images, N x 3 x h x w, float32; labels, N x h x w, int64, where h and w are divided by
+            label_stride and rounded up; and, if the batch has them, soft labels, as of `softened`.
+        """
+        randoms = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+        images, labels, soft_labels = (
+            [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+            for tensors in (batch.images, batch.labels, batch.soft_labels)
+        )
+        windows = [self.recipe.draw(*pair) for pair in zip(labels, randoms, strict=True)]
+        sizes = [label.shape for label in labels]
+        images, labels = self.recipe(images, labels, windows)
+        soft = [softened(soft_labels, sizes, windows, labels.shape[1:])] if soft_labels else []
+        if self.jitter:
+            limits = 1 - self.jitter, 1 + self.jitter
+            factors = torch.tensor([uniform(*limits, random, 3) for random in randoms])
+            images = jittered(images, factors)
+        if self.label_stride > 1:
+            smaller = [-(-length // self.label_stride) for length in labels.shape[-2:]]
+            labels = resize_label(labels, smaller)
+        return self.normalize(images), labels.long(), *soft
+
+
+class Paper:
+    """The published recipe: a random flip, and a shift by up to 2 pixels in each direction."""
+
+    max_shift = 2
+
+    def draw(self, label: Tensor, random: torch.Generator) -> Window:
+        flipped = uniform(0, 1, random)[0] < 0.5
+        limits = -self.max_shift, self.max_shift + 1
+        down, right = torch.randint(*limits, (2,), generator=random).tolist()
+        return Window(-down, right if flipped else -right, *label.shape, flipped)
+
+    def __call__(self, images: Tensors, labels: Tensors, windows: Sequence[Window]) -> TensorPair:
+        # Labels go the same way as images, as planes of one channel.
+        labels = [label[None] for label in labels]
+        return moved(images, windows, 0), moved(labels, windows, IGNORE_INDEX)[:, 0]
 
 
 @dataclass
@@ -117,19 +123,6 @@ class Strong:
 
     size: Size
     scale: tuple[float, float] = (0.5, 2.0)
-
-    def __call__(
-        self, images: Sequence[Tensor], labels: Sequence[Tensor], randoms: Sequence[torch.Generator]
-    ) -> TensorPair:
-        windows = [self.draw(*pair) for pair in zip(labels, randoms, strict=True)]
-        together = zip(images, labels, windows, strict=True)
-        # Images of one size in a row are cropped together.
-        parts = [
-            cropped(*zip(*same_size, strict=True), self.size)
-            for _, same_size in groupby(together, lambda item: item[1].shape)
-        ]
-        images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-        return images, labels
 
     def draw(self, label: Tensor, random: torch.Generator) -> Window:
         low, high = (math.log(factor) for factor in self.scale)
@@ -142,10 +135,18 @@ class Strong:
         )
         return Window(*corner, *window, uniform(0, 1, random)[0] < 0.5)
 
+    def __call__(self, images: Tensors, labels: Tensors, windows: Sequence[Window]) -> TensorPair:
+        together = zip(images, labels, windows, strict=True)
+        # Images of one size in a row are cropped together.
+        parts = [
+            cropped(*zip(*same_size, strict=True), self.size)
+            for _, same_size in groupby(together, lambda item: item[1].shape)
+        ]
+        images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+        return images, labels
 
-def cropped(
-    images: Sequence[Tensor], labels: Sequence[Tensor], windows: Sequence[Window], size: Size
-) -> TensorPair:
+
+def cropped(images: Tensors, labels: Tensors, windows: Sequence[Window], size: Size) -> TensorPair:
     """Cut windows out of images and labels of one size, and resize them.
 
     Args:
@@ -159,46 +160,83 @@ def cropped(
     """
     planes = torch.nn.functional.pad(torch.stack(labels), (0, 1, 0, 1), value=IGNORE_INDEX)
     height, width = labels[0].shape
-    top, left, tall, wide, flipped = torch.tensor(windows)[:, :, None].unbind(1)
-    # Where the centre of each pixel comes from, times twice the size: whole numbers, so that labels
-    # are the same on any device.
-    rows = 2 * size[0] * top + (2 * torch.arange(size[0]) + 1) * tall
-    steps = 2 * torch.arange(size[1]) + 1
-    columns = 2 * size[1] * left + torch.where(flipped > 0, steps.flip(0), steps) * wide
-
-    def sent(numbers: Tensor) -> Tensor:
-        return numbers.to(planes.device, non_blocking=True)
+    rows, columns = centres(windows, size)
 
     def nearest(places: Tensor, length: int, old: int) -> Tensor:
         pixels = places.div(2 * length, rounding_mode="floor")
-        return sent(pixels.masked_fill((pixels < 0) | (pixels >= old), old))  # the padding
+        pixels = pixels.masked_fill((pixels < 0) | (pixels >= old), old)  # the padding
+        return pixels.to(planes.device, non_blocking=True)
 
     number = torch.arange(len(windows), device=planes.device)[:, None, None]
     row, column = nearest(rows, size[0], height), nearest(columns, size[1], width)
     labels = planes[number, row[:, :, None], column[:, None]]
-    # grid_sample counts from -1 to 1, the borders of the image.
-    x, y = sent(columns / (size[1] * width) - 1), sent(rows / (size[0] * height) - 1)
-    grid = torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), -1)
+    grid = grid_of(rows / (size[0] * height), columns / (size[1] * width), planes.device)
     images = torch.nn.functional.grid_sample(stacked(images).float(), grid, align_corners=False)
     return images, labels
 
 
-def stacked(images: Sequence[Tensor]) -> Tensor:
+def softened(
+    soft_labels: Tensors, sizes: Sequence[Size], windows: Sequence[Window], size: Size
+) -> Tensor:
+    """Cut windows out of soft labels, as of the images that they belong to.
+
+    Args:
+        soft_labels: each C x h x w, uint8, of any resolution.
+        sizes: height and width of each image.
+        windows: one for each image, in its pixels.
+        size: height H and width W of the crops of the images.
+
+    Returns:
+        Probabilities, N x C x H/4 x W/4, rounded up, bilinear, float32; all 0 beyond the borders.
+    """
+    size = [-(-length // STRIDE) for length in size]
+    rows, columns = centres(windows, size)
+    heights, widths = torch.tensor(sizes)[:, :, None].unbind(1)
+    device = soft_labels[0].device
+    grid = grid_of(rows / (size[0] * heights), columns / (size[1] * widths), device)
+    planes = (plane[None].float() for plane in soft_labels)
+    crops = [
+        torch.nn.functional.grid_sample(*pair, align_corners=False)
+        for pair in zip(planes, grid[:, None], strict=True)
+    ]
+    return torch.cat(crops) / 255
+
+
+def centres(windows: Sequence[Window], size: Size) -> TensorPair:
+    """Return where in an image the centre of each pixel of a crop of `size` h, w comes from.
+
+    Returns:
+        Rows, N x h, and columns, N x w, times 2h and 2w: whole numbers, so that labels are the same
+        on any device.
+    """
+    top, left, tall, wide, flipped = torch.tensor(windows)[:, :, None].unbind(1)
+    rows = 2 * size[0] * top + (2 * torch.arange(size[0]) + 1) * tall
+    steps = 2 * torch.arange(size[1]) + 1
+    columns = 2 * size[1] * left + torch.where(flipped > 0, steps.flip(0), steps) * wide
+    return rows, columns
+
+
+def grid_of(rows: Tensor, columns: Tensor, device: torch.device) -> Tensor:
+    """Return the points of grid_sample, given places from 0 to 2, the borders of the image."""
+    x, y = (places.sub(1).to(device, non_blocking=True) for places in (columns, rows))
+    return torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), -1)
+
+
+def stacked(images: Tensors) -> Tensor:
     """Stack images in channels_last format, as they come and as convolutions want them."""
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
-def moved(images: Sequence[Tensor], moves: Sequence[Move], fill: int) -> Tensor:
-    """Flip and shift images of one size, each C x H x W; pixels from outside become `fill`."""
-    height, width = images[0].shape[-2:]
-    margin = max(max(abs(move.down), abs(move.right)) for move in moves)
+def moved(images: Tensors, windows: Sequence[Window], fill: int) -> Tensor:
+    """Cut windows out of images of one size, each C x H x W; pixels from outside become `fill`."""
+    margin = max(max(abs(window.top), abs(window.left)) for window in windows)
+    parts = []
     padded = torch.nn.functional.pad(stacked(images), [margin] * 4, value=fill)
-    windows = []
-    for image, (flipped, down, right) in zip(padded, moves, strict=True):
-        top, left = margin - down, margin - right
-        image = image.flip(-1) if flipped else image
-        windows.append(image[:, top : top + height, left : left + width])
-    return stacked(windows)
+    for image, (top, left, height, width, flipped) in zip(padded, windows, strict=True):
+        top, left = margin + top, margin + left
+        part = image[:, top : top + height, left : left + width]
+        parts.append(part.flip(-1) if flipped else part)
+    return stacked(parts)
 
 
 def jittered(images: Tensor, factors: Tensor) -> Tensor:

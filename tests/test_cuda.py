@@ -200,8 +200,12 @@ def test_a_step_does_not_wait_for_the_gpu(train, no_waiting, loss, graphs, amp):
 
 
 @pytest.mark.parametrize("graphs", ["--graphs", "--no-graphs"])
-def test_a_step_with_a_teacher_does_not_wait_for_the_gpu(train, no_waiting, trained, graphs):
-    assert train("--teacher", trained / "best.pth", graphs) == 0
+def test_a_step_with_soft_labels_does_not_wait_for_the_gpu(
+    train, no_waiting, trained, cityscapes, tmp_path, graphs
+):
+    argv = ("--checkpoint", trained / "best.pth", "--datadir", cityscapes)
+    assert run_script("tools/write_soft_labels.py", *argv, "--output", tmp_path / "soft") == 0
+    assert train("--soft-labels", tmp_path / "soft", graphs) == 0
     assert no_waiting == [1, 2, 3] * 2
 
 

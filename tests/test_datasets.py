@@ -24,7 +24,8 @@ def options(dataset: str, datadir: Path, **changes) -> Namespace:
     train_on = "fine" if dataset in ("cityscapes", "synthetic") else "train"
     values = {"dataset": dataset, "datadir": str(datadir), "classes": classes, "height": 72}
     values |= {"train_on": train_on, "augment": "paper", "crop": None, "scale": [0.5, 2.0]}
-    return Namespace(**(values | {"cache": "off", "workers": 0, "skip_broken": False} | changes))
+    others = {"soft_labels": None, "cache": "off", "workers": 0, "skip_broken": False}
+    return Namespace(**(values | others | changes))
 
 
 def opened(args: Namespace, **more) -> Data:

@@ -169,7 +169,7 @@ def test_a_broken_image_raises_its_error(workers):
 
 
 def test_the_next_image_replaces_a_broken_one_in_training():
-    images, _, seeds, indices, left_out = SeededItems(Noise(4, 5), skip_broken=True)[4, 7]
+    images, _, seeds, indices, left_out, _ = SeededItems(Noise(4, 5), skip_broken=True)[4, 7]
     assert images[0][0] == 6 and indices == [6] and seeds == [7]
     assert left_out == ["4.png is broken", "5.png is broken"]
     last = SeededItems(Noise(9), skip_broken=True)[9, 0]

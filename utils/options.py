@@ -168,9 +168,9 @@ SEGMENTATION: Table = {
                argparse_options={"metavar": "C"}),
         Option("--aux-weight", natural_float, 0.0, "loss weight of an auxiliary head on the "
                "encoder in stage 2; 0: no head", one_stage(0.4)),
-        Option("--teacher", file_path, None, "network to learn from as well as from the labels in "
-               "stage 2: a checkpoint of tools/train_teacher.py, or of a wider LEDNet; default: "
-               "none", may_change=True, argparse_options={"metavar": "CHECKPOINT"}),
+        Option("--soft-labels", file_path, None, "folder that tools/write_soft_labels.py wrote, to "
+               "learn from as well as from the labels in stage 2; default: none", may_change=True,
+               argparse_options={"metavar": "DIR"}),
         Option("--ema", "switch", False, "score and save an exponential average of the weights in "
                "stage 2", dict(cityscapes=True, camvid=True)),
     ),

@@ -16,7 +16,6 @@ from datasets.images import Size
 from datasets.loading import Batch
 from utils import distributed
 from utils.checkpoint import CheckpointError, Description, fill, on_cpu
-from utils.distillation import Distillation
 from utils.evaluation import memory_errors
 from utils.graphs import Graphed
 from utils.interrupts import Guard
@@ -49,8 +48,8 @@ class Stage:
     network: nn.Module  # the part of the model, or all of it, that is scored and saved
     loader: DataLoader  # its sampler is a ShuffledSeeds
     image_size: Size  # height and width of the prepared images
-    prepare: Callable[[Batch], tuple[Tensor, Tensor]]  # returns images and labels on the device
-    loss: Callable[[Any, Tensor], Tensor]  # of the model's outputs and the labels
+    prepare: Callable[[Batch], tuple[Tensor, ...]]  # returns images and targets on the device
+    loss: Callable[..., Tensor]  # of the model's outputs and the targets, of which labels are first
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     val_loader: DataLoader
@@ -59,7 +58,6 @@ class Stage:
     files: Callable[[int], Sequence[str]]  # returns the paths of a training item, for messages
     # Files that the best epoch is saved to, each with a function that returns its weights.
     best_files: Mapping[str, Callable[[nn.Module], dict[str, Tensor]]] = field(default_factory=dict)
-    teacher: Distillation | None = None  # to learn from as well as from the labels
     average: Average | None = None  # of the network's weights, scored and saved in its place
     meter: Callable[[], Meter] | None = None  # makes the meter of an epoch's training predictions
     amp_dtype: torch.dtype | None = None  # of mixed precision; None for full precision
@@ -369,16 +367,13 @@ def train_one_epoch(
 def train_step(state: TrainState, forward: Forward, batch: Batch) -> Tensor:
     """Take one step of the optimizer, the schedule and the average; return the loss."""
     stage, totals, scaler = state.stage, state.totals, state.stage.scaler
-    images, labels = stage.prepare(batch)
+    images, *targets = stage.prepare(batch)
     device = images.device
     with kernel_search(len(images) == stage.loader.batch_size):  # not for a smaller last batch
         with stage.autocast():
             outputs = forward(images)
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        loss = stage.loss(outputs, labels)
-        if stage.teacher:
-            with stage.autocast():
-                loss = loss + stage.teacher(images, logits)
+        loss = stage.loss(outputs, *targets)
         stage.optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
     scale = scaler.scale(torch.ones((), device=device))  # unlike get_scale(), this does not wait
@@ -395,7 +390,7 @@ def train_step(state: TrainState, forward: Forward, batch: Batch) -> Tensor:
     totals["loss"] += loss.detach() * len(images)
     totals["images"] += len(images)
     if state.meter:
-        state.meter.update_from_logits(logits.detach(), labels)
+        state.meter.update_from_logits(logits.detach(), targets[0])
     return loss
 
 
