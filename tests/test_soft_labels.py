@@ -298,6 +298,8 @@ def teacher(lesson, edgenets, tmp_path_factory):
 
 def test_a_teacher_adds_up_the_parts_of_each_class(edgenets):
     teacher = build_teacher(str(edgenets), CamVid.CLASSES)
+    start = load_checkpoint(edgenets / WEIGHTS)["model"]
+    assert same_weights(teacher.network.state_dict(), start)
     names = Cityscapes.CLASSES.names
     assert [names[i] for i in teacher.parts[8]] == ["car", "truck", "bus", "train"]
     images = torch.rand(2, 3, 64, 96)
