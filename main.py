@@ -89,8 +89,6 @@ def start_network(
     Returns:
         The network, and the mean and std to normalise images with.
     """
-    if args.apn_channels == 0:
-        raise UserError(f"{args.savedir} holds a teacher: resume it by tools/train_teacher.py")
     torch.manual_seed(args.seed)
     start = resumed or (load_checkpoint(args.init) if args.init else {})
     file = args.init or args.pretrained_encoder or LAST

@@ -103,7 +103,9 @@ def open_splits(
     soft_labels = None
     if args.soft_labels:
         images = [image for image, _ in files]
-        soft_labels = SoftLabels(args.soft_labels, args.datadir, images, classes.names)
+        soft_labels = distributed.first(
+            lambda: SoftLabels(args.soft_labels, args.datadir, images, classes.names)
+        )
     if counts is None:
         counts = distributed.first(lambda: _count_classes(parts, val, classes, args))
 

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     seeds: list[int]  # of the augmentation of each image; 0 in validation
     indices: list[int]  # in the data set
     left_out: list[str]  # why images could not be read, with skip_broken
-    soft_labels: Sequence[Tensor] = ()  # C x h x w, uint8, if training has them
+    soft_labels: Sequence[Tensor] = ()  # C x h x w, uint8, 255 = 1, if training has them
 
 
 class ShuffledSeeds(Sampler[tuple[int, int]]):

@@ -1,6 +1,6 @@
 """Soft labels: the class probabilities that a teacher gave to the pixels of training images.
 
-A folder of them has a file of NumPy for each image, named by the path of the image in the data set,
+A folder of them holds a .npy file for each image, named by the path of the image in the data set,
 and classes.txt. A network that learns from them learns what the teacher knows, also where pictures
 have no labels: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531.
 """
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.images import DatasetError
+from datasets.images import DatasetError, FileError
+from utils.errors import few
 
 TEMPERATURE = 2.0  # by which logits are divided before the softmax
 STRIDE = 4  # of their resolution
@@ -24,6 +25,9 @@ CLASSES = "classes.txt"  # names of the classes, one per line
 class SoftLabels:
     """The soft labels of the images of a data set, by index.
 
+    They are softened by TEMPERATURE, at 1/STRIDE of the resolution, and rounded to 1/255, so that
+    those of a pixel add up to about 1.
+
     Args:
         folder: written by tools/write_soft_labels.py.
         datadir: folder of the data set.
@@ -31,7 +35,7 @@ class SoftLabels:
         names: names of its classes, C of them.
 
     Raises:
-        DatasetError: the folder has other classes, or no file for any of the images.
+        DatasetError: the folder has other classes, or a file for none of the images.
     """
 
     def __init__(
@@ -39,17 +43,18 @@ class SoftLabels:
     ) -> None:
         try:
             found = Path(folder, CLASSES).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+        except FileNotFoundError as error:
             raise DatasetError(
                 f"{folder} has no {CLASSES}: it holds no soft labels, or only a part of them"
             ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise DatasetError(f"{folder}/{CLASSES} cannot be read: {error}") from error
         if found != list(names):
             raise DatasetError(
-                f"{folder} has soft labels of the classes {', '.join(found)}, not of those of the "
-                "data set"
+                f"{folder} has soft labels of other classes than the data set: {few(found)}"
             )
         paths = [soft_label_path(folder, datadir, image) for image in images]
-        self.paths = [path if path.exists() else None for path in paths]
+        self.paths = [path if os.path.exists(path) else None for path in paths]
         if not any(self.paths):
             raise DatasetError(f"{folder} has no {paths[0].name}, nor that of any other image")
         self.num_classes = len(found)
@@ -66,17 +71,18 @@ class SoftLabels:
             has none.
 
         Raises:
-            DatasetError: the file is damaged.
+            FileError: the file is damaged.
         """
         path = self.paths[index]
         if path is None:
             return torch.zeros(self.num_classes, 1, 1, dtype=torch.uint8)
         try:
             array = np.load(path)
-        except (OSError, ValueError, EOFError) as error:
-            raise DatasetError(f"{path} cannot be read: {error}") from error
-        if array.dtype != np.uint8 or array.ndim != 3 or len(array) != self.num_classes:
-            raise DatasetError(f"{path} does not hold probabilities of {self.num_classes} classes")
+            fits = array.dtype == np.uint8 and array.ndim == 3 and len(array) == self.num_classes
+        except Exception as error:  # what np.load raises on other files is not documented
+            raise FileError(f"{path} is damaged: write the soft labels again") from error
+        if not fits:
+            raise FileError(f"{path} does not hold probabilities of {self.num_classes} classes")
         return torch.from_numpy(array)
 
 

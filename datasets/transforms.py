@@ -57,6 +57,8 @@ class Window(NamedTuple):
 
 
 class Recipe(Protocol):
+    """How images are augmented before their colours are: a window is drawn, then cut out."""
+
     def draw(self, label: Tensor, random: torch.Generator) -> Window:
         """Choose the window of an image, given its label, H x W."""
 
@@ -79,7 +81,8 @@ class Augment:
 
         Returns:
             Images, N x 3 x h x w, float32; labels, N x h x w, int64, where h and w are divided by
-            label_stride and rounded up; and, if the batch has them, soft labels, as of `softened`.
+            label_stride and rounded up; and what `crop_soft_labels` returns, if the batch has soft
+            labels.
         """
         randoms = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
         images, labels, soft_labels = (
@@ -89,7 +92,8 @@ class Augment:
         windows = [self.recipe.draw(*pair) for pair in zip(labels, randoms, strict=True)]
         sizes = [label.shape for label in labels]
         images, labels = self.recipe(images, labels, windows)
-        soft = [softened(soft_labels, sizes, windows, labels.shape[1:])] if soft_labels else []
+        size = labels.shape[1:]
+        soft = [crop_soft_labels(soft_labels, sizes, windows, size)] if soft_labels else []
         if self.jitter:
             limits = 1 - self.jitter, 1 + self.jitter
             factors = torch.tensor([uniform(*limits, random, 3) for random in randoms])
@@ -175,7 +179,7 @@ def cropped(images: Tensors, labels: Tensors, windows: Sequence[Window], size: S
     return images, labels
 
 
-def softened(
+def crop_soft_labels(
     soft_labels: Tensors, sizes: Sequence[Size], windows: Sequence[Window], size: Size
 ) -> Tensor:
     """Cut windows out of soft labels, as of the images that they belong to.
@@ -187,18 +191,19 @@ def softened(
         size: height H and width W of the crops of the images.
 
     Returns:
-        Probabilities, N x C x H/4 x W/4, rounded up, bilinear, float32; all 0 beyond the borders.
+        Probabilities, N x C x H/4 x W/4, rounded up, bilinear, float32. They fade to 0 within half
+        a pixel of the borders of the images, and are 0 beyond.
     """
     size = [-(-length // STRIDE) for length in size]
     rows, columns = centres(windows, size)
     heights, widths = torch.tensor(sizes)[:, :, None].unbind(1)
     device = soft_labels[0].device
     grid = grid_of(rows / (size[0] * heights), columns / (size[1] * widths), device)
-    planes = (plane[None].float() for plane in soft_labels)
-    crops = [
-        torch.nn.functional.grid_sample(*pair, align_corners=False)
-        for pair in zip(planes, grid[:, None], strict=True)
-    ]
+    crops = []
+    for _, same_size in groupby(zip(soft_labels, grid, strict=True), lambda pair: pair[0].shape):
+        planes, points = map(torch.stack, zip(*same_size, strict=True))
+        crop = torch.nn.functional.grid_sample(planes.float(), points, align_corners=False)
+        crops.append(crop)
     return torch.cat(crops) / 255
 
 

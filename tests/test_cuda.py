@@ -20,6 +20,7 @@ from models.lednet import LEDNet, SSnbt
 from utils.checkpoint import load_checkpoint, load_network
 from utils.graphs import Graphed
 from utils.speed import InPrecision
+from utils.teacher import Teacher
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(),
@@ -207,6 +208,17 @@ def test_a_step_with_soft_labels_does_not_wait_for_the_gpu(
     assert run_script("tools/write_soft_labels.py", *argv, "--output", tmp_path / "soft") == 0
     assert train("--soft-labels", tmp_path / "soft", graphs) == 0
     assert no_waiting == [1, 2, 3] * 2
+
+
+def test_a_teacher_does_not_wait_for_the_gpu():
+    network = Teacher(nn.Conv2d(3, 20, 1), [[0], [3, 4]]).cuda()
+    images = torch.rand(2, 3, 70, 96, device="cuda")
+    network(images)  # kernels are loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        network(images).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_step_of_pretraining_does_not_wait_for_the_gpu(shapes, tmp_path, no_waiting):

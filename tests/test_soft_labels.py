@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from torch.nn import functional as F
 
 from datasets.camvid import CamVid
 from datasets.cityscapes import Cityscapes
-from datasets.images import DatasetError
+from datasets.images import DatasetError, FileError
 from datasets.loading import SeededItems
 from datasets.soft_labels import SoftLabels
-from datasets.transforms import Paper, Strong, Window, softened
+from datasets.transforms import Paper, Strong, Window, crop_soft_labels
 from models.lednet import LEDNet
 from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.losses import cross_entropy, divergence, with_soft_labels
@@ -110,7 +111,7 @@ def test_soft_labels_go_the_way_of_their_image(recipe):
         randoms = [torch.Generator().manual_seed(seed + 100 * n) for n in range(3)]
         windows = [recipe.draw(*pair) for pair in zip(labels, randoms, strict=True)]
         crops, masks = recipe(images, labels, windows)
-        found = softened(soft, shapes, windows, masks.shape[1:])
+        found = crop_soft_labels(soft, shapes, windows, masks.shape[1:])
         expected = F.avg_pool2d(crops.float(), 4) / 255
         assert found.shape == expected.shape and found.dtype == torch.float32
         inside = -F.max_pool2d(-(masks == 0).float()[:, None], 20, 4, 8) == 1
@@ -124,7 +125,7 @@ def test_soft_labels_go_the_way_of_their_image(recipe):
 
 def test_soft_labels_of_sizes_that_four_does_not_divide():
     soft = [torch.full((2, 18, 23), 51, dtype=torch.uint8)]
-    found = softened(soft, [(70, 90)], [Window(0, 0, 70, 90, True)], (70, 90))
+    found = crop_soft_labels(soft, [(70, 90)], [Window(0, 0, 70, 90, True)], (70, 90))
     assert found.shape == (1, 2, 18, 23) and torch.allclose(found, torch.tensor(0.2))
 
 
@@ -151,17 +152,22 @@ def test_soft_labels_are_found_by_the_path_of_the_image(folder):
 
 
 def test_wrong_soft_labels_are_refused(folder):
-    with pytest.raises(DatasetError, match=r"of the classes road, sky, not of those"):
+    with pytest.raises(DatasetError, match=r"of other classes than the data set: road, sky"):
         open_soft(folder, ["sky", "road"])
     with pytest.raises(DatasetError, match=r"has no b\.png\.npy, nor that of any other image"):
         open_soft(folder, images=["b.png"])
     for content in (np.zeros((3, 2, 2), np.uint8), np.zeros((2, 2, 2)), np.zeros(2, np.uint8)):
         np.save(folder / "a.png.npy", content)
-        with pytest.raises(DatasetError, match="does not hold probabilities of 2 classes"):
+        with pytest.raises(FileError, match="does not hold probabilities of 2 classes"):
             open_soft(folder)[0]
-    (folder / "a.png.npy").write_bytes((folder / "a.png.npy").read_bytes()[:-1])
-    with pytest.raises(DatasetError, match="cannot be read"):
-        open_soft(folder)[0]
+    whole = (folder / "a.png.npy").read_bytes()
+    for content in (whole[:-1], whole[:20], b"noise" * 99, b"", whole.replace(b"(2,)", b"(2e9")):
+        (folder / "a.png.npy").write_bytes(content)
+        with pytest.raises(FileError, match="is damaged: write the soft labels again"):
+            open_soft(folder)[0]
+    (folder / "classes.txt").write_bytes(b"\xff")
+    with pytest.raises(DatasetError, match=r"classes\.txt cannot be read"):
+        open_soft(folder)
     (folder / "classes.txt").unlink()
     with pytest.raises(DatasetError, match="holds no soft labels"):
         open_soft(folder)
@@ -187,7 +193,7 @@ def test_the_tool_writes_what_the_network_sees(script, fails, cityscapes, traine
     argv = ("--checkpoint", trained / "best.pth", "--datadir", "data", "--output", "soft")
     result = script(WRITE, *argv)
     assert result.status == 0
-    assert f"soft labels of {len(city) - 1} images, for {len(city)} of data" in result.out
+    assert f"of {len(city) - 1} images, which {len(city)} paths lead to" in result.out
     soft = SoftLabels("soft", str(data), [image for image, _ in city.pairs], city.classes.names)
     network, about = load_network(trained / "best.pth")
     for index in range(2):
@@ -232,7 +238,8 @@ def test_training_uses_soft_labels_in_stage_2(script, taught, tmp_path):
 def test_workers_read_the_same_soft_labels(script, taught, tmp_path):
     for workers in (0, 2):
         argv = (*taught, "--workers", workers, "--savedir", f"w{workers}")
-        assert script("main.py", *argv, "--preset", "camvid", "--crop", 64, 64).status == 0
+        strong = ("--preset", "camvid", "--crop", 64, 64, "--cache", "off")
+        assert script("main.py", *argv, *strong).status == 0
     weights = [load_checkpoint(tmp_path / f"save/w{n}/last.pth")["model"] for n in (0, 2)]
     assert same_weights(*weights)
 
@@ -249,6 +256,32 @@ def test_a_resumed_run_is_the_same_with_its_soft_labels_elsewhere(script, fails,
     assert script("main.py", *resume, "--soft-labels", "moved").status == 0
     weights = [load_checkpoint(tmp_path / f"save/{name}/last.pth") for name in ("whole", "cut")]
     assert same_weights(weights[0]["training_model"], weights[1]["training_model"])
+
+
+def test_images_may_have_no_soft_labels_or_damaged_ones(script, fails, taught, tmp_path):
+    folder = Path(shutil.copytree(taught[-1], tmp_path / "soft"))
+    files = sorted(folder.glob("**/*.npy"))
+    files[0].unlink()
+    result = script("main.py", *taught[:-1], folder, "--savedir", "a")
+    assert result.status == 0 and "soft labels: of 5 of the 6 images" in result.out
+    files[1].write_bytes(b"")
+    argv = (*taught[:-1], folder, "--savedir", "b")
+    message = fails("main.py", *argv)
+    assert f"{files[1]} is damaged: write the soft labels again; --skip-broken" in message
+    result = script("main.py", *argv[:-1], "c", "--skip-broken")
+    assert result.status == 0 and "left out" in result.out
+
+
+def test_images_of_several_sizes_have_soft_labels(script, fields, tmp_path):
+    data = ("--dataset", "folder", "--classes", fields / "classes.txt", "--datadir", fields)
+    argv = (*data, "--preset", "camvid", "--height", 72, "--crop", 64, 64, "--epochs", 1, "--D", 4)
+    assert script("main.py", *argv, "--savedir", "teacher").status == 0
+    checkpoint = ("--checkpoint", "save/teacher/last.pth", "--datadir", fields)
+    assert script(WRITE, *checkpoint, "--output", "soft").status == 0
+    shapes = {np.load(path).shape for path in (tmp_path / "soft").glob("**/*.npy")}
+    assert len(shapes) > 2 and all(shape[:2] == (3, 18) for shape in shapes)
+    result = script("main.py", *argv, "--soft-labels", "soft", "--savedir", "s")
+    assert result.status == 0 and "soft labels: of 4 of the 4 images" in result.out
 
 
 # A teacher from EdgeNets
@@ -297,16 +330,17 @@ def teacher(lesson, edgenets, tmp_path_factory):
 
 
 def test_a_teacher_adds_up_the_parts_of_each_class(edgenets):
-    teacher = build_teacher(str(edgenets), CamVid.CLASSES)
+    teacher = build_teacher(str(edgenets), "camvid", CamVid.CLASSES)
     start = load_checkpoint(edgenets / WEIGHTS)["model"]
     assert same_weights(teacher.network.state_dict(), start)
     names = Cityscapes.CLASSES.names
-    assert [names[i] for i in teacher.parts[8]] == ["car", "truck", "bus", "train"]
+    assert [names[i] for i in teacher.outputs.tolist()[11:15]] == ["car", "truck", "bus", "train"]
     images = torch.rand(2, 3, 64, 96)
     p, parts = (x.exp() for x in (teacher(images), teacher.network(images)))
     assert torch.allclose(p[:, 0], parts[:, 10]) and torch.allclose(p[:, 1], parts[:, 2:4].sum(1))
     assert torch.allclose(p.sum(1), parts[:, :19].sum(1))  # all classes once, no background
-    assert build_teacher(str(edgenets), Cityscapes.CLASSES).parts == [[n] for n in range(19)]
+    whole = build_teacher(str(edgenets), "cityscapes", Cityscapes.CLASSES)
+    assert whole.outputs.tolist() == list(range(19)) and whole.lengths == [1] * 19
 
 
 @pytest.mark.parametrize("size", [(64, 96), (70, 101)])
@@ -326,7 +360,7 @@ def test_a_network_learns_from_a_trained_teacher(
     assert same_weights(loaded.state_dict(), saved["model"])
     data = ("--datadir", lesson[3], "--output", "soft")
     argv = ("--checkpoint", teacher / "last.pth", *data)
-    assert "give --edgenets" in fails(WRITE, *argv)
+    assert "holds a teacher, which needs a clone of EdgeNets" in fails(WRITE, *argv)
     assert script(WRITE, *argv, "--edgenets", edgenets).status == 0
     result = script("main.py", *lesson, "--D", 4, "--soft-labels", "soft", "--savedir", "s")
     assert result.status == 0 and "soft labels: of 6 of the 6 images, soft" in result.out
@@ -341,16 +375,18 @@ def test_a_resumed_teacher_is_the_same(script, lesson, edgenets, teacher, tmp_pa
         argv = (*lesson, "--edgenets", edgenets, "--savedir", "t")
         assert script(TRAIN, *argv).status == 128 + signal.SIGTERM
     result = script(TRAIN, "--savedir", "t", "--resume")
-    assert result.status == 0 and "--checkpoint save/t/last.pth" in result.out
+    command = f"--checkpoint save/t/last.pth --datadir {lesson[3]} --output SOFT"
+    assert result.status == 0 and command in result.out
     weights = [load_checkpoint(run / "last.pth") for run in (teacher, tmp_path / "save/t")]
     assert same_weights(weights[0]["training_model"], weights[1]["training_model"])
 
 
 def test_each_program_resumes_its_own_runs(fails, teacher, trained, tmp_path):
-    for program, run in (("main.py", teacher), (TRAIN, trained)):
+    wrong = {"main.py": (teacher, "a run of another program"), TRAIN: (trained, "a run of main.py")}
+    for program, (run, message) in wrong.items():
         folder = shutil.copytree(run, tmp_path / run.name)
         before = (folder / "args.json").read_bytes()
-        assert "resume it" in fails(program, "--savedir", folder, "--resume")
+        assert f"holds {message}" in fails(program, "--savedir", folder, "--resume")
         assert (folder / "args.json").read_bytes() == before
 
 
@@ -364,9 +400,28 @@ def test_options_of_lednet_are_refused(fails, lesson, edgenets, option):
     assert "is for main.py alone" in fails(TRAIN, *argv, *option)
 
 
-def test_a_teacher_needs_edgenets_and_the_classes_of_cityscapes(fails, lesson, edgenets, fields):
+def test_a_teacher_needs_edgenets_and_the_classes_of_cityscapes(
+    fails, lesson, edgenets, fields, monkeypatch
+):
     assert "give --edgenets" in fails(TRAIN, *lesson)
     assert "is not a clone of EdgeNets" in fails(TRAIN, *lesson, "--edgenets", fields)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "model.segmentation.espnetv2", None)
+        assert "cannot be imported: " in fails(TRAIN, *lesson, "--edgenets", edgenets)
     data = ("--dataset", "folder", "--classes", fields / "classes.txt", "--datadir", fields)
     message = fails(TRAIN, *data, "--edgenets", edgenets, "--savedir", "u")
     assert "knows the classes of Cityscapes, not grass, water, dirt road" in message
+
+
+def test_a_resumed_teacher_keeps_its_classes(script, edgenets, fields_copy, tmp_path):
+    """Whatever becomes of the file of classes."""
+    names = fields_copy / "classes.txt"
+    names.write_text("road\nsky\nignore\n\ncar\n")
+    data = ("--dataset", "folder", "--classes", names, "--datadir", fields_copy)
+    argv = (*data, "--edgenets", edgenets, "--preset", "camvid", "--height", 72, "--crop", 64, 64)
+    with after_step("step 1 of epoch 1 of stage 2", send(signal.SIGTERM)):
+        run = script(TRAIN, *argv, "--epochs", 2, "--batch-size", 2, "--savedir", "t")
+        assert run.status == 128 + signal.SIGTERM
+    names.write_text("sky\nroad\nignore\n\ncar\n")
+    assert script(TRAIN, "--savedir", "t", "--resume").status == 0
+    assert load_checkpoint(tmp_path / "save/t/last.pth")["class_names"] == ["road", "sky", "car"]

@@ -8,18 +8,21 @@
     python main.py --dataset camvid --datadir data/camvid --preset camvid \\
         --soft-labels soft --savedir taught
 
-The code of the clone is run. This program takes the options of main.py, except --apn-channels,
---init, --pretrained-encoder, --decoder, --encoder-epochs, --dropout, --aux-weight, --soft-labels,
---mean and --std, which only LEDNet has. Both sides of a crop must be multiples of 32.
+This runs code from the clone. The options are those of main.py, except --apn-channels, --init,
+--pretrained-encoder, --decoder, --encoder-epochs, --dropout, --aux-weight, --soft-labels, --mean
+and --std, which only LEDNet has. Crops are best multiples of 32, since ESPNetv2 takes no others:
+they are resized for it.
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets import open_splits, read_classes_for
+from datasets.segmentation import Classes
 from main import network_stage, print_plan
 from utils import distributed
 from utils.arguments import file_path
@@ -48,8 +51,8 @@ LEDNET = {
 
 OPTIONS = {
     "teacher": (
-        Option("--edgenets", file_path, None, "clone of EdgeNets, which is needed",
-               may_change=True, argparse_options={"metavar": "DIR"}),
+        Option("--edgenets", file_path, None, "clone of https://github.com/sacmehta/EdgeNets; no "
+               "default", may_change=True, argparse_options={"metavar": "DIR"}),
     ),
     **SEGMENTATION,
 }  # fmt: skip
@@ -59,9 +62,9 @@ def main() -> None:
     args = parse_options(__doc__, OPTIONS, settle_teaching)
     device = start_device(args)
     with open_run(args) as run:
-        classes = read_classes_for(args)
+        classes = Classes.from_checkpoint(run.resumed) if run.resumed else read_classes_for(args)
         seed_process(args.seed)
-        network = build_teacher(args.edgenets, classes)
+        network = build_teacher(args.edgenets, args.dataset, classes)
         data = open_splits(args, classes, device, distributed.first(run.class_counts))
         about = Description(
             args.dataset, classes, MEAN, STD, args.height, len(data.train_files), 0, vars(args)
@@ -70,11 +73,13 @@ def main() -> None:
         run.begin()
         distributed.first(lambda: run.write_json(COUNTS, data.counts))
         best = fit(network_stage(network, data, about, args, device), run)
+    command = ["python", "tools/write_soft_labels.py", "--edgenets", args.edgenets]
+    command += ["--checkpoint", run.folder / LAST, "--datadir", args.datadir]
     print(
         f"\nclass IoU in % on val after epoch {best['epoch']}, the best:\n"
         f"{score_table(classes.names, best['class_iou'])}\n"
         f"mIoU {100 * best['miou']:.2f}\n\n"
-        f"next: python tools/write_soft_labels.py --checkpoint {run.folder / LAST} ..."
+        f"next: {shlex.join(map(str, command))} --output SOFT"
     )
 
 

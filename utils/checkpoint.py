@@ -96,13 +96,17 @@ class Description:
             checkpoint.get("args", {}),
         )  # fmt: skip
 
+    def dataset_class(self) -> type[Segmentation]:
+        """Return the class of the data set that the network was trained on."""
+        if self.dataset not in DATASETS:
+            raise UserError(f"the network was trained on {self.dataset}, which is not in datasets/")
+        return DATASETS[self.dataset]
+
     def open_split(
         self, root: str, split: str, height: int | None = None, resize_labels: bool = True
     ) -> Segmentation:
         """Open a split of the data set that the network was trained on, at its working height."""
-        if self.dataset not in DATASETS:
-            raise UserError(f"the network was trained on {self.dataset}, which is not in datasets/")
-        dataset_class = DATASETS[self.dataset]
+        dataset_class = self.dataset_class()
         if split not in dataset_class.SPLITS:
             splits = ", ".join(dataset_class.SPLITS)
             raise UserError(f"{self.dataset} has no split {split}, only {splits}")

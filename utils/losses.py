@@ -100,7 +100,8 @@ def divergence(logits: Tensor, soft_labels: Tensor) -> Tensor:
 
     Args:
         logits: N x C x H x W, in any precision; the mean of each block of pixels is compared.
-        soft_labels: probabilities, N x C x h x w, float32; pixels of zeros add nothing.
+        soft_labels: probabilities, N x C x h x w, float32; pixels whose probabilities do not add up
+            to 1 count less, and those of zeros not at all.
     """
     means = F.adaptive_avg_pool2d(logits.float(), soft_labels.shape[-2:])
     own = (means / TEMPERATURE).log_softmax(1)

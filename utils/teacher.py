@@ -5,11 +5,12 @@ Network", CVPR 2019. Code and weights (MIT) are taken from a clone of the author
 https://github.com/sacmehta/EdgeNets: 0.79 million parameters at s = 2.
 """
 
-import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -41,7 +42,8 @@ class Teacher(nn.Module):
 
     def __init__(self, network: nn.Module, parts: Sequence[Sequence[int]]) -> None:
         super().__init__()
-        self.network, self.parts = network, parts
+        self.network, self.lengths = network, [len(part) for part in parts]
+        self.register_buffer("outputs", torch.tensor(list(chain(*parts))), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Segment images of any size, N x 3 x H x W, RGB normalised by MEAN and STD.
@@ -51,9 +53,9 @@ class Teacher(nn.Module):
         """
         size = images.shape[-2:]
         fitting = [-(-length // STRIDE) * STRIDE for length in size]
-        logits = self.network(resize(images, fitting).contiguous()).float()
-        logits = torch.stack([logits[:, part].logsumexp(1) for part in self.parts], 1)
-        return resize(logits, size)
+        logits = self.network(resize(images, fitting)).float().index_select(1, self.outputs)
+        parts = logits.split(self.lengths, 1)
+        return resize(torch.stack([part.logsumexp(1) for part in parts], 1), size)
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -62,35 +64,43 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
-def build_teacher(edgenets: str, classes: Classes) -> Teacher:
+def build_teacher(edgenets: str, dataset: str, classes: Classes) -> Teacher:
     """Build a teacher with the weights of Cityscapes.
 
     Args:
         edgenets: a clone of EdgeNets.
-        classes: of the data set; Cityscapes must have their names, or their related ones.
+        dataset: a key of `datasets.DATASETS`.
+        classes: its classes; Cityscapes must have their names, or those that the data set relates.
 
     Raises:
         UserError: it is no such clone, or a class is not in Cityscapes.
     """
+    parts = parts_of(classes, related_names(dataset))
     path = Path(edgenets, WEIGHTS)
     if not path.is_file():
         raise UserError(f"{edgenets} is not a clone of EdgeNets: it has no {WEIGHTS}")
     if edgenets not in sys.path:
         sys.path.append(edgenets)
-    module = importlib.import_module("model.segmentation.espnetv2")
-    config = argparse.Namespace(
-        s=2.0, channels=3, num_classes=1000, model_width=224, model_height=224, weights=""
-    )
-    network = module.ESPNetv2Segmentation(config, classes=OUTPUTS, dataset="city")
-    fill(network, load_checkpoint(path).get("model", {}), path)
-    return Teacher(network, parts_of(classes))
+    try:
+        module = importlib.import_module("model.segmentation.espnetv2")
+    except ImportError as error:
+        raise UserError(f"{edgenets} cannot be imported: {error}") from error
+    network = module.ESPNetv2Segmentation(Namespace(s=2.0), classes=OUTPUTS, dataset="city")
+    fill(network, load_checkpoint(path)["model"], path)
+    return Teacher(network, parts)
 
 
-def parts_of(classes: Classes) -> list[list[int]]:
+def related_names(dataset: str) -> Mapping[str, Sequence[str]]:
+    """Return what a data set says of its classes in Cityscapes; checkpoints do not tell."""
+    classes = DATASETS[dataset].CLASSES if dataset in DATASETS else None
+    return classes.related if classes else {}
+
+
+def parts_of(classes: Classes, related: Mapping[str, Sequence[str]]) -> list[list[int]]:
     """Return the trainIds in Cityscapes of the parts of each class."""
     train_ids = {name: index for index, name in enumerate(Cityscapes.CLASSES.names)}
     parts = [
-        [train_ids[part] for part in classes.related.get(name, [name.lower()]) if part in train_ids]
+        [train_ids[part] for part in related.get(name, [name.lower()]) if part in train_ids]
         for name in classes.names
     ]
     if unknown := [name for name, part in zip(classes.names, parts, strict=True) if not part]:
@@ -112,10 +122,8 @@ def load_teacher(path: str | os.PathLike, edgenets: str | None) -> tuple[nn.Modu
     if checkpoint.get("apn_channels") != 0:
         return load_network(path)
     if edgenets is None:
-        raise UserError(f"{path} holds a teacher: give --edgenets, the clone of EdgeNets")
+        raise UserError(f"{path} holds a teacher, which needs a clone of EdgeNets")
     about = Description.from_checkpoint(checkpoint, path)
-    # Checkpoints do not say which classes are related.
-    fixed = DATASETS[about.dataset].CLASSES if about.dataset in DATASETS else None
-    teacher = build_teacher(edgenets, fixed or about.classes)
+    teacher = build_teacher(edgenets, about.dataset, about.classes)
     fill(teacher, checkpoint["model"], path)
     return teacher.eval(), about
