@@ -186,7 +186,8 @@ def build_stage(
         data.train, sampler, *loading, drop_last=drop_last, soft_labels=soft_labels
     )
     normalize = about.normalizer(device)
-    jitter = args.jitter if args.augment == "strong" else 0.0
+    strong = args.augment == "strong"
+    jitter, noise = (args.jitter, args.noise) if strong else (0.0, 0.0)
 
     c = WEIGHT_C[number] if args.weight_c is None else args.weight_c
     counts = torch.tensor(list(data.counts.values()))
@@ -202,7 +203,7 @@ def build_stage(
         network=network,
         loader=loader,
         image_size=data.size,
-        prepare=Augment(data.augment, normalize, device, jitter, LABEL_STRIDE[number]),
+        prepare=Augment(data.augment, normalize, device, jitter, noise, LABEL_STRIDE[number]),
         loss=partial(LOSSES[args.loss], weight=weights),
         optimizer=optimizer,
         scheduler=SCHEDULES[args.schedule](optimizer, epochs * len(loader)),

@@ -6,6 +6,7 @@ Images are augmented on the device of the training, each from its own seed: the 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
@@ -74,6 +75,7 @@ class Augment:
     normalize: Callable[[Tensor], Tensor]  # turns images, 0 to 255, into the input of the network
     device: torch.device
     jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
+    noise: float = 0.0  # largest standard deviation of grey noise
     label_stride: int = 1  # by which labels are made smaller; 8 for the encoder's resolution
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -98,6 +100,8 @@ class Augment:
             limits = 1 - self.jitter, 1 + self.jitter
             factors = torch.tensor([uniform(*limits, random, 3) for random in randoms])
             images = jittered(images, factors)
+        if self.noise:
+            images = noisy(images, randoms, self.noise)
         if self.label_stride > 1:
             smaller = [-(-length // self.label_stride) for length in labels.shape[-2:]]
             labels = resize_label(labels, smaller)
@@ -260,6 +264,32 @@ def jittered(images: Tensor, factors: Tensor) -> Tensor:
     mean = F.rgb_to_grayscale_image(images).mean((1, 2, 3), keepdim=True)
     images = torch.lerp(mean, images, contrast).clamp_(0, 255)
     return torch.lerp(F.rgb_to_grayscale_image(images), images, saturation).clamp_(0, 255)
+
+
+def noisy(images: Tensor, randoms: Sequence[torch.Generator], noise: float) -> Tensor:
+    """Add grey noise of a standard deviation of 0 to `noise`, different for each image.
+
+    Args:
+        images: N x 3 x H x W, 0 to 255.
+        randoms: a generator for each.
+
+    Returns:
+        N x 3 x H x W, float32, 0 to 255.
+    """
+    size = images.shape[2:]
+    tile = noise_tile(*size, images.device)
+    planes = []
+    for random in randoms:
+        strength, down, right = uniform(0, 1, random, 3)
+        shift = int(down * size[0]), int(right * size[1])
+        planes.append(noise * strength * tile.roll(shift, (0, 1)))
+    return (images + torch.stack(planes)[:, None]).clamp_(0, 255)
+
+
+@cache
+def noise_tile(height: int, width: int, device: torch.device) -> Tensor:
+    """Return normal noise, H x W, that is made once: to draw it in each step would take long."""
+    return torch.randn(height, width, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def uniform(low: float, high: float, random: torch.Generator, count: int = 1) -> list[float]:

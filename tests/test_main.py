@@ -213,6 +213,7 @@ def test_by_default_stages_are_trained_as_published(stages, cityscapes, loss):
         assert type(stage.scheduler) is torch.optim.lr_scheduler.PolynomialLR
         assert (stage.scheduler.total_iters, stage.scheduler.power) == (6, 0.9)
         assert type(stage.prepare.recipe) is Paper and stage.prepare.jitter == 0
+        assert stage.prepare.noise == 0
         assert stage.prepare.label_stride == stride  # labels at the encoder's resolution
         assert stage.average is None and stage.meter is None and stage.amp_dtype is None
         assert stage.prepare(next(iter(stage.loader)))[0].shape == (2, 3, *stage.image_size)
@@ -224,10 +225,11 @@ def test_by_default_stages_are_trained_as_published(stages, cityscapes, loss):
 
 def test_options_reach_the_stages(stages):
     augment = ("--augment", "strong", "--scale", 0.9, 1.1, "--jitter", 0.2, "--crop", 64, 96)
+    augment += ("--noise", 3)
     more = ("--optimizer", "adamw", "--schedule", "onecycle", "--weight-decay", 0.02, "--lr", 3e-3)
     for stage in stages(*augment, *more, "--amp", "bf16", "--dropout", 0.15, "--ema", "--iouTrain"):
         recipe = stage.prepare.recipe
-        assert type(recipe) is Strong and stage.prepare.jitter == 0.2
+        assert type(recipe) is Strong and stage.prepare.jitter == 0.2 and stage.prepare.noise == 3
         assert recipe.size == (64, 96) and recipe.scale == (0.9, 1.1)
         assert stage.prepare(next(iter(stage.loader)))[0].shape == (2, 3, *stage.image_size)
         assert stage.amp_dtype == torch.bfloat16

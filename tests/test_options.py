@@ -250,6 +250,7 @@ def test_a_mistake_on_the_command_line_is_one_line(main, capsys, argv, message):
         (("--crop", 64, 64), "--crop needs --augment strong"),
         (("--scale", 1, 2), "--scale needs --augment strong"),
         (("--jitter", 0.1), "--jitter needs --augment strong"),
+        (("--noise", 5), "--noise needs --augment strong"),
         (("--augment", "strong", "--scale", 2, 1), "--scale 2.0 1.0: give the smaller one first"),
         (("--weight-c", 0.9), "--weight-c 0.9: give a number above 1, or 0"),
         (("--init", "a", "--pretrained-encoder", "b"), "exclude each other"),

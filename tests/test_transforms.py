@@ -5,7 +5,7 @@ from torchvision.transforms.v2 import functional as F
 
 from datasets.loading import Batch
 from datasets.segmentation import resize_label
-from datasets.transforms import Augment, Paper, Strong, jittered, normalizer
+from datasets.transforms import Augment, Paper, Strong, jittered, noisy, normalizer
 
 CPU = torch.device("cpu")
 RECIPES = {"paper": Paper(), "strong": Strong((64, 128))}
@@ -49,16 +49,17 @@ def test_a_batch_becomes_two_tensors(recipe, jitter):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_each_image_follows_its_seed_alone(recipe):
     """Not its batch, nor the random state of training."""
-    augment = Augment(RECIPES[recipe], lambda images: images, CPU, jitter=0.4)
+    options = {"jitter": 0.4, "noise": 10.0}
+    augment = Augment(RECIPES[recipe], lambda images: images, CPU, **options)
     pairs = [make_pair(64, 128), make_pair(64, 128, block=16)]
     images, labels = augment(batch_of(pairs, [5, 2**62 - 1]))
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
     for number, seed in enumerate([5, 2**62 - 1]):
-        image, label = augmented(RECIPES[recipe], pairs[number], seed, jitter=0.4)
+        image, label = augmented(RECIPES[recipe], pairs[number], seed, **options)
         assert torch.equal(image, images[number]) and torch.equal(label, labels[number])
-        other, _ = augmented(RECIPES[recipe], pairs[number], seed - 1, jitter=0.4)
+        other, _ = augmented(RECIPES[recipe], pairs[number], seed - 1, **options)
         assert not torch.equal(other, image)
     assert torch.equal(torch.rand(3), expected)
 
@@ -276,3 +277,21 @@ def test_images_that_are_not_normalised_lie_between_0_and_1():
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     scaled = normalizer([0.0] * 3, [1.0] * 3, CPU)(images)
     assert torch.allclose(scaled, images / 255) and scaled.min() == 0 and scaled.max() == 1
+
+
+def test_noise_is_grey_and_of_a_random_strength():
+    grey, strengths = torch.full((2, 3, 96, 128), 100.0), []
+    for seed in range(0, 60, 2):
+        randoms = [torch.Generator().manual_seed(seed + n) for n in range(2)]
+        found = noisy(grey, randoms, 10.0) - 100
+        assert (found == found[:, :1]).all() and abs(found.mean()) < 0.3
+        first, second = found[:, 0]
+        shifted = torch.stack([first, second]).flatten(1).corrcoef()[0, 1]
+        assert abs(shifted) < 0.1  # no two images have the same noise
+        right = torch.stack([first[:, 1:], first[:, :-1]]).flatten(1).corrcoef()[0, 1]
+        assert abs(right) < 0.1  # nor two pixels
+        strengths += [first.std().item(), second.std().item()]
+    assert min(strengths) < 1 and 9 < max(strengths) < 10.5 and 3.5 < np.mean(strengths) < 6.5
+    randoms = [torch.Generator().manual_seed(n) for n in range(2)]
+    extremes = torch.tensor([0.0, 255.0]).expand(2, 3, 96, 2)
+    assert 0 <= noisy(extremes, randoms, 10.0).min() and noisy(extremes, randoms, 10.0).max() <= 255

@@ -199,6 +199,8 @@ SEGMENTATION: Table = {
                dict(camvid=[0.67, 1.5]), argparse_options={"nargs": 2, "metavar": ("MIN", "MAX")}),
         Option("--jitter", probability, 0.4, "range of brightness, contrast and saturation of "
                "--augment strong"),
+        Option("--noise", natural_float, 0.0, "largest standard deviation of the grey noise that "
+               "--augment strong adds, in levels of 255"),
     ),
     "network": (
         Option("--apn-channels --D", positive_int, None, "width D of the decoder; default 20, or "
@@ -321,7 +323,8 @@ def settle_segmentation(args: argparse.Namespace) -> None:
     if skips_stage_1 and args.encoder_epochs and not args.resume:
         raise UserError("--encoder-epochs: --init, --pretrained-encoder and --decoder skip stage 1")
     args.epochs = args.epochs or args.num_epochs
-    needs_strong = [n for n in ("crop", "scale", "jitter") if getattr(args, n) is not None]
+    of_strong = ("crop", "scale", "jitter", "noise")
+    needs_strong = [name for name in of_strong if getattr(args, name) is not None]
     args.preset = args.preset or ("quick" if args.datadir is None else "paper")
     if args.encoder_epochs is None and args.preset == "paper":  # the others have one stage
         args.encoder_epochs = args.num_epochs
