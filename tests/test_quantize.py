@@ -38,7 +38,7 @@ def test_integers_give_the_labels_of_floats(quantized):
     with torch.inference_mode():
         truth = network(images).argmax(1)
     labels = OnnxNetwork(quantized[0] / "int8.onnx")(images)
-    assert labels.dtype == torch.uint8 and 0.97 < (labels == truth).float().mean() < 1
+    assert labels.dtype == torch.uint8 and 0.95 < (labels == truth).float().mean() < 1
 
 
 def test_sums_of_two_products_fit_16_bits(quantized):
