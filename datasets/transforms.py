@@ -75,7 +75,7 @@ class Augment:
     normalize: Callable[[Tensor], Tensor]  # turns images, 0 to 255, into the input of the network
     device: torch.device
     jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
-    noise: float = 0.0  # largest standard deviation of grey noise
+    noise: float = 0.0  # largest standard deviation of grey noise, of 255 levels
     label_stride: int = 1  # by which labels are made smaller; 8 for the encoder's resolution
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -267,28 +267,31 @@ def jittered(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def noisy(images: Tensor, randoms: Sequence[torch.Generator], noise: float) -> Tensor:
-    """Add grey noise of a standard deviation of 0 to `noise`, different for each image.
+    """Add grey noise: a part of one fixed pattern, chosen at random for each image.
 
     Args:
         images: N x 3 x H x W, 0 to 255.
         randoms: a generator for each.
+        noise: largest standard deviation, of 255 levels; that of an image is drawn evenly up to it.
 
     Returns:
         N x 3 x H x W, float32, 0 to 255.
     """
-    size = images.shape[2:]
-    tile = noise_tile(*size, images.device)
-    planes = []
+    height, width = images.shape[2:]
+    pattern = noise_pattern(2 * height, 2 * width, images.device)
+    parts, strengths = [], []
     for random in randoms:
         strength, down, right = uniform(0, 1, random, 3)
-        shift = int(down * size[0]), int(right * size[1])
-        planes.append(noise * strength * tile.roll(shift, (0, 1)))
-    return (images + torch.stack(planes)[:, None]).clamp_(0, 255)
+        top, left = int(down * height), int(right * width)
+        parts.append(pattern[top : top + height, left : left + width])
+        strengths.append(noise * strength)
+    scale = torch.tensor(strengths).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+    return (images + scale * torch.stack(parts)[:, None]).clamp_(0, 255)
 
 
 @cache
-def noise_tile(height: int, width: int, device: torch.device) -> Tensor:
-    """Return normal noise, H x W, that is made once: to draw it in each step would take long."""
+def noise_pattern(height: int, width: int, device: torch.device) -> Tensor:
+    """Return normal noise, H x W, float32, made once: to draw it in each step would be slow."""
     return torch.randn(height, width, generator=torch.Generator().manual_seed(0)).to(device)
 
 

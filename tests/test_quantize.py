@@ -38,6 +38,7 @@ def test_integers_give_the_labels_of_floats(quantized):
     with torch.inference_mode():
         truth = network(images).argmax(1)
     labels = OnnxNetwork(quantized[0] / "int8.onnx")(images)
+    # 0.969: drawn scenes are far from the images that it was trained on. Of those it keeps 0.995.
     assert labels.dtype == torch.uint8 and 0.95 < (labels == truth).float().mean() < 1
 
 

@@ -1,14 +1,11 @@
 """Lay out CamVid and Cityscapes as one data set in the layout and with the classes of CamVid.
 
     python tools/mix_camvid.py --camvid data/camvid --cityscapes data/cityscapes --output data/mixed
-    python main.py --dataset camvid --datadir data/mixed --preset camvid --epochs 10 \\
-        --init weights/lednet_d20_cityscapes.pth --savedir mixed
-    python main.py --dataset camvid --datadir data/camvid --preset camvid \\
-        --init save/mixed/last.pth --savedir camvid
 
 A network that is trained on both sees more streets than CamVid's three drives. Images are links,
 those of CamVid several times, as it has fewer; val is CamVid's. Labels are written anew: a class of
-Cityscapes becomes the class of CamVid that it is a part of, as truck becomes Car.
+Cityscapes becomes the class of CamVid that it is a part of, as truck becomes Car. docs/camvid.md
+has the whole recipe.
 """
 
 import os

@@ -190,7 +190,7 @@ SEGMENTATION: Table = {
                "result in memory (ram) or in a file in a folder", dict(camvid="ram", quick="ram"),
                may_change=True, argparse_options={"metavar": "DIR|ram|off"}),
         Option("--augment", str, "paper", "paper: flip and shift; strong: scale, crop, flip, "
-               "colour", dict(cityscapes="strong", camvid="strong"),
+               "colour, noise", dict(cityscapes="strong", camvid="strong"),
                argparse_options={"choices": ("paper", "strong")}),
         Option("--crop", positive_int, None, "size of the crops of --augment strong; none: that "
                "of the images", dict(cityscapes=[1024, 1024], camvid=[240, 320]),
@@ -200,7 +200,7 @@ SEGMENTATION: Table = {
         Option("--jitter", probability, 0.4, "range of brightness, contrast and saturation of "
                "--augment strong"),
         Option("--noise", natural_float, 0.0, "largest standard deviation of the grey noise that "
-               "--augment strong adds, in levels of 255"),
+               "--augment strong adds, of 255 levels; 0: none"),
     ),
     "network": (
         Option("--apn-channels --D", positive_int, None, "width D of the decoder; default 20, or "
