@@ -1,12 +1,16 @@
 import re
+import shutil
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from conftest import CAMVID_WEIGHTS, run_script, street_scenes
 from onnx import numpy_helper
+from PIL import Image
+from torchvision.utils import save_image
 
 from utils.checkpoint import load_network
 from utils.onnx import METADATA, OnnxNetwork
@@ -14,11 +18,20 @@ from utils.onnx import METADATA, OnnxNetwork
 
 @pytest.fixture(scope="module")
 def quantized(camvid, tmp_path_factory):
-    """The folder with the shipped network of CamVid in int8.onnx, and what the tool printed."""
-    folder = tmp_path_factory.mktemp("quantized")
-    out = StringIO()
+    """The folder with the shipped network of CamVid in int8.onnx, and what the tool printed.
+
+    It is calibrated on drawn streets, as the labels of one are compared below.
+    """
+    folder, out = tmp_path_factory.mktemp("quantized"), StringIO()
+    data = Path(shutil.copytree(camvid, tmp_path_factory.mktemp("data") / "streets"))
+    for part in ("train", "trainannot"):
+        shutil.rmtree(data / part)
+        (data / part).mkdir()
+    for number, scene in enumerate(street_scenes(9, (180, 240))[1:]):
+        save_image(scene, data / f"train/{number}.png")
+        Image.new("L", (240, 180)).save(data / f"trainannot/{number}.png")
     with redirect_stdout(out):
-        argv = ("--checkpoint", CAMVID_WEIGHTS, "--datadir", camvid, "--labels")
+        argv = ("--checkpoint", CAMVID_WEIGHTS, "--datadir", data, "--labels")
         assert run_script("tools/quantize.py", *argv, "--output", folder / "int8.onnx") == 0
     return folder, out.getvalue()
 
@@ -38,8 +51,7 @@ def test_integers_give_the_labels_of_floats(quantized):
     with torch.inference_mode():
         truth = network(images).argmax(1)
     labels = OnnxNetwork(quantized[0] / "int8.onnx")(images)
-    # 0.969: drawn scenes are far from the images that it was trained on. Of those it keeps 0.995.
-    assert labels.dtype == torch.uint8 and 0.95 < (labels == truth).float().mean() < 1
+    assert labels.dtype == torch.uint8 and 0.97 < (labels == truth).float().mean() < 1
 
 
 def test_sums_of_two_products_fit_16_bits(quantized):
