@@ -611,6 +611,14 @@ def test_init_keeps_the_classes_of_the_same_names_and_related_ones(network, path
         assert torch.equal(result, expected)
 
 
+def test_init_keeps_classes_stored_in_8_bits_beside_a_new_one(network, path):
+    checkpoint, head = load_checkpoint(path), "decoder.classifier.weight"
+    stored = checkpoint["model"][head] = checkpoint["model"][head].to(torch.float8_e4m3fn)
+    other = LEDNet(2, 4)
+    assert init_network(other, checkpoint, path, classes_of(["lake", "sky"])) == (["lake"], [])
+    assert torch.equal(other.decoder.classifier.weight[1], stored[1].float())
+
+
 def test_init_takes_a_network_whole_whose_names_differ_in_capitals_alone(network, path):
     names = ["Road", "road", "ROAD"]
     checkpoint = load_checkpoint(path) | {"class_names": names}

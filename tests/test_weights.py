@@ -48,18 +48,22 @@ def test_shipped_weights_segment_a_drawn_street(path):
     assert len(maps[0].unique()) >= 4
 
 
-def test_a_run_becomes_a_file_that_ships(script, fails, trained, tmp_path):
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_run_becomes_a_file_that_ships(script, fails, trained, tmp_path, bits):
     argv = ("tools/ship_weights.py", "--checkpoint", trained / "last.pth", "--output", "w.pth")
-    assert script(*argv).status == 0
+    assert script(*argv, "--bits", bits).status == 0
     stored, whole = load_checkpoint(tmp_path / "w.pth"), load_checkpoint(trained / "last.pth")
     assert not {"optimizer", "processes", "training_model"} & stored.keys()
-    assert (tmp_path / "w.pth").stat().st_size < 0.3 * (trained / "last.pth").stat().st_size
+    assert (tmp_path / "w.pth").stat().st_size < 0.02 * bits * (trained / "last.pth").stat().st_size
     assert "/" not in str(stored["args"]) and stored["args"]["epochs"] == 1
-    rounded = {
-        name: weight.half() if weight.is_floating_point() else weight
+    convolutions = torch.float16 if bits == 16 else torch.float8_e4m3fn
+    expected = {
+        name: weight.to(convolutions if weight.dim() == 4 else torch.float16)
+        if weight.is_floating_point()
+        else weight
         for name, weight in whole["model"].items()
     }
-    assert same_weights(stored["model"], rounded)
+    assert same_weights(stored["model"], expected)
     network, _ = load_network(tmp_path / "w.pth")
     assert all(weight.dtype == torch.float32 for weight in network.parameters())
     assert "w.pth exists" in fails(*argv)

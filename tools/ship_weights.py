@@ -1,9 +1,9 @@
-"""Turn a checkpoint of a run into a file to publish: weights for inference, in half precision.
+"""Turn a checkpoint of a run into a small file to publish: weights for inference, rounded.
 
     python tools/ship_weights.py --checkpoint save/NAME/last.pth --output weights/NAME.pth
 
 The file keeps what rebuilds the network and its preprocessing, and the options of the run. The
-weights are stored as float16 and used as float32: score the file afterwards.
+weights are used as float32, whatever they are stored as: score the file afterwards.
 """
 
 import sys
@@ -27,6 +27,9 @@ def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", type=file_path, metavar="FILE", required=True)
     parser.add_argument("--output", type=new_file, metavar="FILE", required=True)
+    parser.add_argument("--bits", type=int, choices=(16, 8), default=16,
+                        help="of a weight: 16 for float16; with 8, those of convolutions are "
+                        "float8_e4m3fn; default: %(default)s")  # fmt: skip
     args = parser.parse_args()
     network, about = load_network(args.checkpoint)
     run = load_checkpoint(args.checkpoint)
@@ -35,17 +38,20 @@ def main() -> None:
             about.to_checkpoint()
             | {key: run[key] for key in ("stage", "epoch") if key in run}
             | {"args": {name: value for name, value in about.args.items() if name not in LOCAL}}
-            | {"model": in_half_precision(network)},
+            | {"model": rounded(network, args.bits)},
             args.output,
         )
     print(f"{args.output}: {Path(args.output).stat().st_size / 1e6:.1f} MB")
 
 
-def in_half_precision(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: (weight.half() if weight.is_floating_point() else weight).contiguous()
-        for name, weight in network.state_dict().items()
-    }
+def rounded(network: torch.nn.Module, bits: int) -> dict[str, torch.Tensor]:
+    """Return the weights in 16 bits each, those of convolutions in `bits`; counts stay integers."""
+    weights = network.state_dict()
+    for name, weight in weights.items():
+        if weight.is_floating_point():
+            small = bits == 8 and weight.dim() == 4
+            weights[name] = weight.to(torch.float8_e4m3fn if small else torch.float16).contiguous()
+    return weights
 
 
 if __name__ == "__main__":

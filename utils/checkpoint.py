@@ -329,7 +329,7 @@ def init_network(
         if weights[head].shape[1:] == own[head].shape[1:]:  # else, another width D: refused below
             pairs = zip(own[head], rows, strict=True)
             weights[head] = torch.stack(
-                [random if row is None else weights[head][row] for random, row in pairs]
+                [random if row is None else weights[head][row].to(random) for random, row in pairs]
             )
     fill(network, weights, path)
     fresh = [name for name, row in zip(classes.names, rows, strict=True) if row is None]
