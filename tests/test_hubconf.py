@@ -22,9 +22,11 @@ def test_the_shipped_network():
     assert network(image).shape == (1, 19, 64, 96)
 
 
-def test_the_network_of_camvid():
-    network, image = load(pretrained="camvid"), torch.rand(1, 3, 64, 96)
-    assert torch.equal(network(image), load_network(CAMVID_WEIGHTS)[0](image))
+@pytest.mark.parametrize("width", [20, 128])
+def test_the_networks_of_camvid(width):
+    network, image = load(pretrained="camvid", apn_channels=width), torch.rand(1, 3, 64, 96)
+    path = CAMVID_WEIGHTS.with_name(f"lednet_d{width}_camvid.pth")
+    assert torch.equal(network(image), load_network(path)[0](image))
     assert network(image).shape == (1, 11, 64, 96)
 
 
@@ -34,7 +36,7 @@ def test_an_untrained_network():
 
 
 def test_weights_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match=r"lednet_d7_cityscapes\.pth, only lednet_d20_camvid"):
+    with pytest.raises(ValueError, match=r"lednet_d7_cityscapes\.pth, only lednet_d128_camvid"):
         load(pretrained=True, apn_channels=7)
     with pytest.raises(ValueError, match=r"weights lednet_d20_kitti\.pth, only"):
         load(pretrained="kitti")

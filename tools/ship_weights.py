@@ -22,13 +22,17 @@ from utils.script import run_script
 LOCAL = {"datadir", "savedir", "cache", "classes", "init", "pretrained_encoder", "soft_labels"}
 LOCAL |= {"device", "workers", "resume"}
 
+# Number of weights that makes a convolution large. Nearly all weights are in such ones. With the
+# small ones in 8 bits as well, D = 128 loses 0.3 points mIoU instead of 0.1.
+LARGE = 10_000
+
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", type=file_path, metavar="FILE", required=True)
     parser.add_argument("--output", type=new_file, metavar="FILE", required=True)
     parser.add_argument("--bits", type=int, choices=(16, 8), default=16,
-                        help="of a weight: 16 for float16; with 8, those of convolutions are "
+                        help="of a weight: 16 for float16; with 8, large convolutions are "
                         "float8_e4m3fn; default: %(default)s")  # fmt: skip
     args = parser.parse_args()
     network, about = load_network(args.checkpoint)
@@ -45,12 +49,13 @@ def main() -> None:
 
 
 def rounded(network: torch.nn.Module, bits: int) -> dict[str, torch.Tensor]:
-    """Return the weights in 16 bits each, those of convolutions in `bits`; counts stay integers."""
+    """Return the weights in 16 bits each, those of large convolutions in `bits`."""
     weights = network.state_dict()
     for name, weight in weights.items():
         if weight.is_floating_point():
-            small = bits == 8 and weight.dim() == 4
-            weights[name] = weight.to(torch.float8_e4m3fn if small else torch.float16).contiguous()
+            in_8_bits = bits == 8 and weight.numel() >= LARGE
+            dtype = torch.float8_e4m3fn if in_8_bits else torch.float16
+            weights[name] = weight.to(dtype).contiguous()
     return weights
 
 
