@@ -23,7 +23,8 @@ def lednet(
     Args:
         pretrained: load weights that come with the code, in evaluation mode: "cityscapes" (or
             True), of 19 classes, or "camvid", of 11; weights/README.md says what to expect of them.
-        apn_channels: width of the decoder; 20 or 128 for the published versions.
+        apn_channels: width of the decoder; 20 or 128 for the published versions. There are weights
+            of both for "camvid", and of 20 for "cityscapes".
         num_classes: number of classes of a network that is not pretrained; default 19.
 
     Raises:

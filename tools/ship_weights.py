@@ -1,4 +1,4 @@
-"""Turn a checkpoint of a run into a small file to publish: weights for inference, rounded.
+"""Turn a checkpoint of a run into a small file to publish: rounded weights for inference.
 
     python tools/ship_weights.py --checkpoint save/NAME/last.pth --output weights/NAME.pth
 
@@ -22,8 +22,8 @@ from utils.script import run_script
 LOCAL = {"datadir", "savedir", "cache", "classes", "init", "pretrained_encoder", "soft_labels"}
 LOCAL |= {"device", "workers", "resume"}
 
-# Number of weights that makes a convolution large. Nearly all weights are in such ones. With the
-# small ones in 8 bits as well, D = 128 loses 0.3 points mIoU instead of 0.1.
+# Convolutions with at least this many weights are large; they hold nearly all weights. With small
+# ones in 8 bits too, D = 128 loses 0.3 points of mIoU instead of 0.1.
 LARGE = 10_000
 
 
@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=file_path, metavar="FILE", required=True)
     parser.add_argument("--output", type=new_file, metavar="FILE", required=True)
     parser.add_argument("--bits", type=int, choices=(16, 8), default=16,
-                        help="of a weight: 16 for float16; with 8, large convolutions are "
-                        "float8_e4m3fn; default: %(default)s")  # fmt: skip
+                        help="bits of a weight: 16 (float16), or 8 in large convolutions "
+                        "(float8_e4m3fn); default: %(default)s")  # fmt: skip
     args = parser.parse_args()
     network, about = load_network(args.checkpoint)
     run = load_checkpoint(args.checkpoint)
