@@ -4,9 +4,10 @@ import re
 
 import pytest
 import torch
+from conftest import NEEDS_BFLOAT16
 
 from tools import benchmark
-from tools.benchmark import EAGER, OPENVINO, REFERENCE, Case, build_runner, measure, milliseconds
+from tools.benchmark import EAGER, REFERENCE, Case, build_runner, measure, milliseconds
 
 CPU = torch.device("cpu")
 FORMS = ("eager", "eager half", "deployed", "deployed half")
@@ -87,8 +88,15 @@ def test_labels_come_out_of_the_network():
 
 
 @pytest.mark.slow
-def test_the_tool_prints_tables(monkeypatch, capsys):
-    case = Case((64, 128), 1, (*EAGER, "compiled", "onnx", *OPENVINO, "deployed"))
+@pytest.mark.parametrize(
+    "forms",
+    [
+        (*EAGER, "compiled", "onnx", "openvino", "openvino int8", "deployed"),
+        pytest.param(("openvino half",), marks=NEEDS_BFLOAT16),
+    ],
+)
+def test_the_tool_prints_tables(forms, monkeypatch, capsys):
+    case = Case((64, 128), 1, forms)
     monkeypatch.setitem(benchmark.CASES, "cpu", [case])
     argv = ["benchmark.py", "--seconds", "0.1", "--networks", "LEDNet D = 20"]
     monkeypatch.setattr("sys.argv", argv)
